@@ -1,0 +1,65 @@
+# `make demo` and `make test` set everything up in .venv by themselves; a second call only does what changed.
+# CPU-only machine: make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# One stamp per value of TORCH, so that another version is installed when it is asked for.
+TORCH_STAMP := .venv/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
+STAMP := .venv/.gru_fast
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: help demo test test-all lint format bench wheel clean
+
+help:
+	@echo 'make demo      train a character model on real names and sample novel ones'
+	@echo 'make test      all tests but the slow ones'
+	@echo 'make test-all  all tests'
+	@echo 'make bench     parity and speed beside nn.GRU on this machine (the README example)'
+	@echo 'make lint      ruff, mypy, clang-format: check only'
+	@echo 'make format    ruff and clang-format: rewrite'
+	@echo 'make wheel     manylinux wheel in dist/, installed and tried where there is no compiler'
+	@echo 'make clean     remove build products (not .venv)'
+
+$(TORCH_STAMP):
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(TORCH)
+	$(PIP) install 'setuptools>=77' 'pybind11>=2.13' ninja
+	@rm -f .venv/.torch-*
+	@touch $@
+
+$(STAMP): $(TORCH_STAMP) pyproject.toml setup.py gru_fast/_version.py $(CSRC)
+	$(PIP) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/novel_names.py
+
+test: $(STAMP)
+	$(BIN)/pytest -m 'not slow'
+
+test-all: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: $(STAMP)
+	$(BIN)/python scripts/run_readme.py
+
+wheel: $(STAMP)
+	scripts/make_wheel.sh $(BIN)/python '$(TORCH)'
+
+clean:
+	rm -rf build dist gru_fast.egg-info gru_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(STAMP)
