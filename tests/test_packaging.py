@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the built packages hold, and that the pure-Python one works."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import gru_fast
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ["gru_fast", "kernels", "csrc", "tests", "examples"]
+FILES = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
+BUILT = shutil.ignore_patterns("*.so", "__pycache__")
+PYTHON_FILES = {
+    *(f"gru_fast/{path.name}" for path in (ROOT / "gru_fast").glob("*.py*")),
+    *(f"gru_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")),
+    "gru_fast/py.typed",
+}
+
+
+def build(tmp_path: Path, kind: str, **environment: str) -> Path:
+    """Build a 'wheel' or 'sdist' from a copy of the sources; returns the file."""
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, tree / folder, ignore=BUILT)
+    for file in FILES:
+        shutil.copy(ROOT / file, tree)
+    command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, tree]
+    run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (file,) = out.iterdir()
+    return file
+
+
+def contents(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def test_installed_metadata():
+    assert metadata.version("gru_fast") == gru_fast.__version__
+    info = metadata.metadata("gru_fast")
+    assert info["License-Expression"] == "Apache-2.0"
+    assert info["Requires-Python"] == ">=3.10"
+    core = [line for line in metadata.requires("gru_fast") or [] if "extra ==" not in line]
+    assert sorted(core) == ["numpy", "torch>=2.11"]
+    extras = {"triton", "train", "bench", "onnx", "dev", "docs"}
+    assert set(info.get_all("Provides-Extra")) == extras
+
+
+def test_changelog_names_the_version():
+    released = re.sub(r"\.dev\d+$", "", gru_fast.__version__)
+    heading = "[Unreleased]" if released != gru_fast.__version__ else f"[{released}]"
+    assert f"## {heading}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_sdist_holds_every_source(tmp_path):
+    with tarfile.open(build(tmp_path, "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".pyi", ".cpp", ".h", ".typed"}
+    }
+    assert sources | {"LICENSE", "pyproject.toml", "setup.py"} <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+def test_pure_python_wheel(tmp_path):
+    """No binary inside; it says once that the kernels are missing, and its numbers are nn.GRU's."""
+    wheel = build(tmp_path, "wheel", GRU_FAST_SKIP_CPU_KERNELS="1")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert contents(wheel) == PYTHON_FILES
+
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = """if True:
+        import warnings
+        import gru_fast, torch
+        assert gru_fast.__file__.startswith(SITE), gru_fast.__file__
+        theirs, ours, x = torch.nn.GRU(5, 7), gru_fast.GRU(5, 7), torch.randn(4, 3, 5)
+        ours.load_state_dict(theirs.state_dict())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                torch.testing.assert_close(ours(x), theirs(x))
+        print(*[str(warning.message) for warning in caught], sep="\\n")
+    """.replace("SITE", repr(str(tmp_path / "site")))
+    # -S: without the .pth files, through which an editable install would offer its own _C.
+    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    (warning,) = run.stdout.splitlines()
+    assert "gru_fast._C" in warning
+
+
+def test_missing_compiler_names_the_way_out(tmp_path):
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": ""}
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "GRU_FAST_SKIP_CPU_KERNELS=1" in run.stderr
+
+
+@pytest.mark.slow
+def test_compiled_wheel(tmp_path):
+    wheel = build(tmp_path, "wheel")
+    (binary,) = contents(wheel) - PYTHON_FILES
+    assert re.fullmatch(r"gru_fast/_C\.cpython-\d+-.*\.so", binary)
