@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A drop-in, high-performance GRU for PyTorch."""
+
+from gru_fast import functional
+from gru_fast._version import __version__
+from gru_fast.backends import available_backends
+from gru_fast.convert import ConvertReport, convert, revert
+from gru_fast.explain import Explanation, explain
+from gru_fast.modules import GRU, GRUCell
+
+__all__ = [
+    "GRU",
+    "ConvertReport",
+    "Explanation",
+    "GRUCell",
+    "__version__",
+    "available_backends",
+    "convert",
+    "explain",
+    "functional",
+    "revert",
+]

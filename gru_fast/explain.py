@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`explain`: which kernel takes a call, why the others do not, and what the call costs at least."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gru_fast import backends
+from gru_fast.modules import GRU, GRUCell
+from gru_fast.reference import GATES, SLOTS
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found out; `print()` shows it as text.
+
+    Attributes:
+        call: The call in words: sizes, dtype, device.
+        backend: Name of the backend that takes the call; None if the call raises.
+        kernel: The code that runs, with the instruction set on CPU.
+        why_not: Backend name to the reason why it does not take the call.
+        error: Text of the RuntimeError that the call raises because a backend was asked for by
+            name that cannot take it, or None.
+        flops: Floating-point operations of the matrix products of the forward call, a
+            multiply-add counted as two. Padding past `lengths` is not counted.
+        bytes: Bytes that the forward call moves at least: every input, weight and result once,
+            and what is saved for backward.
+        saved_bytes: The part of `bytes` that is the workspace saved for backward.
+        backward_flops: Floating-point operations of the products of backward; 0 if the call
+            records none.
+        dependent_steps: Time steps, over all layers, that have to run one after the other.
+        bound_seconds: Time of the forward call that the given peaks allow at best,
+            max(flops / peak_flops, bytes / peak_bytes), or None without both peaks.
+        measured_seconds: The committed figure for this call, or None: not measured.
+    """
+
+    call: str
+    backend: str | None
+    kernel: str
+    why_not: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+    flops: int = 0
+    bytes: int = 0
+    saved_bytes: int = 0
+    backward_flops: int = 0
+    dependent_steps: int = 0
+    bound_seconds: float | None = None
+    measured_seconds: float | None = None
+
+    def __str__(self) -> str:
+        """Several lines of text."""
+        taken = (
+            f"raises RuntimeError: {self.error}"
+            if self.error
+            else f"{self.backend} ({self.kernel})"
+        )
+        bound = "unknown without peak_flops= and peak_bytes="
+        if self.bound_seconds is not None:
+            bound = f"at least {_unit(self.bound_seconds, 's')}"
+        lines = [
+            self.call,
+            f"  taken by   {taken}",
+            *(f"  not {name + ':':<11}{reason}" for name, reason in self.why_not.items()),
+            f"  forward    {_unit(self.flops, 'FLOP')}, {_unit(self.bytes, 'B')} moved at least, "
+            f"{self.dependent_steps} steps one after the other",
+        ]
+        if self.backward_flops:
+            lines.append(
+                f"  backward   {_unit(self.backward_flops, 'FLOP')}, "
+                f"{_unit(self.saved_bytes, 'B')} saved for it beside the output"
+            )
+        measured = "not measured"
+        if self.measured_seconds is not None:
+            measured = _unit(self.measured_seconds, "s")
+        return "\n".join([*lines, f"  bound      {bound}", f"  measured   {measured}"])
+
+
+def explain(
+    module: GRU | GRUCell,
+    input: Tensor | PackedSequence,
+    hx: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    peak_flops: float | None = None,
+    peak_bytes: float | None = None,
+) -> Explanation:
+    """Explain the call `module(input, hx, ...)` without running it.
+
+    What it says depends, as the call does, on grad mode and on live transforms: call it in the
+    same context.
+
+    Args:
+        module: A `gru_fast.GRU` or `gru_fast.GRUCell`.
+        input: As in the call.
+        hx: As in the call.
+        lengths: As in the call; their values are read.
+        reset_mask: As in the call.
+        reset_state: As in the call.
+        peak_flops: Peak of the machine in FLOP/s for the dtype.
+        peak_bytes: Peak of the machine's memory in B/s.
+
+    Returns:
+        An `Explanation`.
+
+    Raises:
+        TypeError: `module` is neither a `gru_fast.GRU` nor a `gru_fast.GRUCell`.
+    """
+    if not isinstance(module, (GRU, GRUCell)):
+        raise TypeError(
+            "module should be a gru_fast.GRU or gru_fast.GRUCell, got: "
+            f"{type(module).__module__}.{type(module).__qualname__} (gru_fast.convert turns "
+            "torch.nn.GRU into one)"
+        )
+    data = input.data if isinstance(input, PackedSequence) else input
+    facts: dict[str, Any] = {
+        "lengths": lengths is not None or isinstance(input, PackedSequence),
+        "resets": reset_mask is not None,
+        "composed": backends.needs_composition(),
+    }
+    place = (data.device.type, data.dtype, module.cell)
+    why_not = backends.why_not(*place, **facts)
+    error = backend = None
+    try:
+        backend = backends.select(module.backend, *place, **facts)
+    except RuntimeError as raised:
+        error = str(raised)
+    if backend is not None and module.backend != "auto":
+        named = f"backend={module.backend!r} was asked for"
+        why_not = dict.fromkeys((*backends.available_backends(), *why_not), named) | why_not
+    why_not.pop(backend or "", None)
+
+    T, B, steps = _sizes(module, input, lengths)
+    tensors = (data, hx, reset_state, *module._flat_weights)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    flops, moved, saved = _cost(module, data, hx, T, B, steps, training)
+    first = 2 * steps * module.weight_ih.numel() if isinstance(module, GRUCell) else 0
+    if isinstance(module, GRU):
+        first = 2 * steps * module._flat_weights[0].numel() * (2 if module.bidirectional else 1)
+    recompute = isinstance(module, GRU) and module.recompute
+    backward = 2 * flops - (0 if data.requires_grad else first) + (flops if recompute else 0)
+    bound = None
+    if peak_flops is not None and peak_bytes is not None:
+        bound = max(flops / peak_flops, moved / peak_bytes)
+    dtype = str(data.dtype).removeprefix("torch.")
+    return Explanation(
+        call=f"{module} on {'training' if training else 'inference'} input T={T} B={B} "
+        f"{dtype} {data.device}",
+        backend=backend,
+        kernel=_kernel(backend),
+        why_not=why_not,
+        error=error,
+        flops=flops,
+        bytes=moved,
+        saved_bytes=saved,
+        backward_flops=backward if training else 0,
+        dependent_steps=T * getattr(module, "num_layers", 1),
+        bound_seconds=bound,
+    )
+
+
+def _kernel(backend: str | None) -> str:
+    if backend is None:
+        return "none"
+    if backend == "cpu":
+        from gru_fast import _C
+
+        return f"C++, {_C.cpu_isa()}"
+    return "PyTorch operations"
+
+
+def _sizes(
+    module: nn.Module, input: Tensor | PackedSequence, lengths: Tensor | None
+) -> tuple[int, int, int]:
+    """T, B and the number of (time step, row) pairs that are not padding."""
+    if isinstance(input, PackedSequence):
+        return len(input.batch_sizes), int(input.batch_sizes[0]), len(input.data)
+    if isinstance(module, GRUCell):
+        B = 1 if input.dim() == 1 else input.shape[0]
+        return 1, B, B
+    if input.dim() == 2:
+        return input.shape[0], 1, input.shape[0]
+    T, B = input.shape[:2]
+    if module.batch_first:
+        T, B = B, T
+    return T, B, T * B if lengths is None else int(lengths.sum())
+
+
+def _cost(
+    module: GRU | GRUCell,
+    data: Tensor,
+    hx: Tensor | None,
+    T: int,
+    B: int,
+    steps: int,
+    training: bool,
+) -> tuple[int, int, int]:
+    """FLOP, bytes moved and bytes saved for backward of the forward call."""
+    H, N, S = module.hidden_size, GATES[module.cell], SLOTS[module.cell]
+    layers, directions, recompute = 1, 1, False
+    if isinstance(module, GRU):
+        layers, directions = module.num_layers, 2 if module.bidirectional else 1
+        recompute = module.recompute
+    flops = moved = saved = 0
+    width = module.input_size
+    for _ in range(layers):
+        flops += 2 * steps * directions * N * H * (width + H)
+        moved += steps * (width + directions * H)
+        moved += directions * N * H * (width + H + (2 if module.bias else 0))
+        moved += directions * B * H * (1 if hx is None else 2)
+        saved += steps * directions * S * H if training and not recompute else 0
+        width = directions * H
+    size = data.element_size()
+    return flops, (moved + saved) * size, saved * size
+
+
+def _unit(value: float, unit: str) -> str:
+    scales = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""), (1e-3, "m"), (1e-6, "u"))
+    factor, prefix = next((s for s in scales if value >= s[0]), (1, ""))
+    return f"{value / factor:.3g} {prefix}{unit}"

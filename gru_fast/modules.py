@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GRU` and `GRUCell`: `torch.nn.GRU` and `torch.nn.GRUCell` with faster kernels and more cells.
+
+The modules hold parameters and options only. They keep no packed or flattened copy of the
+weights, so every way to change a weight (`.data.copy_()`, `.set_()`, a new `Parameter`,
+`torch.func.functional_call`, a parametrization) is seen by the next call.
+"""
+
+from collections.abc import Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gru_fast import functional
+from gru_fast.backends import NAMES
+
+__all__ = ["GRU", "GRUCell"]
+
+_DEFAULT_CELL = "reset_after"
+_CANDIDATES = {
+    "reset_after": "n = tanh(W_in x + b_in + r * (W_hn h + b_hn))",
+    "reset_before": "n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)",
+    "no_reset": "n = tanh(W_in x + b_in + W_hn h + b_hn)",
+}
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def _check_choice(argument: str, given: str, expected: Iterable[str]) -> None:
+    if given not in tuple(expected):
+        names = ", ".join(map(repr, expected))
+        raise ValueError(f"{argument}: expected one of {names}, got {given!r}")
+
+
+def _options_repr(cell: str, backend: str, recompute: bool = False) -> str:
+    text = ""
+    if cell != _DEFAULT_CELL:
+        text += f", cell={cell!r} ({_CANDIDATES[cell]})"
+    if backend != "auto":
+        text += f", backend={backend!r}"
+    if recompute:
+        text += ", recompute=True"
+    return text
+
+
+class GRU(nn.RNNBase):
+    """Multi-layer gated recurrent unit with the interface and numbers of `torch.nn.GRU`.
+
+    For every step of every layer, with reset gate r, update gate z and candidate n:
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))      cell="reset_after", torch.nn.GRU's
+            tanh(W_in x + b_in + W_hn (r * h) + b_hn)      cell="reset_before", Cho et al. 2014
+            tanh(W_in x + b_in + W_hn h + b_hn)            cell="no_reset", no r at all
+        h = (1 - z) * n + z * h
+
+    Positional arguments, parameter names, `state_dict` keys, initial weights for a seed, the
+    random stream of dropout and the types of exceptions are `torch.nn.GRU`'s. As there, the
+    eighth positional argument is `proj_size`, which a GRU has not and which must be 0.
+
+    Args:
+        input_size: Features I of the input.
+        hidden_size: Features H of the hidden state.
+        num_layers: Stacked layers L.
+        bias: Whether the layers have `bias_ih` and `bias_hh`.
+        batch_first: Input and output are (B, T, features) instead of (T, B, features).
+            `hx` and `h_n` are (L * D, B, H) either way.
+        dropout: Probability of the dropout between layers, in training mode.
+        bidirectional: Adds a second direction: D = 2, and outputs have 2H features.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        cell: `"reset_after"`, `"reset_before"` or `"no_reset"`.
+        backend: `"auto"`, or the name of the backend that must take the calls
+            (`gru_fast.available_backends()`).
+        recompute: Save only the input and the output for backward and rebuild the gates there:
+            less memory for about one more product per step.
+
+    Attributes:
+        weight_ih_l[k]: (N * H, I) for k = 0, else (N * H, D * H). N is 3 (rows of r, z, n), or 2
+            (z, n) for `cell="no_reset"`. The second direction adds the suffix `_reverse`.
+        weight_hh_l[k]: (N * H, H).
+        bias_ih_l[k]: (N * H).
+        bias_hh_l[k]: (N * H).
+
+    Raises:
+        ValueError: Unknown `cell` or `backend`, sizes that are not positive, `dropout` outside
+            [0, 1], or a `proj_size`.
+        TypeError: Sizes that are not int, `bias` or `batch_first` that are not bool.
+
+    Sources: Cho et al. 2014 (arXiv:1406.1078); the default candidate is cuDNN's and
+    `torch.nn.GRU`'s.
+
+    Example:
+        >>> rnn = GRU(10, 20, 2)
+        >>> output, h_n = rnn(torch.randn(5, 3, 10), torch.randn(2, 3, 20))
+    """
+
+    # Class-level, so that states pickled without them, and converted modules, have the defaults.
+    cell: str = _DEFAULT_CELL
+    backend: str = "auto"
+    recompute: bool = False
+
+    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        cell: str = _DEFAULT_CELL,
+        backend: str = "auto",
+        recompute: bool = False,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        *args: Any,
+        cell: str = _DEFAULT_CELL,
+        backend: str = "auto",
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        *args: Any,
+        cell: str = _DEFAULT_CELL,
+        backend: str = "auto",
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """See the class."""
+        _check_choice("cell", cell, _CANDIDATES)
+        _check_choice("backend", backend, NAMES)
+        if not isinstance(recompute, bool):
+            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size is an argument of LSTM only, GRU has none")
+        self.cell = cell
+        self.backend = backend
+        self.recompute = recompute
+        super().__init__("GRU", *args, **kwargs)
+        if self.proj_size:
+            raise ValueError(
+                f"proj_size is an argument of LSTM only, expected 0 for GRU, got {self.proj_size}"
+            )
+        if cell == "no_reset":
+            self._drop_reset_rows()
+
+    def _drop_reset_rows(self) -> None:
+        rows = 2 * self.hidden_size
+        for name in self._flat_weights_names:
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(old.new_empty((rows, *old.shape[1:]))))
+        self.reset_parameters()
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        # Not a stored list as in RNNBase: a stored one goes stale under functional_call.
+        params = self._parameters
+        try:
+            return [params[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight_norm, a DataParallel replica, partly built
+            return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels read each weight where it lies."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickle and deepcopy, without what is derived from the parameters."""
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state of this class or of `torch.nn.GRU`, also of older versions."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_flat_weights", None)
+        self.__dict__.pop("_flat_weight_refs", None)
+
+    def _replicate_for_data_parallel(self) -> "GRU":
+        # Not RNNBase's, which copies the stored list of weights.
+        replica: GRU = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        return replica
+
+    def extra_repr(self) -> str:
+        """`torch.nn.GRU`'s, and the extras that are not at their defaults."""
+        return super().extra_repr() + _options_repr(self.cell, self.backend, self.recompute)
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        reset_mask: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_state: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run all layers over a sequence.
+
+        Args:
+            input: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a
+                batch dimension, or a `PackedSequence`. T and B may be 0.
+            hx: Initial state (L * D, B, H), or (L * D, H) with a (T, I) input; any strides.
+                None means zeros.
+            lengths: (B,) int64 or int32, on any device, in any order, 0 <= length <= T: steps from
+                there on output 0 and leave the state as it is. Not with a `PackedSequence`.
+            reset_mask: (T, B) bool, or (B, T) with `batch_first`: True where step t begins a new
+                sequence. The state is replaced there, and no gradient crosses.
+            reset_state: What the state is replaced by, shaped as `hx`; None means zeros.
+
+        Returns:
+            `output`: (T, B, D * H) in the layout of `input`, the last layer's h of every step, or
+            a `PackedSequence`; and `h_n`: (L * D, B, H), each layer's and direction's last state.
+
+        Raises:
+            ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype.
+            RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
+                take the call.
+        """
+        return functional.gru(
+            input,
+            hx,
+            self._flat_weights,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            batch_first=self.batch_first,
+            cell=self.cell,
+            backend=self.backend,
+            recompute=self.recompute,
+            lengths=lengths,
+            reset_mask=reset_mask,
+            reset_state=reset_state,
+        )
+
+
+class GRUCell(nn.RNNCellBase):
+    """One step of a GRU with the interface and numbers of `torch.nn.GRUCell`.
+
+    The equations, and the meaning of `cell`, are those of `gru_fast.GRU`.
+
+    Args:
+        input_size: Features I of the input.
+        hidden_size: Features H of the hidden state.
+        bias: Whether the cell has `bias_ih` and `bias_hh`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        cell: `"reset_after"`, `"reset_before"` or `"no_reset"`.
+        backend: `"auto"`, or the name of the backend that must take the calls.
+
+    Attributes:
+        weight_ih: (N * H, I), N is 3 (rows of r, z, n), or 2 (z, n) for `cell="no_reset"`.
+        weight_hh: (N * H, H).
+        bias_ih: (N * H), or None.
+        bias_hh: (N * H), or None.
+
+    Raises:
+        ValueError: Unknown `cell` or `backend`.
+
+    Example:
+        >>> cell = GRUCell(10, 20)
+        >>> h = cell(torch.randn(3, 10), torch.randn(3, 20))
+    """
+
+    cell: str = _DEFAULT_CELL
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        cell: str = _DEFAULT_CELL,
+        backend: str = "auto",
+    ) -> None:
+        """See the class."""
+        _check_choice("cell", cell, _CANDIDATES)
+        _check_choice("backend", backend, NAMES)
+        self.cell = cell
+        self.backend = backend
+        rows = 2 if cell == "no_reset" else 3
+        super().__init__(input_size, hidden_size, bias, rows, device=device, dtype=dtype)
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        params = self._parameters
+        try:
+            return [params[name] for name in _CELL_WEIGHTS]
+        except KeyError:
+            return [getattr(self, name, None) for name in _CELL_WEIGHTS]
+
+    def extra_repr(self) -> str:
+        """`torch.nn.GRUCell`'s, and the extras that are not at their defaults."""
+        return super().extra_repr() + _options_repr(self.cell, self.backend)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Run one step.
+
+        Args:
+            input: (B, I) or (I,).
+            hx: State before the step, (B, H), or (H,) with an (I,) input. None means zeros.
+
+        Returns:
+            The state after the step: (B, H) or (H,).
+
+        Raises:
+            ValueError: `input` or `hx` is not 1-D or 2-D.
+            RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
+                take the call.
+        """
+        return functional.gru_cell(
+            input, hx, *self._flat_weights, cell=self.cell, backend=self.backend
+        )
