@@ -23,7 +23,7 @@ LAYERS = [
     ["cli", "__main__"],
     ["language_model", "sampling"],
     ["modules", "convert", "explain"],
-    ["functional"],
+    ["functional", "recurrence"],
     ["backends"],
     ["ops", "ops_*"],
     ["checks", "reference", "reference_*", "kernels", "_C", "_version"],
