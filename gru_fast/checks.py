@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the ops: each message has the argument, the expected and the given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gru_fast.reference import GATES, SLOTS
+
+
+def check_cell(cell: str) -> None:
+    """Raise RuntimeError unless cell is a known one."""
+    if cell not in GATES:
+        raise RuntimeError(f"cell: expected one of {', '.join(map(repr, GATES))}, got {cell!r}")
+
+
+def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], axes: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != expected:
+        raise RuntimeError(f"{name}: expected shape {axes} = {expected}, got {tuple(tensor.shape)}")
+
+
+def _check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
+    like = tensors[first]
+    assert like is not None
+    if not like.is_floating_point():
+        raise RuntimeError(f"{first}: expected a floating dtype, got {like.dtype}")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != like.dtype:
+            raise RuntimeError(
+                f"{name}: expected the dtype of {first}, {like.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != like.device:
+            raise RuntimeError(
+                f"{name}: expected the device of {first}, {like.device}, got {tensor.device}"
+            )
+
+
+def check_scan(
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+) -> None:
+    """Raise RuntimeError unless the arguments of `gru_fast::scan` fit together."""
+    check_cell(cell)
+    if gates_x.dim() != 4:
+        raise RuntimeError(
+            f"gates_x: expected shape (T, B, G, {GATES[cell]}*H), got {tuple(gates_x.shape)}"
+        )
+    if h0.dim() != 3:
+        raise RuntimeError(f"h0: expected shape (G, B, H), got {tuple(h0.shape)}")
+    G, H = h0.shape[0], h0.shape[2]
+    T, B = gates_x.shape[:2]
+    rows = GATES[cell] * H
+    _check_shape("gates_x", gates_x, (T, B, G, rows), f"(T, B, G, {GATES[cell]}*H)")
+    _check_recurrence(
+        "gates_x", gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale,
+        cell, reverse,
+    )  # fmt: skip
+
+
+def check_layer(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+) -> None:
+    """Raise RuntimeError unless the arguments of `gru_fast::layer` fit together."""
+    check_cell(cell)
+    if x.dim() not in (3, 4):
+        raise RuntimeError(f"x: expected shape (T, B, I) or (T, B, G, I), got {tuple(x.shape)}")
+    if h0.dim() != 3:
+        raise RuntimeError(f"h0: expected shape (G, B, H), got {tuple(h0.shape)}")
+    G, H = h0.shape[0], h0.shape[2]
+    N = GATES[cell]
+    T, B, width = x.shape[0], x.shape[1], x.shape[-1]
+    if x.dim() == 4:
+        _check_shape("x", x, (T, B, G, width), "(T, B, G, I)")
+    _check_shape("weight_ih", weight_ih, (G, N * H, width), f"(G, {N}*H, I)")
+    _check_shape("bias_ih", bias_ih, (G, N * H), f"(G, {N}*H)")
+    _check_recurrence(
+        "x", x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse
+    )
+    _check_alike("x", {"x": x, "weight_ih": weight_ih, "bias_ih": bias_ih})
+
+
+def _check_recurrence(
+    name: str,
+    steps: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+) -> None:
+    T, B = steps.shape[:2]
+    G, H = h0.shape[0], h0.shape[2]
+    N = GATES[cell]
+    if G < 1 or H < 1:
+        raise RuntimeError(f"h0: expected G >= 1 and H >= 1, got {tuple(h0.shape)}")
+    if len(reverse) != G:
+        raise RuntimeError(f"reverse: expected {G} values, one per group, got {len(reverse)}")
+    _check_shape("h0", h0, (G, B, H), "(G, B, H)")
+    _check_shape("weight_hh", weight_hh, (G, N * H, H), f"(G, {N}*H, H)")
+    _check_shape("bias_hh", bias_hh, (G, N * H), f"(G, {N}*H)")
+    _check_shape("lengths", lengths, (B,), "(B,)")
+    _check_shape("reset_mask", reset_mask, (T, B), "(T, B)")
+    _check_shape("reset_state", reset_state, (G, B, H), "(G, B, H)")
+    _check_shape("h_scale", h_scale, (B, G * H), "(B, G*H)")
+    if reset_state is not None and reset_mask is None:
+        raise RuntimeError("reset_state: expected None without reset_mask, got a tensor")
+    if lengths is not None and lengths.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"lengths: expected dtype int64 or int32, got {lengths.dtype}")
+    if reset_mask is not None and reset_mask.dtype != torch.bool:
+        raise RuntimeError(f"reset_mask: expected dtype bool, got {reset_mask.dtype}")
+    for argument, tensor in (("lengths", lengths), ("reset_mask", reset_mask)):
+        if tensor is not None and tensor.device != steps.device:
+            raise RuntimeError(
+                f"{argument}: expected the device of {name}, {steps.device}, got {tensor.device}"
+            )
+    _check_alike(
+        name,
+        {
+            name: steps,
+            "h0": h0,
+            "weight_hh": weight_hh,
+            "bias_hh": bias_hh,
+            "reset_state": reset_state,
+            "h_scale": h_scale,
+        },
+    )
+
+
+def check_length_values(lengths: Tensor | None, T: int) -> None:
+    """Raise RuntimeError unless 0 <= lengths <= T; reads the values, so for CPU tensors only."""
+    if lengths is not None and lengths.numel() > 0:
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > T:
+            raise RuntimeError(
+                f"lengths: expected values from 0 to T = {T}, got values from {low} to {high}"
+            )
+
+
+def check_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_workspace: Tensor | None,
+    steps: Tensor,
+    h0: Tensor,
+    output: Tensor,
+    workspace: Tensor,
+    cell: str,
+    recompute: bool,
+    output_mask: Sequence[bool],
+    gradients: int,
+) -> None:
+    """Raise RuntimeError unless what a backward op adds to its forward op's arguments fits."""
+    T, B = steps.shape[:2]
+    G, H = h0.shape[0], h0.shape[2]
+    _check_shape("grad_output", grad_output, (T, B, G * H), "(T, B, G*H)")
+    _check_shape("grad_h_n", grad_h_n, (G, B, H), "(G, B, H)")
+    _check_shape("output", output, (T, B, G * H), "(T, B, G*H)")
+    saved = (0,) if recompute else (T, B, G, SLOTS[cell] * H)
+    axes = "(0,) with recompute" if recompute else f"(T, B, G, {SLOTS[cell]}*H)"
+    _check_shape("workspace", workspace, saved, axes)
+    _check_shape("grad_workspace", grad_workspace, saved, axes)
+    if recompute and grad_workspace is not None:
+        raise RuntimeError("grad_workspace: expected None with recompute, got a tensor")
+    if len(output_mask) != gradients:
+        raise RuntimeError(f"output_mask: expected {gradients} values, got {len(output_mask)}")
+    _check_alike(
+        "h0",
+        {
+            "h0": h0,
+            "grad_output": grad_output,
+            "grad_h_n": grad_h_n,
+            "grad_workspace": grad_workspace,
+            "output": output,
+            "workspace": workspace,
+        },
+    )

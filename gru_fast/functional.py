@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GRU as functions with nn.GRU's conventions: `gru`, `gru_cell`; `layer` and `scan` below."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from gru_fast.recurrence import FORWARD, layer, scan
+
+__all__ = ["gru", "gru_cell", "layer", "scan"]
+
+_BOTH = (False, True)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    cell: str = "reset_after",
+    backend: str = "auto",
+) -> Tensor:
+    """One step of one layer.
+
+    Args:
+        input: (B, I), or (I,).
+        hx: (B, H), or (H,); None means zeros.
+        weight_ih: (N*H, I).
+        weight_hh: (N*H, H).
+        bias_ih: (N*H,) or None.
+        bias_hh: (N*H,) or None.
+        cell: "reset_after", "reset_before" or "no_reset".
+        backend: a name of `gru_fast.backends.NAMES`.
+
+    Returns:
+        The new state, shaped as hx.
+
+    Raises:
+        ValueError: input or hx is neither 1-D nor 2-D, or a dtype differs from the weights'.
+        RuntimeError: sizes that do not fit, or a named backend that cannot take the call.
+    """
+    if input.dim() not in (1, 2):
+        raise ValueError(f"input: expected 1 or 2 dimensions, got {input.dim()}")
+    if hx is not None and hx.dim() not in (1, 2):
+        raise ValueError(f"hx: expected 1 or 2 dimensions, got {hx.dim()}")
+    _check_input_width(input, weight_ih, 1)
+    batched = input.dim() == 2
+    x = input.unsqueeze(0) if batched else input[None, None]
+    if hx is None:
+        h0 = x.new_zeros(1, x.shape[1], weight_hh.shape[1])
+    else:
+        if hx.dim() != input.dim():
+            raise RuntimeError(f"hx: expected {input.dim()} dimensions like input, got {hx.dim()}")
+        h0 = hx.unsqueeze(0) if batched else hx[None, None]
+    expected = (1, x.shape[1], weight_hh.shape[1])
+    if h0.shape != expected:
+        wanted = expected[1:] if batched else expected[2:]
+        raise RuntimeError(
+            f"hx: expected shape {wanted}, got {tuple(hx.shape) if hx is not None else None}"
+        )
+    dtype = h0.dtype
+    x, h0 = _matching(x, h0, weight_ih)
+    output, _ = layer(
+        x,
+        h0,
+        weight_ih.unsqueeze(0),
+        weight_hh.unsqueeze(0),
+        None if bias_ih is None else bias_ih.unsqueeze(0),
+        None if bias_hh is None else bias_hh.unsqueeze(0),
+        cell=cell,
+        backend=backend,
+    )
+    output = output[0] if batched else output[0, 0]
+    return output if output.dtype == dtype or not output.is_cpu else output.to(dtype)
+
+
+def _check_input_width(input: Tensor, weight_ih: Tensor, axis: int) -> None:
+    if input.shape[-1] != weight_ih.shape[axis]:
+        raise RuntimeError(
+            "input: expected input.size(-1) to be equal to input_size, "
+            f"{weight_ih.shape[axis]}, got {input.shape[-1]}"
+        )
+
+
+def _matching(x: Tensor, hx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the weights if autocast allows them to differ."""
+    dtype = weight.dtype
+    if x.dtype == dtype and hx.dtype == dtype:
+        return x, hx
+    if torch._C._is_any_autocast_enabled():
+        return x.to(dtype), hx.to(dtype)
+    if x.dtype != dtype:
+        raise ValueError(f"input: expected the dtype of the weights, {dtype}, got {x.dtype}")
+    raise RuntimeError(f"hx: expected the dtype of input, {dtype}, got {hx.dtype}")
+
+
+@overload
+def gru(
+    input: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    cell: str = "reset_after",
+    backend: str = "auto",
+    recompute: bool = False,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gru(
+    input: PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    cell: str = "reset_after",
+    backend: str = "auto",
+    recompute: bool = False,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_scale: Tensor | None = None,
+) -> tuple[PackedSequence, Tensor]: ...
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    cell: str = "reset_after",
+    backend: str = "auto",
+    recompute: bool = False,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_scale: Tensor | None = None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """A stack of GRU layers, with the conventions of `torch.nn.GRU`. D is 2 if bidirectional.
+
+    Args:
+        input: (T, B, I), (B, T, I) with batch_first, (T, I) unbatched, or a PackedSequence.
+        hx: (num_layers*D, B, H), any strides; (num_layers*D, H) unbatched; None means zeros.
+        params: per layer and direction weight_ih (N*H, I or D*H), weight_hh (N*H, H) and, with
+            bias, bias_ih (N*H,), bias_hh (N*H,); N is 3, or 2 for no_reset.
+        num_layers: number of layers.
+        bias: whether params hold biases.
+        dropout: probability of the dropout between layers, in training only.
+        training: whether to apply dropout.
+        bidirectional: whether every layer has a second, reverse direction.
+        batch_first: whether input, output and reset_mask are batch-major.
+        cell: "reset_after" (nn.GRU's), "reset_before" or "no_reset".
+        backend: a name of `gru_fast.backends.NAMES`.
+        recompute: save inputs and outputs only, and rebuild the gates in backward.
+        lengths: (B,) int64 or int32, 0 <= length <= T; output is 0 from there on. Not with a
+            PackedSequence.
+        reset_mask: (T, B), (B, T) with batch_first, or (T,) unbatched, bool: true where a step
+            begins a new episode.
+        reset_state: shaped as hx, the state of a new episode; None means zeros.
+        h_scale: shaped as hx, multiplies the state that enters the recurrent product.
+
+    Returns:
+        output (T, B, D*H) in the layout of input, and h_n shaped as hx.
+
+    Raises:
+        ValueError: input is neither 2-D nor 3-D, or not in the dtype of params.
+        RuntimeError: sizes that do not fit together, or a named backend that cannot take the call.
+
+    Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
+    """
+    if isinstance(input, PackedSequence):
+        return _gru_packed(
+            input, hx, params, num_layers, bias, dropout if training else 0.0, bidirectional, cell,
+            backend, recompute, lengths, reset_mask, reset_state, h_scale,
+        )  # fmt: skip
+    batched = input.dim() == 3
+    if not batched:
+        if input.dim() != 2:
+            raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
+        if hx is not None and hx.dim() != 2:
+            raise RuntimeError(f"hx: expected 2 dimensions for an unbatched input, got {hx.dim()}")
+        x = input.unsqueeze(1)
+        hx = None if hx is None else hx.unsqueeze(1)
+        lengths = None if lengths is None else lengths.reshape(1)
+        reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
+        reset_state = None if reset_state is None else reset_state.unsqueeze(1)
+        h_scale = None if h_scale is None else h_scale.unsqueeze(1)
+    else:
+        if hx is not None and hx.dim() != 3:
+            raise RuntimeError(f"hx: expected 3 dimensions for a batched input, got {hx.dim()}")
+        x = input
+        if batch_first:
+            x = x.transpose(0, 1)
+            reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
+    drop = None
+    if dropout and training and num_layers > 1:
+        drop = _Dropout(dropout)
+    output, h_n = _stack(
+        x, hx, params, num_layers, bias, bidirectional, cell, backend, recompute, lengths,
+        reset_mask, reset_state, h_scale, drop,
+    )  # fmt: skip
+    if not batched:
+        return output.squeeze(1), h_n.squeeze(1)
+    return (output.transpose(0, 1) if batch_first else output), h_n
+
+
+class _Dropout:
+    """Dropout between layers, over time-major data as in nn.GRU."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def __call__(self, output: Tensor) -> Tensor:
+        return F.dropout(output, self.p, True)
+
+
+class _PackedDropout(_Dropout):
+    """The same over packed data: the random stream does not see the padding."""
+
+    def __init__(self, p: float, lengths: Tensor) -> None:
+        super().__init__(p)
+        self.lengths = lengths
+
+    def __call__(self, output: Tensor) -> Tensor:
+        packed = pack_padded_sequence(output, self.lengths)
+        dropped = PackedSequence(F.dropout(packed.data, self.p, True), packed.batch_sizes)
+        return pad_packed_sequence(dropped)[0]
+
+
+def _gru_packed(
+    input: PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    dropout: float,
+    bidirectional: bool,
+    cell: str,
+    backend: str,
+    recompute: bool,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+) -> tuple[PackedSequence, Tensor]:
+    """`gru` in the sorted order of the packed sequence, padded."""
+    if lengths is not None:
+        raise ValueError("lengths: expected None with a PackedSequence, which has its own")
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    if data.dim() != 2:
+        raise RuntimeError(f"input: expected packed data of 2 dimensions, got {data.dim()}")
+    if hx is not None and hx.dim() != 3:
+        raise RuntimeError(f"hx: expected 3 dimensions for a packed input, got {hx.dim()}")
+    x, row_lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
+
+    def sort(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or sorted_indices is None:
+            return tensor
+        return tensor.index_select(1, sorted_indices)
+
+    if hx is not None:
+        _check_hx(hx, num_layers * (2 if bidirectional else 1), x.shape[1], params[1].shape[1])
+    drop = _PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
+    output, h_n = _stack(
+        x, sort(hx), params, num_layers, bias, bidirectional, cell, backend, recompute,
+        row_lengths.to(data.device), sort(reset_mask), sort(reset_state), sort(h_scale), drop,
+    )  # fmt: skip
+    if unsorted_indices is not None:
+        h_n = h_n.index_select(1, unsorted_indices)
+    packed = pack_padded_sequence(output, row_lengths).data
+    return PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+
+def _check_hx(hx: Tensor, layers: int, B: int, H: int, name: str = "hx") -> None:
+    if hx.shape != (layers, B, H):
+        raise RuntimeError(f"{name}: expected hidden size {(layers, B, H)}, got {tuple(hx.shape)}")
+
+
+def _stack(
+    x: Tensor,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    bidirectional: bool,
+    cell: str,
+    backend: str,
+    recompute: bool,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    drop: Callable[[Tensor], Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """All layers over time-major (T, B, I)."""
+    D = 2 if bidirectional else 1
+    per = 4 if bias else 2
+    if len(params) != num_layers * D * per:
+        raise RuntimeError(
+            f"params: expected {num_layers * D * per} tensors for num_layers={num_layers}, "
+            f"bias={bias}, bidirectional={bidirectional}, got {len(params)}"
+        )
+    B, H = x.shape[1], params[1].shape[-1]
+    _check_input_width(x, params[0], 1)
+    if hx is None:
+        hx = x.new_zeros(num_layers * D, B, H)
+    else:
+        _check_hx(hx, num_layers * D, B, H)
+    for name, tensor in (("reset_state", reset_state), ("h_scale", h_scale)):
+        if tensor is not None:
+            _check_hx(tensor, num_layers * D, B, H, name)
+    dtype = hx.dtype
+    x, hx = _matching(x, hx, params[0])
+    reverse = _BOTH if bidirectional else FORWARD
+    finals: list[Tensor] = []
+    for k in range(num_layers):
+        own = params[k * D * per : (k + 1) * D * per]
+        if bidirectional:
+            weights = [torch.stack((own[i], own[i + per])) for i in range(per)]
+        else:
+            weights = [w.unsqueeze(0) for w in own]
+        rows = slice(k * D, (k + 1) * D)
+        x, h_n = layer(
+            x,
+            hx if num_layers == 1 else hx[rows],
+            *weights,
+            lengths=lengths,
+            reset_mask=reset_mask,
+            reset_state=None if reset_state is None else reset_state[rows],
+            h_scale=None if h_scale is None else h_scale[rows].transpose(0, 1).flatten(1),
+            cell=cell,
+            reverse=reverse,
+            recompute=recompute,
+            backend=backend,
+        )
+        finals.append(h_n)
+        if drop is not None and k + 1 < num_layers:
+            x = drop(x)
+    h_n = finals[0] if num_layers == 1 else torch.cat(finals)
+    if x.dtype != dtype and x.is_cpu:
+        return x.to(dtype), h_n.to(dtype)
+    return x, h_n

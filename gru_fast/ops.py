@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators `torch.ops.gru_fast.*`: the schema, and what PyTorch must know to transform a call.
+
+`layer` is one GRU layer of G independent groups, `scan` the same recurrence over inputs that are
+already projected, `*_backward` their gradients. Shapes and semantics are those of `reference`,
+which also stands in where no kernel is: the CPU kernels are registered by the compiled module
+`gru_fast._C`, CUDA calls go to `gru_fast.kernels`. The batching rules are in `ops_vmap`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gru_fast import ops_vmap, reference
+from gru_fast.checks import check_backward, check_layer, check_length_values, check_scan
+from gru_fast.reference import SLOTS
+
+_OPTIONAL = "Tensor? lengths, Tensor? reset_mask, Tensor? reset_state, Tensor? h_scale"
+_LAYER = (
+    "Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+    + _OPTIONAL
+)
+_SCAN = "Tensor gates_x, Tensor h0, Tensor weight_hh, Tensor? bias_hh, " + _OPTIONAL
+_MODE = "str cell, bool[] reverse, bool recompute"
+_GRADS = "Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_workspace"
+
+_lib: Any = torch.library.Library("gru_fast", "DEF")  # type: ignore[no-untyped-call]
+_lib.define(f"layer({_LAYER}, {_MODE}) -> (Tensor output, Tensor h_n, Tensor workspace)")
+_lib.define(f"scan({_SCAN}, {_MODE}) -> (Tensor output, Tensor h_n, Tensor workspace)")
+_lib.define(
+    f"layer_backward({_GRADS}, {_LAYER}, Tensor output, Tensor workspace, {_MODE}, "
+    "bool[] output_mask) -> (Tensor grad_x, Tensor grad_h0, Tensor grad_weight_ih, "
+    "Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, Tensor grad_reset_state, "
+    "Tensor grad_h_scale)"
+)
+_lib.define(
+    f"scan_backward({_GRADS}, {_SCAN}, Tensor output, Tensor workspace, {_MODE}, "
+    "bool[] output_mask) -> (Tensor grad_gates_x, Tensor grad_h0, Tensor grad_weight_hh, "
+    "Tensor grad_bias_hh, Tensor grad_reset_state, Tensor grad_h_scale)"
+)
+
+try:
+    from gru_fast import _C
+except ImportError:
+    HAS_CPU_KERNELS = False
+else:
+    HAS_CPU_KERNELS = _C is not None
+
+layer: Any = torch.ops.gru_fast.layer.default
+scan: Any = torch.ops.gru_fast.scan.default
+layer_backward: Any = torch.ops.gru_fast.layer_backward.default
+scan_backward: Any = torch.ops.gru_fast.scan_backward.default
+
+# Differentiable inputs of each op: (position in the schema, position in output_mask).
+_LAYER_GRADS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 8: 6, 9: 7}
+_SCAN_GRADS = {0: 0, 1: 1, 2: 2, 3: 3, 6: 4, 7: 5}
+
+
+def _backward_check(check: Callable[..., None], gradients: int) -> Callable[..., None]:
+    def check_all(*args: Any) -> None:
+        *forward, output, workspace, cell, reverse, recompute, output_mask = args[3:]
+        check(*forward, cell, reverse)
+        x, h0 = forward[0], forward[1]
+        sizes = (x, h0, output, workspace, cell, recompute, output_mask, gradients)
+        check_backward(args[0], args[1], args[2], *sizes)
+
+    return check_all
+
+
+_check_layer_backward = _backward_check(check_layer, 8)
+_check_scan_backward = _backward_check(check_scan, 6)
+
+
+def _fake_forward(
+    steps: Tensor, h0: Tensor, cell: str, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, B = steps.shape[:2]
+    G, _, H = h0.shape
+    workspace = (0,) if recompute else (T, B, G, SLOTS[cell] * H)
+    return (
+        steps.new_empty(T, B, G * H),
+        steps.new_empty(G, B, H),
+        steps.new_empty(workspace),
+    )
+
+
+def _fake_gradients(
+    inputs: Sequence[Tensor | None], output_mask: Sequence[bool], like: Tensor
+) -> tuple[Tensor, ...]:
+    return tuple(
+        like.new_empty(t.shape if t is not None and wanted else (0,))
+        for t, wanted in zip(inputs, output_mask, strict=True)
+    )
+
+
+def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
+    check_layer(*args[:12])
+    return _fake_forward(args[0], args[1], args[10], args[12])
+
+
+def _scan_fake(*args: Any) -> tuple[Tensor, ...]:
+    check_scan(*args[:10])
+    return _fake_forward(args[0], args[1], args[8], args[10])
+
+
+def _layer_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    _check_layer_backward(*args)
+    return _fake_gradients([args[3 + i] for i in _LAYER_GRADS], args[18], args[4])
+
+
+def _scan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    _check_scan_backward(*args)
+    return _fake_gradients([args[3 + i] for i in _SCAN_GRADS], args[16], args[4])
+
+
+for _name, _fake in (
+    ("layer", _layer_fake),
+    ("scan", _scan_fake),
+    ("layer_backward", _layer_backward_fake),
+    ("scan_backward", _scan_backward_fake),
+):
+    torch.library.register_fake(f"gru_fast::{_name}", _fake, lib=_lib)
+
+
+class without_autocast:
+    """Run a block with autocast off for one device type, at no cost where it is off already."""
+
+    def __init__(self, device_type: str) -> None:
+        """Take the device type, as in `torch.autocast`."""
+        self.device_type = device_type
+        self.context: torch.autocast | None = None
+
+    def __enter__(self) -> None:
+        """Disable autocast if it is enabled."""
+        if torch.is_autocast_enabled(self.device_type):
+            self.context = torch.autocast(self.device_type, enabled=False)
+            self.context.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exc: Any) -> None:
+        """Restore autocast."""
+        if self.context is not None:
+            self.context.__exit__(*exc)
+
+
+_warned = False
+
+
+def _warn_once() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "gru_fast has no compiled CPU kernels and runs on its slow PyTorch reference: it was "
+            "built with GRU_FAST_SKIP_CPU_KERNELS=1. Install it again without that variable.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _as_kernel(
+    function: Callable[..., tuple[Tensor, ...]], check: Callable[..., None], first: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A reference function as a kernel: checked, autocast off, outputs contiguous and its own."""
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        check(*args)
+        with without_autocast(args[first].device.type):
+            return tuple(out.contiguous() for out in function(*args))
+
+    return kernel
+
+
+_REFERENCE = {
+    "layer": _as_kernel(reference.layer, lambda *a: check_layer(*a[:12]), 0),
+    "scan": _as_kernel(reference.scan, lambda *a: check_scan(*a[:10]), 0),
+    "layer_backward": _as_kernel(reference.layer_backward, _check_layer_backward, 3),
+    "scan_backward": _as_kernel(reference.scan_backward, _check_scan_backward, 3),
+}
+
+
+def _cpu_fallback(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    kernel = _REFERENCE[name]
+    first, lengths = {
+        "layer": (0, 6), "scan": (0, 4), "layer_backward": (3, 9), "scan_backward": (3, 7)
+    }[name]  # fmt: skip
+
+    def fallback(*args: Any) -> tuple[Tensor, ...]:
+        _warn_once()
+        if args[first].dim() > 0:
+            check_length_values(args[lengths], args[first].shape[0])
+        return kernel(*args)
+
+    return fallback
+
+
+def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    chosen: Callable[..., tuple[Tensor, ...]] | None = None
+
+    def kernel(*args: Any) -> tuple[Tensor, ...]:
+        nonlocal chosen
+        if chosen is None:
+            kernels = importlib.import_module("gru_fast.kernels")
+            chosen = getattr(kernels, name, None) or _REFERENCE[name]
+        return chosen(*args)
+
+    return kernel
+
+
+for _name in _REFERENCE:
+    torch.library.register_kernel(f"gru_fast::{_name}", "cuda", _cuda_kernel(_name), lib=_lib)
+    if not HAS_CPU_KERNELS:
+        torch.library.register_kernel(f"gru_fast::{_name}", "cpu", _cpu_fallback(_name), lib=_lib)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.cell, ctx.reverse, ctx.recompute = inputs[-3:]
+    ctx.save_for_backward(*inputs[:-3], output[0], output[2])
+
+
+def _gradient_rule(
+    op: Callable[..., tuple[Tensor, ...]], gradients: dict[int, int]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_ws: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        result: list[Tensor | None] = [None] * len(needed)
+        if ctx.recompute:
+            grad_ws = None
+        if grad_output is None and grad_h_n is None and grad_ws is None:
+            return tuple(result)
+        grads = op(
+            grad_output, grad_h_n, grad_ws, *ctx.saved_tensors, ctx.cell, ctx.reverse,
+            ctx.recompute, [needed[i] for i in gradients],
+        )  # fmt: skip
+        for i, k in gradients.items():
+            if needed[i]:
+                result[i] = grads[k]
+        return tuple(result)
+
+    return backward
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.cell, ctx.reverse, ctx.recompute, ctx.output_mask = inputs[-4:]
+    ctx.save_for_backward(*inputs[:-4])
+
+
+def _double_backward_rule(
+    function: Callable[..., tuple[Tensor, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Differentiate a backward op through the reference, which is right to any order."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        result: list[Tensor | None] = [None] * len(needed)
+        tensors = ctx.saved_tensors
+        active = [i for i, t in enumerate(tensors) if t is not None and needed[i]]
+        live = [k for k, g in enumerate(grads) if g is not None and ctx.output_mask[k]]
+        if not active or not live:
+            return tuple(result)
+
+        def restricted(*inputs: Tensor) -> tuple[Tensor, ...]:
+            arguments = list(tensors)
+            for i, t in zip(active, inputs, strict=True):
+                arguments[i] = t
+            out = function(*arguments, ctx.cell, ctx.reverse, ctx.recompute, ctx.output_mask)
+            return tuple(out[k] for k in live)
+
+        with without_autocast(tensors[active[0]].device.type):
+            pullback = torch.func.vjp(restricted, *[tensors[i] for i in active])[1]
+            for i, g in zip(active, pullback(tuple(grads[k] for k in live)), strict=True):
+                result[i] = g
+        return tuple(result)
+
+    return backward
+
+
+torch.library.register_autograd(
+    "gru_fast::layer", _gradient_rule(layer_backward, _LAYER_GRADS), setup_context=_save, lib=_lib
+)
+torch.library.register_autograd(
+    "gru_fast::scan", _gradient_rule(scan_backward, _SCAN_GRADS), setup_context=_save, lib=_lib
+)
+for _name in ("layer_backward", "scan_backward"):
+    torch.library.register_autograd(
+        f"gru_fast::{_name}",
+        _double_backward_rule(getattr(reference, _name)),
+        setup_context=_save_backward,
+        lib=_lib,
+    )
+
+
+def _autocast_cuda(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Cast as matrix products are cast; on the CPU nothing is registered and float32 stays."""
+
+    def cast(*args: Any) -> tuple[Tensor, ...]:
+        dtype = torch.get_autocast_dtype("cuda")
+        with torch.autocast("cuda", enabled=False):
+            return op(
+                *[
+                    a.to(dtype)
+                    if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+                    else a
+                    for a in args
+                ]
+            )
+
+    return cast
+
+
+for _name, _op in (("layer", layer), ("scan", scan)):
+    _lib.impl(_name, _autocast_cuda(_op), "AutocastCUDA")
+
+ops_vmap.register(_lib)

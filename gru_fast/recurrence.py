@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`layer` and `scan` as functions: the op where it is right, the reference composed elsewhere.
+
+Nothing here looks at sizes to choose an implementation, so a change of T or B does not recompile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gru_fast import backends, ops, reference
+from gru_fast.backends import KERNEL_DTYPES, needs_composition
+from gru_fast.checks import check_layer, check_scan
+
+FORWARD = (False,)
+
+_layer_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = ops.layer
+_scan_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = ops.scan
+
+
+def _takes_ops(steps: Tensor, backend: str, cell: str, **features: bool) -> bool:
+    """Whether the op takes the call, or else the reference composed of plain operations."""
+    composed = needs_composition()
+    if (
+        backend == "auto"
+        and not composed
+        and (steps.is_cpu or steps.is_cuda or steps.is_meta)
+        and steps.dtype in KERNEL_DTYPES
+    ):
+        return True
+    name = backends.select(
+        backend, steps.device.type, steps.dtype, cell, composed=composed, **features
+    )
+    return name != "reference"
+
+
+def _needs_workspace(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        t is not None and t.requires_grad for t in tensors
+    )
+
+
+def _compose(
+    function: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    tensors: Sequence[Tensor | None],
+    cell: str,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The reference under autocast's rules for the ops: cast on CUDA, never on the CPU."""
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        output, h_n, _ = function(*tensors, cell, reverse, True)
+        return output, h_n
+    if device != "cpu":
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [
+            t.to(dtype)
+            if t is not None and t.is_floating_point() and t.dtype != torch.float64
+            else t
+            for t in tensors
+        ]
+    with torch.autocast(device, enabled=False):
+        output, h_n, _ = function(*tensors, cell, reverse, True)
+    return output, h_n
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_scale: Tensor | None = None,
+    cell: str = "reset_after",
+    reverse: Sequence[bool] = FORWARD,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One GRU layer of G independent groups; N is 3 gate rows, or 2 for no_reset.
+
+    Args:
+        x: (T, B, I), shared by all groups, or (T, B, G, I).
+        h0: (G, B, H).
+        weight_ih: (G, N*H, I).
+        weight_hh: (G, N*H, H).
+        bias_ih: (G, N*H) or None.
+        bias_hh: (G, N*H) or None.
+        lengths: (B,) int64 or int32, 0 <= length <= T.
+        reset_mask: (T, B) bool, true where a new episode begins.
+        reset_state: (G, B, H), the state an episode begins with; None means zeros.
+        h_scale: (B, G*H), multiplies the state that enters the recurrent product.
+        cell: "reset_after", "reset_before" or "no_reset".
+        reverse: one flag per group.
+        recompute: save inputs and output only, and rebuild the gates in backward.
+        backend: a name of `gru_fast.backends.NAMES`.
+
+    Returns:
+        output (T, B, G*H) and h_n (G, B, H).
+
+    Raises:
+        RuntimeError: arguments that do not fit together, or a named backend that cannot take them.
+        ValueError: an unknown backend.
+
+    Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
+    """
+    if not _takes_ops(
+        x,
+        backend,
+        cell,
+        lengths=lengths is not None,
+        resets=reset_mask is not None,
+        h_scale=h_scale is not None,
+    ):
+        tensors = (
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state,
+            h_scale,
+        )  # fmt: skip
+        check_layer(*tensors, cell, reverse)
+        return _compose(reference.layer, tensors, cell, reverse)
+    if not recompute:
+        recompute = not _needs_workspace(
+            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale
+        )
+    output, h_n, _ = _layer_op(
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state, h_scale,
+        cell, reverse, recompute,
+    )  # fmt: skip
+    return output, h_n
+
+
+def scan(
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None = None,
+    *,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_scale: Tensor | None = None,
+    cell: str = "reset_after",
+    reverse: Sequence[bool] = FORWARD,
+    recompute: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of `layer` over inputs that are already projected.
+
+    Args:
+        gates_x: (T, B, G, N*H), x @ weight_ih^T + bias_ih in the order of gates r, z, n.
+        h0: as in `layer`.
+        weight_hh: as in `layer`.
+        bias_hh: as in `layer`.
+        lengths: as in `layer`.
+        reset_mask: as in `layer`.
+        reset_state: as in `layer`.
+        h_scale: as in `layer`.
+        cell: as in `layer`.
+        reverse: as in `layer`.
+        recompute: as in `layer`.
+        backend: as in `layer`.
+
+    Returns:
+        output (T, B, G*H) and h_n (G, B, H).
+
+    Raises:
+        RuntimeError: as `layer`.
+        ValueError: as `layer`.
+    """
+    if not _takes_ops(
+        gates_x,
+        backend,
+        cell,
+        lengths=lengths is not None,
+        resets=reset_mask is not None,
+        h_scale=h_scale is not None,
+    ):
+        tensors = (
+            gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale,
+        )  # fmt: skip
+        check_scan(*tensors, cell, reverse)
+        return _compose(reference.scan, tensors, cell, reverse)
+    if not recompute:
+        recompute = not _needs_workspace(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale)
+    output, h_n, _ = _scan_op(
+        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse,
+        recompute,
+    )  # fmt: skip
+    return output, h_n
