@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Try an installed gru_fast: the C++ kernels serve calls that agree with nn.GRU, gradients included."""
+"""Try an installed gru_fast: the C++ kernels agree with nn.GRU, gradients included."""
 
 import shutil
 
