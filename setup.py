@@ -68,13 +68,13 @@ def find_compiler() -> str:
 
 def flags_of(source: Path, torch: Path) -> list[str]:
     """Return what a file is compiled with beyond COMMON; only the two edges see foreign headers."""
-    if source.name == "ops.cpp":
-        return ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch / "include")]
     if source.name == "module.cpp":
         import pybind11
 
         includes = [pybind11.get_include(), sysconfig.get_path("include")]
         return [flag for include in includes for flag in ("-isystem", include)]
+    if source.parent.name == "csrc":
+        return ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch / "include")]
     return X86_KERNELS.get(source.name, [])
 
 
