@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// From torch tensors to the plain structs of cpu/problem.h: checks, contiguity, low precision.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/problem.h"
+
+namespace gru_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+template <class Real>
+constexpr ScalarType kScalarType = std::is_same_v<Real, double> ? ScalarType::Double
+                                                                : ScalarType::Float;
+
+inline Cell parse_cell(const std::string& cell) {
+  if (cell == "reset_after") return Cell::kResetAfter;
+  if (cell == "reset_before") return Cell::kResetBefore;
+  STD_TORCH_CHECK(cell == "no_reset",
+                  "cell: expected 'reset_after', 'reset_before' or 'no_reset', got '", cell.c_str(),
+                  "'");
+  return Cell::kNoReset;
+}
+
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::ostringstream text;
+  text << '(';
+  const char* separator = "";
+  for (int64_t size : sizes) {
+    text << separator << size;
+    separator = ", ";
+  }
+  text << ')';
+  return text.str();
+}
+
+// Hands out contiguous pointers of type Real to tensors of the call's dtype, and keeps what it had to
+// convert alive. Allocates results, and gives them back in the call's dtype.
+template <class Real>
+class Marshal {
+ public:
+  explicit Marshal(const Tensor& like) : like_(like), given_(like.scalar_type()) {
+    kept_.reserve(16);
+  }
+
+  const Real* read(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    check(name, tensor, shape);
+    return keep(as_real(tensor)).template const_data_ptr<Real>();
+  }
+  const Real* read(const char* name, const MaybeTensor& tensor,
+                   std::initializer_list<int64_t> shape) {
+    return tensor.has_value() ? read(name, *tensor, shape) : nullptr;
+  }
+
+  // Reads with the strides that the tensor has, if its last dimension is dense.
+  const Tensor& rows(const char* name, const Tensor& tensor,
+                     std::initializer_list<int64_t> shape) {
+    check(name, tensor, shape);
+    const int64_t last = tensor.dim() - 1;
+    const bool dense = tensor.size(last) == 1 || tensor.stride(last) == 1;
+    return keep(dense && given_ == kScalarType<Real> ? tensor : as_real(tensor));
+  }
+
+  // Results are in Real until give_back().
+  Tensor make(std::initializer_list<int64_t> shape, bool zeroed = false) const {
+    const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape);
+    return zeroed ? torch::stable::new_zeros(like_, sizes, kScalarType<Real>)
+                  : torch::stable::new_empty(like_, sizes, kScalarType<Real>);
+  }
+  Tensor give_back(const Tensor& result) const {
+    return given_ == kScalarType<Real> ? result : torch::stable::to(result, given_);
+  }
+
+  const int64_t* read_lengths(const MaybeTensor& lengths, int64_t T, int64_t B) {
+    if (!lengths.has_value()) return nullptr;
+    const ScalarType type = lengths->scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int,
+                    "lengths: expected int64 or int32");
+    check_shape("lengths", *lengths, {B});
+    Tensor wide = type == ScalarType::Long ? *lengths : torch::stable::to(*lengths, ScalarType::Long);
+    const int64_t* values = keep(torch::stable::contiguous(wide)).template const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < B; ++b) {
+      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= T, "lengths: expected values from 0 to T = ", T,
+                      ", got ", values[b], " at index ", b);
+    }
+    return values;
+  }
+  const uint8_t* read_mask(const MaybeTensor& mask, int64_t T, int64_t B) {
+    if (!mask.has_value()) return nullptr;
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "reset_mask: expected bool");
+    check_shape("reset_mask", *mask, {T, B});
+    return static_cast<const uint8_t*>(keep(torch::stable::contiguous(*mask)).const_data_ptr());
+  }
+
+ private:
+  void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor like the input");
+    const auto sizes = tensor.sizes();
+    bool same = sizes.size() == shape.size();
+    size_t dim = 0;
+    for (int64_t size : shape) same = same && sizes[dim++] == size;
+    STD_TORCH_CHECK(same, name, ": expected shape ", shape_text(shape).c_str(), ", got ",
+                    shape_text(sizes).c_str());
+  }
+  void check(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    check_shape(name, tensor, shape);
+    STD_TORCH_CHECK(tensor.scalar_type() == given_, name, ": expected the dtype of the input, ",
+                    torch::headeronly::toString(given_), ", got ",
+                    torch::headeronly::toString(tensor.scalar_type()));
+  }
+  Tensor as_real(const Tensor& tensor) const {
+    const Tensor real = given_ == kScalarType<Real> ? tensor
+                                                    : torch::stable::to(tensor, kScalarType<Real>);
+    return real.is_contiguous() ? real : torch::stable::contiguous(real);
+  }
+  const Tensor& keep(Tensor tensor) {
+    kept_.push_back(std::move(tensor));
+    return kept_.back();
+  }
+
+  const Tensor like_;
+  const ScalarType given_;
+  std::vector<Tensor> kept_;
+};
+
+// The arguments that all four ops share. weight_ih and bias_ih are absent in scan, whose x is gates_x.
+struct Arguments {
+  const Tensor& x;
+  const Tensor& h0;
+  const Tensor* weight_ih;
+  const Tensor& weight_hh;
+  const MaybeTensor* bias_ih;
+  const MaybeTensor& bias_hh;
+  const MaybeTensor& lengths;
+  const MaybeTensor& reset_mask;
+  const MaybeTensor& reset_state;
+  const MaybeTensor& h_scale;
+  Cell cell;
+  std::vector<uint8_t> reverse;
+  const char* x_name;
+};
+
+template <class Real>
+Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
+  const Tensor& x = a.x;
+  const bool layer = a.weight_ih != nullptr;
+  STD_TORCH_CHECK(a.h0.dim() == 3, "h0: expected (G, B, H), got ", a.h0.dim(), " dimensions");
+  STD_TORCH_CHECK(layer ? x.dim() == 3 || x.dim() == 4 : x.dim() == 4, a.x_name,
+                  layer ? ": expected (T, B, I) or (T, B, G, I), got "
+                        : ": expected (T, B, G, N*H), got ",
+                  x.dim(), " dimensions");
+  Problem<Real> p{};
+  p.T = x.size(0);
+  p.B = x.size(1);
+  p.G = a.h0.size(0);
+  p.H = a.h0.size(2);
+  p.cell = a.cell;
+  const int64_t rows = gate_count(p.cell) * p.H;
+  p.I = layer ? x.size(x.dim() - 1) : 0;
+  const int64_t width = layer ? p.I : rows;
+  STD_TORCH_CHECK(static_cast<int64_t>(a.reverse.size()) == p.G, "reverse: expected ", p.G,
+                  " values, one for each group of h0, got ", a.reverse.size());
+  STD_TORCH_CHECK(!a.reset_state.has_value() || a.reset_mask.has_value(),
+                  "reset_state: expected together with reset_mask, which is missing");
+
+  p.x_shared = x.dim() == 3;
+  const Tensor& dense = p.x_shared ? m.rows(a.x_name, x, {p.T, p.B, width})
+                                   : m.rows(a.x_name, x, {p.T, p.B, p.G, width});
+  p.x = dense.template const_data_ptr<Real>();
+  p.x_stride_t = dense.stride(0);
+  p.x_stride_b = dense.stride(1);
+  p.x_stride_g = p.x_shared ? 0 : dense.stride(2);
+  p.reverse = a.reverse.data();
+  p.h0 = m.read("h0", a.h0, {p.G, p.B, p.H});
+  p.weight_ih = layer ? m.read("weight_ih", *a.weight_ih, {p.G, rows, p.I}) : nullptr;
+  p.weight_hh = m.read("weight_hh", a.weight_hh, {p.G, rows, p.H});
+  p.bias_ih = layer ? m.read("bias_ih", *a.bias_ih, {p.G, rows}) : nullptr;
+  p.bias_hh = m.read("bias_hh", a.bias_hh, {p.G, rows});
+  p.lengths = m.read_lengths(a.lengths, p.T, p.B);
+  p.reset_mask = m.read_mask(a.reset_mask, p.T, p.B);
+  p.reset_state = m.read("reset_state", a.reset_state, {p.G, p.B, p.H});
+  p.h_scale = m.read("h_scale", a.h_scale, {p.B, p.G * p.H});
+  return p;
+}
+
+}  // namespace gru_fast

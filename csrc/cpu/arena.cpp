@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "arena.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+namespace gru_fast {
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr size_t kKeepAtMost = size_t{64} << 20;
+
+// One block per thread is kept, so no lock is taken and threads never share one.
+struct Kept {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Kept() { std::free(data); }
+};
+thread_local Kept kept;
+std::atomic<bool> poison{false};
+
+}  // namespace
+
+void set_scratch_poison(bool on) { poison.store(on, std::memory_order_relaxed); }
+
+Scratch::Scratch(size_t bytes) : bytes_((bytes + kAlign) / kAlign * kAlign) {
+  if (kept.bytes >= bytes_) {
+    data_ = kept.data;
+    bytes_ = kept.bytes;
+    kept.data = nullptr;
+    kept.bytes = 0;
+  } else {
+    data_ = std::aligned_alloc(kAlign, bytes_);
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  if (poison.load(std::memory_order_relaxed)) std::memset(data_, 0xff, bytes_);
+}
+
+Scratch::~Scratch() {
+  if (bytes_ > kKeepAtMost || bytes_ < kept.bytes) {
+    std::free(data_);
+    return;
+  }
+  std::free(kept.data);
+  kept.data = data_;
+  kept.bytes = bytes_;
+}
+
+}  // namespace gru_fast

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward scan: input product of a chunk of steps, then step by step the recurrent product with
+// the gates in its epilogue. Each member computes what its own rows and units need, so the members
+// meet only where hidden units are split: once a step, twice for reset_before.
+#pragma once
+#include "gate_math.h"
+#include "schedule.h"
+#include "team.h"
+#include "tile.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+constexpr int64_t kProjectRows = 64;
+constexpr int kMaxAbreastVectors = 12;
+
+// Which weight rows form the panels of the first and second product of a step.
+struct GatePlan {
+  int first[3];
+  int first_count;
+  int second;  // reset_before: the candidate's rows, which need r of every unit first
+};
+
+constexpr GatePlan gate_plan(Cell cell) {
+  return cell == Cell::kResetAfter    ? GatePlan{{0, 1, 2}, 3, -1}
+         : cell == Cell::kResetBefore ? GatePlan{{0, 1, 0}, 2, 2}
+                                      : GatePlan{{0, 1, 0}, 2, -1};
+}
+
+// The packed weights of all groups, made once a call by the whole team, or tile by tile on the fly
+// where a single step would use each panel once.
+template <class Real>
+struct GatePanels {
+  int64_t H, K, tiles;
+  int gates[3];
+  int count;
+  Real* packed;       // (G, tiles) panels, or null: on the fly
+  Real* on_the_fly;   // of this member
+  const Real* weight;  // (G, N*H, K)
+  int64_t group_stride;
+
+  GRU_MEMBER int64_t panel_size() const { return K * count * kLanes<Real>; }
+  GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
+    if (packed != nullptr) return packed + (g * tiles + tile) * panel_size();
+    for (int i = 0; i < abreast; ++i) {
+      pack_gates(weight + g * group_stride, H, K, gates, count, tile + i,
+                 on_the_fly + i * panel_size());
+    }
+    return on_the_fly;
+  }
+  GRU_MEMBER void pack(Range range) const {
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      pack_gates(weight + i / tiles * group_stride, H, K, gates, count, i % tiles,
+                 packed + i * panel_size());
+    }
+  }
+};
+
+template <class Real>
+class ForwardScan {
+ public:
+  static constexpr int W = kLanes<Real>;
+  using V = Vec<Real>;
+
+  ForwardScan(const Forward<Real>& f, int threads, int member, void* scratch)
+      : f_(f),
+        p_(f.in),
+        rows_{f.in},
+        plan_(gate_plan(f.in.cell)),
+        gates_(gate_count(f.in.cell)),
+        slots_(slot_count(f.in.cell)),
+        tiles_(tiles_of<Real>(f.in.H)),
+        ld_(round_up(f.in.H, kUnitPad) + kUnitPad),
+        chunk_(p_.B >= kProjectRows ? 1 : kProjectRows / p_.B) {
+    const bool on_the_fly = p_.T == 1;
+    const int64_t states = p_.G * p_.B * ld_;
+    Layout layout(scratch);
+    state_ = layout.take<Real>(2 * states);
+    operand_ = p_.h_scale ? layout.take<Real>(2 * states) : state_;
+    gated_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
+    update_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
+    gates_x_ = layout.take<Real>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
+    const int64_t most = p_.I > p_.H ? p_.I : p_.H;
+    Real* mine = layout.take<Real>(on_the_fly ? threads * kMaxAbreastVectors * W * most : 0) +
+                 member * kMaxAbreastVectors * W * most;
+    auto panels = [&](const int* gates, int count, const Real* weight, int64_t K) {
+      GatePanels<Real> made{p_.H, K,    tiles_, {gates[0], count > 1 ? gates[1] : 0, 0},
+                            count, nullptr, mine, weight, gates_ * p_.H * K};
+      if (count > 2) made.gates[2] = gates[2];
+      if (!on_the_fly) made.packed = layout.take<Real>(p_.G * tiles_ * made.panel_size());
+      return made;
+    };
+    const int all[3] = {0, 1, 2};
+    first_ = panels(plan_.first, plan_.first_count, p_.weight_hh, p_.H);
+    if (plan_.second >= 0) second_ = panels(&plan_.second, 1, p_.weight_hh, p_.H);
+    if (p_.weight_ih != nullptr) input_ = panels(all, gates_, p_.weight_ih, p_.I);
+    scratch_bytes_ = layout.used();
+  }
+
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+
+  void run(Team& team, int member) {
+    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H);
+    if (first_.packed != nullptr) {
+      const Range panels = part_of(p_.G * tiles_, member, team.size());
+      first_.pack(panels);
+      if (plan_.second >= 0) second_.pack(panels);
+      if (p_.weight_ih != nullptr) input_.pack(panels);
+    }
+    start();
+    team.barrier(member);
+    for (int64_t begin = 0; begin < p_.T; begin += chunk_) {
+      const int64_t end = begin + chunk_ < p_.T ? begin + chunk_ : p_.T;
+      for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) project(g, begin, end);
+      for (int64_t step = begin; step < end; ++step) {
+        for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
+          if (p_.cell == Cell::kResetAfter) {
+            step_reset_after(g, step, step - begin);
+          } else if (p_.cell == Cell::kNoReset) {
+            step_no_reset(g, step, step - begin);
+          } else {
+            step_reset_update(g, step, step - begin);
+          }
+        }
+        if (share_.waits) team.barrier(member);
+        if (plan_.second < 0) continue;
+        for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
+          step_candidate(g, step, step - begin);
+        }
+        if (share_.waits) team.barrier(member);
+      }
+    }
+  }
+
+ private:
+  GRU_MEMBER int64_t at(int64_t g, int64_t b, int64_t tile) const {
+    return (g * p_.B + b) * ld_ + tile * W;
+  }
+  GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t b, int64_t tile) const {
+    return (step % 2 * p_.G * p_.B + g * p_.B + b) * ld_ + tile * W;
+  }
+  GRU_MEMBER Real* gates_x(int64_t g, int64_t row, int64_t tile) const {
+    return gates_x_ + ((g * chunk_ * p_.B + row) * tiles_ + tile) * gates_ * W;
+  }
+
+  // Makes h the state that `step` starts from: equations (2) and (3).
+  GRU_MEMBER void enter(int64_t step, int64_t g, int64_t b, int64_t tile, V h) {
+    const int n = lanes_of<Real>(tile, p_.H);
+    const int64_t t = rows_.time(g, step);
+    if (rows_.reset(g, t, b)) h = load_or_zero(rows_.reset_row(g, b), tile * W, n);
+    store(state_ + at(step, g, b, tile), h);
+    if (p_.h_scale != nullptr) {
+      const V scale = load_n(p_.h_scale + (b * p_.G + g) * p_.H + tile * W, n);
+      store(operand_ + at(step, g, b, tile), h * scale);
+    }
+  }
+
+  void start() {
+    for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
+      for (int64_t b = share_.batch.begin; b < share_.batch.end; ++b) {
+        for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
+          const int n = lanes_of<Real>(tile, p_.H);
+          const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
+          const V h = load_n(p_.h0 + offset, n);
+          enter(0, g, b, tile, h);
+        }
+      }
+    }
+  }
+
+  // W_ih x + b_ih, and the b_hh that may be added before the gate.
+  void project(int64_t g, int64_t begin, int64_t end) {
+    const Real* bias_ih = p_.bias_ih ? p_.bias_ih + g * gates_ * p_.H : nullptr;
+    const Real* bias_hh = p_.bias_hh ? p_.bias_hh + g * gates_ * p_.H : nullptr;
+    auto bias = [&](int gate, int64_t tile) GRU_MEMBER_LAMBDA {
+      const int n = lanes_of<Real>(tile, p_.H);
+      const bool separate = p_.cell == Cell::kResetAfter && gate == 2;
+      return load_or_zero(bias_ih, gate * p_.H + tile * W, n) +
+             load_or_zero(separate ? nullptr : bias_hh, gate * p_.H + tile * W, n);
+    };
+    if (p_.weight_ih == nullptr) {
+      for (int64_t step = begin; step < end; ++step) {
+        const int64_t t = rows_.time(g, step);
+        for (int64_t b = share_.batch.begin; b < share_.batch.end; ++b) {
+          const Real* row = rows_.input_row(g, t, b);
+          for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
+            const int n = lanes_of<Real>(tile, p_.H);
+            Real* to = gates_x(g, (step - begin) * p_.B + b, tile);
+            for (int gate = 0; gate < gates_; ++gate) {
+              store(to + gate * W, load_n(row + gate * p_.H + tile * W, n) + bias(gate, tile));
+            }
+          }
+        }
+      }
+      return;
+    }
+    auto panels = [&](int64_t tile, int abreast) { return input_.get(g, tile, abreast); };
+    auto rows = [&](const Real* first, int64_t stride, int64_t count, int64_t to_row) {
+      sweep<Real>({first, stride}, count, p_.I, gates_, share_.tiles.begin, share_.tiles.end, panels,
+                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                    Real* to = gates_x(g, to_row + row, tile);
+                    for (int gate = 0; gate < gates_; ++gate) {
+                      store(to + gate * W, sums[gate] + bias(gate, tile));
+                    }
+                  });
+    };
+    if (p_.B == 1) {
+      const int64_t stride = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
+      if (share_.batch.size() == 1) {
+        rows(rows_.input_row(g, rows_.time(g, begin), 0), stride, end - begin, 0);
+      }
+      return;
+    }
+    for (int64_t step = begin; step < end; ++step) {
+      rows(rows_.input_row(g, rows_.time(g, step), share_.batch.begin), p_.x_stride_b,
+           share_.batch.size(), (step - begin) * p_.B + share_.batch.begin);
+    }
+  }
+
+  // Equation (8): the new state of a row and tile, where it goes, and what the next step starts from.
+  GRU_MEMBER void finish(int64_t step, int64_t t, int64_t g, int64_t b, int64_t tile, V z, V n) {
+    const int lanes = lanes_of<Real>(tile, p_.H);
+    const V previous = load(state_ + at(step, g, b, tile));
+    V h = n + z * (previous - n);
+    Real* out = f_.output + ((t * p_.B + b) * p_.G + g) * p_.H + tile * W;
+    if (rows_.held(t, b)) {
+      h = previous;
+      store_n(out, V{}, lanes);
+    } else {
+      store_n(out, h, lanes);
+    }
+    if (step + 1 == p_.T) {
+      store_n(f_.h_n + (g * p_.B + b) * p_.H + tile * W, h, lanes);
+    } else {
+      enter(step + 1, g, b, tile, h);
+    }
+  }
+
+  GRU_MEMBER void save(int64_t t, int64_t g, int64_t b, int64_t tile, int slot, V value) {
+    if (f_.workspace == nullptr) return;
+    Real* to = f_.workspace + (((t * p_.B + b) * p_.G + g) * slots_ + slot) * p_.H + tile * W;
+    store_n(to, rows_.held(t, b) ? V{} : value, lanes_of<Real>(tile, p_.H));
+  }
+
+  template <class Epilogue>
+  GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
+                           Epilogue epilogue) {
+    sweep<Real>({operand, ld_}, share_.batch.size(), p_.H, panels.count, share_.tiles.begin,
+                share_.tiles.end,
+                [&](int64_t tile, int abreast) { return panels.get(g, tile, abreast); }, epilogue);
+  }
+
+  void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
+    const int64_t t = rows_.time(g, step);
+    const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
+    multiply(first_, operand_ + at(step, g, share_.batch.begin, 0), g,
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = share_.batch.begin + row;
+               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+               const V r = sigmoid<Real>(sums[0] + load(gx));
+               const V z = sigmoid<Real>(sums[1] + load(gx + W));
+               const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
+               const V n = tanh<Real>(load(gx + 2 * W) + r * q);
+               save(t, g, b, tile, 0, q);
+               save(t, g, b, tile, 1, r);
+               save(t, g, b, tile, 2, z);
+               save(t, g, b, tile, 3, n);
+               finish(step, t, g, b, tile, z, n);
+             });
+  }
+
+  void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
+    const int64_t t = rows_.time(g, step);
+    multiply(first_, operand_ + at(step, g, share_.batch.begin, 0), g,
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = share_.batch.begin + row;
+               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+               const V z = sigmoid<Real>(sums[0] + load(gx));
+               const V n = tanh<Real>(sums[1] + load(gx + W));
+               save(t, g, b, tile, 0, z);
+               save(t, g, b, tile, 1, n);
+               finish(step, t, g, b, tile, z, n);
+             });
+  }
+
+  void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
+    const int64_t t = rows_.time(g, step);
+    multiply(first_, operand_ + at(step, g, share_.batch.begin, 0), g,
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = share_.batch.begin + row;
+               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+               const V r = sigmoid<Real>(sums[0] + load(gx));
+               const V z = sigmoid<Real>(sums[1] + load(gx + W));
+               save(t, g, b, tile, 0, r);
+               save(t, g, b, tile, 1, z);
+               store(gated_ + at(g, b, tile), r * load(operand_ + at(step, g, b, tile)));
+               store(update_ + at(g, b, tile), z);
+             });
+  }
+
+  void step_candidate(int64_t g, int64_t step, int64_t in_chunk) {
+    const int64_t t = rows_.time(g, step);
+    multiply(second_, gated_ + at(g, share_.batch.begin, 0), g,
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = share_.batch.begin + row;
+               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+               const V n = tanh<Real>(sums[0] + load(gx + 2 * W));
+               save(t, g, b, tile, 2, n);
+               finish(step, t, g, b, tile, load(update_ + at(g, b, tile)), n);
+             });
+  }
+
+  const Forward<Real>& f_;
+  const Problem<Real>& p_;
+  const Schedule<Real> rows_;
+  const GatePlan plan_;
+  const int gates_, slots_;
+  const int64_t tiles_, ld_, chunk_;
+  Real *state_, *operand_, *gated_, *update_, *gates_x_;
+  GatePanels<Real> first_{}, second_{}, input_{};
+  int64_t scratch_bytes_;
+  Share share_{};
+};
+
+template <class Real>
+int64_t forward_scratch_bytes(const Forward<Real>& f, int threads) {
+  return ForwardScan<Real>(f, threads, 0, nullptr).scratch_bytes();
+}
+
+template <class Real>
+void forward(const Forward<Real>& f, Team& team, int threads, int member, void* scratch) {
+  ForwardScan<Real>(f, threads, member, scratch).run(team, member);
+}
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

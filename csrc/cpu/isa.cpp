@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace gru_fast {
+
+namespace baseline {
+const Kernels& table();
+}
+#ifdef GRU_FAST_X86
+namespace avx2 {
+const Kernels& table();
+}
+namespace avx512 {
+const Kernels& table();
+}
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*usable)();
+  const Kernels& (*table)();
+};
+
+bool always() { return true; }
+#ifdef GRU_FAST_X86
+// GCC's cpu_supports also asks the operating system whether it saves the wide registers.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+constexpr Isa kIsas[] = {
+    {"baseline", always, baseline::table},
+#ifdef GRU_FAST_X86
+    {"avx2", has_avx2, avx2::table},
+    {"avx512", has_avx512, avx512::table},
+#endif
+};
+
+const Isa* find_usable(const std::string& name) {
+  for (const Isa& isa : kIsas) {
+    if (name == isa.name && isa.usable()) return &isa;
+  }
+  std::string usable;
+  for (const std::string& other : usable_isas()) usable += (usable.empty() ? "" : ", ") + other;
+  throw std::invalid_argument("instruction set: expected one that this CPU can run (" + usable +
+                              "), got '" + name + "'");
+}
+
+const Isa* choose() {
+  if (const char* name = std::getenv("GRU_FAST_CPU_ISA"); name != nullptr && *name != '\0') {
+    return find_usable(name);
+  }
+  const Isa* best = &kIsas[0];
+  for (const Isa& isa : kIsas) {
+    if (isa.usable()) best = &isa;
+  }
+  return best;
+}
+
+std::atomic<const Isa*> current{nullptr};
+
+const Isa& get() {
+  const Isa* isa = current.load(std::memory_order_acquire);
+  if (isa == nullptr) {
+    isa = choose();
+    current.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+}  // namespace
+
+std::vector<std::string> usable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.usable()) names.emplace_back(isa.name);
+  }
+  return names;
+}
+
+std::string current_isa() { return get().name; }
+void set_isa(const std::string& name) {
+  current.store(find_usable(name), std::memory_order_release);
+}
+const Kernels& kernels() { return get().table(); }
+
+}  // namespace gru_fast

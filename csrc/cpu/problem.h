@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a kernel is asked to do: sizes and pointers, free of torch and of the standard library.
+// Equations, semantics and their numbers: gru_fast/reference.py.
+#pragma once
+#include <cstdint>
+
+namespace gru_fast {
+
+enum class Cell : int { kResetAfter, kResetBefore, kNoReset };
+
+static constexpr int gate_count(Cell cell) { return cell == Cell::kNoReset ? 2 : 3; }
+static constexpr int slot_count(Cell cell) {
+  return cell == Cell::kResetAfter ? 4 : cell == Cell::kResetBefore ? 3 : 2;
+}
+
+// G independent recurrences over (T, B), none of T, B, G, H zero. All tensors are contiguous but x,
+// whose rows are.
+template <class Real>
+struct Problem {
+  int64_t T, B, G, I, H;
+  Cell cell;
+  const uint8_t* reverse;  // (G)
+  const Real* x;           // rows of I, or of the N*H projected gates when weight_ih is null
+  int64_t x_stride_t, x_stride_b, x_stride_g;
+  bool x_shared;              // one (T, B, I) for all groups
+  const Real* h0;             // (G, B, H)
+  const Real* weight_ih;      // (G, N*H, I) or null
+  const Real* weight_hh;      // (G, N*H, H)
+  const Real* bias_ih;        // (G, N*H) or null
+  const Real* bias_hh;        // (G, N*H) or null
+  const int64_t* lengths;     // (B) or null
+  const uint8_t* reset_mask;  // (T, B) or null
+  const Real* reset_state;    // (G, B, H) or null: reset to zero
+  const Real* h_scale;        // (B, G*H) or null
+};
+
+template <class Real>
+struct Forward {
+  Problem<Real> in;
+  Real* output;     // (T, B, G*H)
+  Real* h_n;        // (G, B, H)
+  Real* workspace;  // (T, B, G, S*H), or null: not saved
+};
+
+// A null gradient pointer means: not asked for.
+template <class Real>
+struct Backward {
+  Problem<Real> in;
+  const Real* output;          // (T, B, G*H)
+  const Real* workspace;       // (T, B, G, S*H), or null: rebuild the gates
+  const Real* grad_output;     // (T, B, G*H) or null
+  const Real* grad_h_n;        // (G, B, H) or null
+  const Real* grad_workspace;  // (T, B, G, S*H) or null
+  Real* grad_x;                // contiguous (T, B, [G,] I), zeroed where groups share x; or grad_gates_x
+  Real* grad_h0;               // (G, B, H)
+  Real* grad_weight_ih;        // (G, N*H, I)
+  Real* grad_weight_hh;        // (G, N*H, H)
+  Real* grad_bias_ih;          // (G, N*H)
+  Real* grad_bias_hh;          // (G, N*H)
+  Real* grad_reset_state;      // (G, B, H), zeroed
+  Real* grad_h_scale;          // (B, G*H), zeroed
+};
+
+class Team;
+
+// The kernels of one instruction set. `forward` and `backward` are called by every member of the team;
+// `threads` is the largest number of members there can be, and `scratch` has the bytes that
+// `*_scratch_bytes` asked for that number, aligned to 64.
+template <class Real>
+struct KernelTable {
+  int64_t (*forward_scratch_bytes)(const Forward<Real>&, int threads);
+  void (*forward)(const Forward<Real>&, Team&, int threads, int member, void* scratch);
+  int64_t (*backward_scratch_bytes)(const Backward<Real>&, int threads);
+  void (*backward)(const Backward<Real>&, Team&, int threads, int member, void* scratch);
+};
+
+struct Kernels {
+  KernelTable<float> f32;
+  KernelTable<double> f64;
+};
+
+}  // namespace gru_fast

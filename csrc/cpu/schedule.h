@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order of the steps, which rows are held or reset at a step, and who computes what.
+#pragma once
+#include "panels.h"
+#include "problem.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+// Equations (1) to (4) of reference.py: validity, resets and h_prev of a step.
+template <class Real>
+struct Schedule {
+  const Problem<Real>& p;
+
+  GRU_MEMBER int64_t time(int64_t g, int64_t step) const {
+    return p.reverse[g] ? p.T - 1 - step : step;
+  }
+  GRU_MEMBER int64_t length(int64_t b) const { return p.lengths ? p.lengths[b] : p.T; }
+  GRU_MEMBER bool held(int64_t t, int64_t b) const { return p.lengths && t >= p.lengths[b]; }
+  // A valid step before which the state is replaced.
+  GRU_MEMBER bool reset(int64_t g, int64_t t, int64_t b) const {
+    if (p.reset_mask == nullptr) return false;
+    if (!p.reverse[g]) return p.reset_mask[t * p.B + b] != 0 && t < length(b);
+    return t + 1 < length(b) && p.reset_mask[(t + 1) * p.B + b] != 0;
+  }
+  GRU_MEMBER const Real* reset_row(int64_t g, int64_t b) const {
+    return p.reset_state ? p.reset_state + (g * p.B + b) * p.H : nullptr;
+  }
+  // The state that a valid step starts from; null means zero.
+  GRU_MEMBER const Real* previous(const Real* output, int64_t g, int64_t t, int64_t b) const {
+    if (reset(g, t, b)) return reset_row(g, b);
+    const bool first = p.reverse[g] ? t + 1 == length(b) : t == 0;
+    if (first) return p.h0 + (g * p.B + b) * p.H;
+    const int64_t before = p.reverse[g] ? t + 1 : t - 1;
+    return output + ((before * p.B + b) * p.G + g) * p.H;
+  }
+  GRU_MEMBER const Real* input_row(int64_t g, int64_t t, int64_t b) const {
+    return p.x + t * p.x_stride_t + b * p.x_stride_b + g * p.x_stride_g;
+  }
+};
+
+template <class Real>
+GRU_INLINE Vec<Real> load_or_zero(const Real* p, int64_t offset, int n) {
+  return p ? load_n(p + offset, n) : Vec<Real>{};
+}
+
+struct Range {
+  int64_t begin, end;
+  GRU_MEMBER int64_t size() const { return end - begin; }
+};
+
+// Part `index` of `parts` of n items in multiples of `grain`.
+GRU_INLINE Range part_of(int64_t n, int64_t index, int64_t parts, int64_t grain = 1) {
+  const int64_t grains = (n + grain - 1) / grain;
+  const int64_t begin = grains * index / parts * grain;
+  const int64_t end = grains * (index + 1) / parts * grain;
+  return {begin < n ? begin : n, end < n ? end : n};
+}
+
+// One member's share of the recurrence. When hidden units are split, every member has to wait for
+// the others after each step.
+struct Share {
+  Range groups, batch, tiles;
+  bool waits;
+};
+
+// Cuts groups x batch x unit tiles into a grid of members: the cheapest grid, where a row costs its
+// products, few rows cost as much as kFewRows (they wait for the weights), and a barrier costs
+// kBarrierCost products of one tile with one k.
+GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t tiles, int64_t H) {
+  constexpr int64_t kFewRows = 3;
+  constexpr int64_t kBarrierCost = 400;
+  int best_groups = 1, best_batch = 1, best_tiles = 1;
+  int64_t best = -1;
+  for (int by_group = 1; by_group <= members && by_group <= G; ++by_group) {
+    for (int by_batch = 1; by_group * by_batch <= members && by_batch <= B; ++by_batch) {
+      int64_t by_tile = members / (by_group * by_batch);
+      by_tile = by_tile < tiles ? by_tile : tiles;
+      const int64_t rows = (B + by_batch - 1) / by_batch;
+      const int64_t cost = ((G + by_group - 1) / by_group) * (rows > kFewRows ? rows : kFewRows) *
+                               ((tiles + by_tile - 1) / by_tile) * H +
+                           (by_tile > 1 ? kBarrierCost : 0);
+      if (best < 0 || cost < best) {
+        best = cost;
+        best_groups = by_group;
+        best_batch = by_batch;
+        best_tiles = static_cast<int>(by_tile);
+      }
+    }
+  }
+  const int used = best_groups * best_batch * best_tiles;
+  if (member >= used) return {{0, 0}, {0, 0}, {0, 0}, best_tiles > 1};
+  return {part_of(G, member / (best_batch * best_tiles), best_groups),
+          part_of(B, member / best_tiles % best_batch, best_batch, B >= 8 * best_batch ? 4 : 1),
+          part_of(tiles, member % best_tiles, best_tiles), best_tiles > 1};
+}
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

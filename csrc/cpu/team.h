@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// The threads that work on one call together. A parallel region may run fewer parts at a time than it
+// was asked for (nested regions, OMP_DYNAMIC, one core, a task pool), so the team is whoever checked
+// in, and work is divided only after the doors are closed: no barrier ever waits for a missing thread.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+
+namespace gru_fast {
+
+class Team {
+ public:
+  explicit Team(int parts) : parts_(parts), arrived_(parts > 1 ? new Flag[parts] : nullptr) {}
+
+  // Called once by each thread of the region with the number of parts it was handed. Returns the
+  // member's number, or -1 to one that comes after closing time, which must return at once.
+  int join(int parts);
+
+  // The final number of members. Valid after join().
+  int size() const { return size_; }
+
+  // Returns once every member has called it. Spins briefly, then yields.
+  void barrier(int member);
+
+ private:
+  struct alignas(64) Flag {
+    std::atomic<uint32_t> phase{0};
+  };
+  const int parts_;
+  int size_ = 0;
+  std::atomic<uint64_t> door_{0};  // closed bit | members | parts
+  const std::unique_ptr<Flag[]> arrived_;
+  Flag released_;
+};
+
+}  // namespace gru_fast

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// The register-blocked product under every kernel, and the order-of-summation contract:
+// each output adds k = 0 ... K-1 in one fma chain within blocks of kSumBlock, and the blocks in order.
+// Rows per tile, tiles abreast, threads and time chunks change nothing of that, so they change no bit.
+#pragma once
+#include "vec.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+constexpr int64_t kSumBlock = 256;
+constexpr int kMaxTileVectors = 24;
+
+// Weights of a unit tile, packed for the product: [K][NV][lanes]; tiles lie one after the other.
+// out[(row * NT + tile) * NV + v] = sum_k a[row * row_stride + k * k_stride] * panel[tile][k][v]
+template <class Real, int ROWS, int NT, int NV>
+void product(const Real* a, int64_t row_stride, int64_t k_stride, const Real* panels, int64_t K,
+             Vec<Real>* out) {
+  constexpr int W = kLanes<Real>;
+  constexpr int N = NT * NV;
+  static_assert(ROWS * N <= kMaxTileVectors);
+  const int64_t panel_stride = K * NV * W;
+  int64_t k = 0;
+  bool first = true;
+  do {
+    const int64_t stop = K - k > kSumBlock ? k + kSumBlock : K;
+    Vec<Real> sum[ROWS][N] = {};
+    for (; k < stop; ++k) {
+      const Real* ak = a + k * k_stride;
+      const Real* pk = panels + k * (NV * W);
+      Vec<Real> weight[N];
+#pragma GCC unroll 12
+      for (int n = 0; n < N; ++n) weight[n] = load(pk + (n / NV) * panel_stride + (n % NV) * W);
+#pragma GCC unroll 8
+      for (int row = 0; row < ROWS; ++row) {
+        const Real value = ak[row * row_stride];
+#pragma GCC unroll 12
+        for (int n = 0; n < N; ++n) sum[row][n] += weight[n] * value;
+      }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 12
+      for (int n = 0; n < N; ++n) {
+        out[row * N + n] = first ? sum[row][n] : out[row * N + n] + sum[row][n];
+      }
+    }
+    first = false;
+  } while (k < K);
+}
+
+GRU_INLINE int rows_in_block(int64_t rows_left) {
+  if (kRowBlock == 8 && rows_left >= 8) return 8;
+  return rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1;
+}
+
+// Few rows need several tiles abreast to hide the latency of the fma chain.
+GRU_INLINE int tiles_abreast(int64_t rows, int vectors, int64_t tiles_left) {
+  const int room = (rows >= 4 ? 3 : rows >= 2 ? 6 : 12) / vectors;
+  const int want = room >= 8 ? 8 : room >= 4 ? 4 : room;
+  if (tiles_left >= want) return want;
+  return tiles_left >= 4 ? 4 : static_cast<int>(tiles_left);
+}
+
+template <class Real>
+using Product = void (*)(const Real*, int64_t, int64_t, const Real*, int64_t, Vec<Real>*);
+
+template <class Real, int ROWS>
+Product<Real> pick_product(int tiles, int vectors) {
+  if (vectors == 3) {
+    if constexpr (ROWS == 1) {
+      if (tiles == 4) return product<Real, ROWS, 4, 3>;
+      if (tiles == 3) return product<Real, ROWS, 3, 3>;
+    }
+    if constexpr (ROWS <= 2) {
+      if (tiles == 2) return product<Real, ROWS, 2, 3>;
+    }
+    return product<Real, ROWS, 1, 3>;
+  }
+  if (vectors == 2) {
+    if constexpr (ROWS == 1) {
+      if (tiles == 4) return product<Real, ROWS, 4, 2>;
+    }
+    if constexpr (ROWS <= 2) {
+      if (tiles == 3) return product<Real, ROWS, 3, 2>;
+      if (tiles == 2) return product<Real, ROWS, 2, 2>;
+    }
+    return product<Real, ROWS, 1, 2>;
+  }
+  if constexpr (ROWS == 1) {
+    if (tiles == 8) return product<Real, ROWS, 8, 1>;
+  }
+  if constexpr (ROWS <= 2) {
+    if (tiles == 4) return product<Real, ROWS, 4, 1>;
+  }
+  if (tiles == 3) return product<Real, ROWS, 3, 1>;
+  if (tiles == 2) return product<Real, ROWS, 2, 1>;
+  return product<Real, ROWS, 1, 1>;
+}
+
+template <class Real>
+Product<Real> pick_product(int rows, int tiles, int vectors) {
+  if constexpr (kRowBlock == 8) {
+    if (rows == 8) return pick_product<Real, 8>(tiles, vectors);
+  }
+  if (rows == 4) return pick_product<Real, 4>(tiles, vectors);
+  if (rows == 2) return pick_product<Real, 2>(tiles, vectors);
+  return pick_product<Real, 1>(tiles, vectors);
+}
+
+// The left operand: rows of `a`, where rows and k may have any stride.
+template <class Real>
+struct Operand {
+  const Real* a;
+  int64_t row_stride;
+  int64_t k_stride = 1;
+};
+
+// Multiplies `rows` rows by tiles [tile_begin, tile_end) of `vectors` vectors each.
+// panels(tile, count) gives the packed weights of `count` tiles; epilogue(row, tile, sums) gets the
+// `vectors` sums of one row and tile. Tiles are the outer loop: a panel is read once from afar.
+template <class Real, class Panels, class Epilogue>
+GRU_INLINE void sweep(Operand<Real> a, int64_t rows, int64_t K, int vectors, int64_t tile_begin,
+                      int64_t tile_end, Panels panels, Epilogue epilogue) {
+  if (rows <= 0) return;
+  Vec<Real> sums[kMaxTileVectors];
+  for (int64_t tile = tile_begin; tile < tile_end;) {
+    const int tiles = tiles_abreast(rows, vectors, tile_end - tile);
+    const Real* panel = panels(tile, tiles);
+    for (int64_t row = 0; row < rows;) {
+      const int block = rows_in_block(rows - row);
+      pick_product<Real>(block, tiles, vectors)(a.a + row * a.row_stride, a.row_stride, a.k_stride,
+                                                panel, K, sums);
+      for (int i = 0; i < block; ++i) {
+        for (int j = 0; j < tiles; ++j) {
+          epilogue(row + i, tile + j, sums + (i * tiles + j) * vectors);
+        }
+      }
+      row += block;
+    }
+    tile += tiles;
+  }
+}
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

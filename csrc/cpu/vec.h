@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+// One SIMD register of float or double, as wide as the flags of this translation unit allow.
+// Included by the kernels_*.cpp files only, each of which gives it a namespace of its own.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+#define GRU_INLINE static inline __attribute__((always_inline))
+#define GRU_MEMBER inline __attribute__((always_inline))
+#define GRU_MEMBER_LAMBDA __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+constexpr int kRowBlock = 8;  // 32 registers: 8 rows x 3 vectors of accumulators
+#elif defined(__AVX__)
+constexpr int kVecBytes = 32;
+constexpr int kRowBlock = 4;
+#else
+constexpr int kVecBytes = 16;
+constexpr int kRowBlock = 4;
+#endif
+
+template <class Real>
+struct VecType;
+template <>
+struct VecType<float> {
+  typedef float Reg __attribute__((vector_size(kVecBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct VecType<double> {
+  typedef double Reg __attribute__((vector_size(kVecBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(kVecBytes)));
+};
+template <class Real>
+using Vec = typename VecType<Real>::Reg;
+template <class Real>
+using VecBits = typename VecType<Real>::Bits;
+template <class Real>
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(Real));
+
+template <class Real>
+GRU_INLINE Vec<Real> load(const Real* p) {
+  return *reinterpret_cast<const typename VecType<Real>::Unaligned*>(p);
+}
+template <class Real>
+GRU_INLINE void store(Real* p, Vec<Real> v) {
+  *reinterpret_cast<typename VecType<Real>::Unaligned*>(p) = v;
+}
+template <class Real>
+GRU_INLINE Vec<Real> broadcast(Real value) {
+  return value - Vec<Real>{};
+}
+
+// The first n lanes; the others read as zero, and are left alone by store_n.
+template <class Real>
+GRU_INLINE Vec<Real> load_n(const Real* p, int n) {
+  if (__builtin_expect(n == kLanes<Real>, 1)) return load(p);
+  Vec<Real> v{};
+  std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(Real));
+  return v;
+}
+template <class Real>
+GRU_INLINE void store_n(Real* p, Vec<Real> v, int n) {
+  if (__builtin_expect(n == kLanes<Real>, 1)) {
+    store(p, v);
+  } else {
+    std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(Real));
+  }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define GRU_FAST_SHUFFLEVECTOR 1
+#endif
+#endif
+
+// Exchanges the off-diagonal blocks of size D of a pair of rows: one stage of a transpose.
+template <class Real, int D, size_t... L>
+GRU_INLINE void exchange(Vec<Real>& a, Vec<Real>& b, std::index_sequence<L...>) {
+  constexpr int W = kLanes<Real>;
+#ifdef GRU_FAST_SHUFFLEVECTOR
+  const Vec<Real> low = __builtin_shufflevector(a, b, ((L / D) % 2 == 0 ? L : W + L - D)...);
+  const Vec<Real> high = __builtin_shufflevector(a, b, ((L / D) % 2 == 0 ? L + D : W + L)...);
+#else
+  const VecBits<Real> low_mask = {((L / D) % 2 == 0 ? L : W + L - D)...};
+  const VecBits<Real> high_mask = {((L / D) % 2 == 0 ? L + D : W + L)...};
+  const Vec<Real> low = __builtin_shuffle(a, b, low_mask);
+  const Vec<Real> high = __builtin_shuffle(a, b, high_mask);
+#endif
+  a = low;
+  b = high;
+}
+
+template <class Real, int D>
+GRU_INLINE void transpose_stage(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = kLanes<Real>;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if ((i / D) % 2 == 0) exchange<Real, D>(rows[i], rows[i + D], std::make_index_sequence<W>{});
+  }
+  if constexpr (D > 1) transpose_stage<Real, D / 2>(rows);
+}
+
+// rows[i][j] <-> rows[j][i]
+template <class Real>
+GRU_INLINE void transpose(Vec<Real> (&rows)[kLanes<Real>]) {
+  transpose_stage<Real, kLanes<Real> / 2>(rows);
+}
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

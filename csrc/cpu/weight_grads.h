@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// From D of a chunk: the gradients of the input (D W_ih), of the weights (D^T x, D^T hs) and of the
+// biases (column sums). Rows are added in the order of the scan's chunks, whatever the threads.
+#pragma once
+#include "chunk.h"
+#include "team.h"
+#include "tile.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+template <class Real>
+class WeightGrads {
+ public:
+  static constexpr int W = kLanes<Real>;
+  using V = Vec<Real>;
+
+  WeightGrads(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
+              int member)
+      : f_(f),
+        p_(f.in),
+        c_(chunk),
+        input_tiles_(tiles_of<Real>(p_.I)),
+        input_slot_(p_.cell == Cell::kResetAfter ? 1 : 0),
+        unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock) {
+    const int64_t rows = c_.steps * p_.B;
+    auto take = [&](bool wanted, int64_t count) {
+      return wanted ? layout.template take<Real>(count) : nullptr;
+    };
+    input_panels_ = take(f.grad_x != nullptr && p_.weight_ih != nullptr,
+                         p_.G * input_tiles_ * c_.gates * c_.units * W);
+    x_ = take(f.grad_weight_ih != nullptr, input_tiles_ * rows * W);
+    state_ = take(f.grad_weight_hh != nullptr, c_.tiles * rows * W);
+    gated_ = take(f.grad_weight_hh != nullptr && p_.cell == Cell::kResetBefore,
+                  c_.tiles * rows * W);
+    block_ = layout.template take<Real>(threads * rows * kRowBlock) + member * rows * kRowBlock;
+  }
+
+  // Packs W_ih by columns, in the order of the input slots of D.
+  void pack(int members, int member) const {
+    if (input_panels_ == nullptr) return;
+    const Range part = part_of(p_.G * input_tiles_, member, members);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t g = i / input_tiles_, tile = i % input_tiles_;
+      for (int gate = 0; gate < c_.gates; ++gate) {
+        Real* to = input_panels_ + (i * c_.gates + gate) * c_.units * W;
+        pack_columns(p_.weight_ih + (g * c_.gates + gate) * p_.H * p_.I, p_.H, p_.I, tile, to);
+        fill_zero(to + p_.H * W, (c_.units - p_.H) * W);
+      }
+    }
+  }
+
+  // `first`: no chunk came before, so the sums start here.
+  void run(Team& team, int member, bool first) const {
+    for (int64_t g = 0; g < p_.G; ++g) {
+      const Range rows = part_of(c_.row_count(), member, team.size(), kRowBlock);
+      input_gradient(g, rows);
+      for (int64_t row = rows.begin; row < rows.end; ++row) pack_row(g, row);
+      team.barrier(member);
+      const Range tasks = part_of(c_.slots * unit_blocks_, member, team.size());
+      for (int64_t i = tasks.begin; i < tasks.end; ++i) {
+        weight_gradient(g, static_cast<int>(i / unit_blocks_), i % unit_blocks_, first);
+      }
+      team.barrier(member);
+    }
+  }
+
+ private:
+  void input_gradient(int64_t g, Range rows) const {
+    if (f_.grad_x == nullptr) return;
+    if (p_.weight_ih == nullptr) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        const int64_t b = row % p_.B, t = c_.rows.time(g, c_.begin + row / p_.B);
+        Real* to = f_.grad_x + ((t * p_.B + b) * p_.G + g) * c_.gates * p_.H;
+        for (int gate = 0; gate < c_.gates; ++gate) {
+          std::memcpy(to + gate * p_.H, c_.d(g, row) + (input_slot_ + gate) * c_.units,
+                      static_cast<size_t>(p_.H) * sizeof(Real));
+        }
+      }
+      return;
+    }
+    const int64_t K = c_.gates * c_.units;
+    const bool shared = p_.x_shared && p_.G > 1;
+    sweep<Real>(
+        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), K, 1, 0, input_tiles_,
+        [&](int64_t tile, int) { return input_panels_ + (g * input_tiles_ + tile) * K * W; },
+        [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+          const int64_t row = rows.begin + i;
+          const int64_t b = row % p_.B, t = c_.rows.time(g, c_.begin + row / p_.B);
+          const int64_t at = p_.x_shared ? t * p_.B + b : (t * p_.B + b) * p_.G + g;
+          const int lanes = lanes_of<Real>(tile, p_.I);
+          Real* to = f_.grad_x + at * p_.I + tile * W;
+          store_n(to, shared ? load_n(to, lanes) + sums[0] : sums[0], lanes);
+        });
+  }
+
+  // One row of x and of the state as right-hand operands: [tile][row][lanes].
+  void pack_row(int64_t g, int64_t row) const {
+    const int64_t rows = c_.row_count();
+    const int64_t step = c_.begin + row / p_.B, b = row % p_.B, t = c_.rows.time(g, step);
+    const bool held = c_.rows.held(t, b);
+    if (x_ != nullptr) {
+      const Real* from = c_.rows.input_row(g, t, b);
+      for (int64_t tile = 0; tile < input_tiles_; ++tile) {
+        store(x_ + (tile * rows + row) * W,
+              held ? V{} : load_n(from + tile * W, lanes_of<Real>(tile, p_.I)));
+      }
+    }
+    if (state_ == nullptr) return;
+    for (int64_t tile = 0; tile < c_.tiles; ++tile) {
+      const V hs = held ? V{} : c_.scaled_previous(g, t, b, tile);
+      store(state_ + (tile * rows + row) * W, hs);
+      if (gated_ == nullptr) continue;
+      const int lanes = lanes_of<Real>(tile, p_.H);
+      const V r = held ? V{} : load_n(c_.gate_row(g, step, t, b) + tile * W, lanes);
+      store(gated_ + (tile * rows + row) * W, r * hs);
+    }
+  }
+
+  // kRowBlock units of one slot: their weight rows and biases.
+  void weight_gradient(int64_t g, int slot, int64_t unit_block, bool first) const {
+    const int64_t rows = c_.row_count(), unit = unit_block * kRowBlock;
+    const int valid = p_.H - unit < kRowBlock ? static_cast<int>(p_.H - unit) : kRowBlock;
+    Real total[kRowBlock] = {};
+    for (int64_t row = 0; row < rows; ++row) {
+      const Real* from = c_.d(g, row) + slot * c_.units + unit;
+      Real* to = block_ + row * kRowBlock;
+      for (int i = 0; i < kRowBlock; ++i) {
+        to[i] = from[i];
+        total[i] += from[i];
+      }
+    }
+    const bool after = p_.cell == Cell::kResetAfter;
+    const bool input_side = !(after && slot == 0), hidden_side = !(after && slot == 3);
+    const int64_t first_row = (g * c_.gates + c_.gate_of(slot)) * p_.H + unit;
+    auto add = [&](Real* to, Real value) { *to = first ? value : *to + value; };
+    for (int i = 0; i < valid; ++i) {
+      if (input_side && f_.grad_bias_ih) add(f_.grad_bias_ih + first_row + i, total[i]);
+      if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, total[i]);
+    }
+    auto multiply = [&](const Real* panels, int64_t columns, Real* grad) {
+      sweep<Real>({block_, 1, kRowBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
+                  [&](int64_t tile, int) { return panels + tile * rows * W; },
+                  [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                    if (i >= valid) return;
+                    const int lanes = lanes_of<Real>(tile, columns);
+                    Real* to = grad + (first_row + i) * columns + tile * W;
+                    store_n(to, first ? sums[0] : load_n(to, lanes) + sums[0], lanes);
+                  });
+    };
+    if (input_side && x_ != nullptr) multiply(x_, p_.I, f_.grad_weight_ih);
+    if (hidden_side && state_ != nullptr) {
+      const bool gated = gated_ != nullptr && slot == 2;
+      multiply(gated ? gated_ : state_, p_.H, f_.grad_weight_hh);
+    }
+  }
+
+  const Backward<Real>& f_;
+  const Problem<Real>& p_;
+  const Chunk<Real>& c_;
+  const int64_t input_tiles_;
+  const int input_slot_;
+  const int64_t unit_blocks_;
+  Real *input_panels_, *x_, *state_, *gated_, *block_;
+};
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU implementation of the ops whose schemas stand in gru_fast/ops.py, through torch's stable
+// ABI: one binary serves every torch from the version it was built for.
+#include <algorithm>
+#include <tuple>
+
+#include "arguments.h"
+#include "cpu/arena.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/stats.h"
+#include "cpu/team.h"
+
+namespace gru_fast {
+namespace {
+
+using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
+using LayerGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using ScanGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class Real>
+const KernelTable<Real>& kernel_table() {
+  if constexpr (std::is_same_v<Real, double>) {
+    return kernels().f64;
+  } else {
+    return kernels().f32;
+  }
+}
+
+// Calls body(Real{}) with the type that computes for tensors of this dtype.
+template <class Body>
+auto with_compute_type(const char* name, const Tensor& tensor, Body body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return body(float{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
+// Runs body(team, member, scratch) on every member of a team of at most `threads`.
+template <class Body>
+void run_team(int threads, int64_t scratch_bytes, Body body) {
+  const Scratch scratch(static_cast<size_t>(scratch_bytes));
+  Team team(threads);
+  auto part = [&](int64_t begin, int64_t end) {
+    const int member = team.join(static_cast<int>(end - begin));
+    if (member >= 0) body(team, member, scratch.data());
+  };
+  if (threads == 1) {
+    part(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, part);
+  }
+  launches.fetch_add(1, std::memory_order_relaxed);
+}
+
+template <class Real>
+ForwardResult run_forward(const Arguments& a, bool recompute) {
+  Marshal<Real> m(a.x);
+  Forward<Real> f{};
+  f.in = read_problem(m, a);
+  const auto& [T, B, G, H] = std::tie(f.in.T, f.in.B, f.in.G, f.in.H);
+  const bool empty = T == 0 || B == 0 || G == 0 || H == 0;
+  Tensor output = m.make({T, B, G * H}, empty);
+  Tensor h_n = m.make({G, B, H}, empty);
+  Tensor workspace = recompute ? m.make({0}) : m.make({T, B, G, slot_count(a.cell) * H}, empty);
+  if (empty) {
+    torch::stable::copy_(h_n, a.h0);
+  } else {
+    f.output = output.mutable_data_ptr<Real>();
+    f.h_n = h_n.mutable_data_ptr<Real>();
+    f.workspace = recompute ? nullptr : workspace.mutable_data_ptr<Real>();
+    const int threads = threads_worth(f.in, 1, static_cast<int>(torch::stable::get_num_threads()));
+    const KernelTable<Real>& table = kernel_table<Real>();
+    run_team(threads, table.forward_scratch_bytes(f, threads),
+             [&](Team& team, int member, void* scratch) {
+               table.forward(f, team, threads, member, scratch);
+             });
+  }
+  return {m.give_back(output), m.give_back(h_n), m.give_back(workspace)};
+}
+
+struct BackwardArguments {
+  const MaybeTensor& grad_output;
+  const MaybeTensor& grad_h_n;
+  const MaybeTensor& grad_workspace;
+  const Tensor& output;
+  const Tensor& workspace;
+  bool recompute;
+  // Which of x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale want a gradient.
+  std::vector<bool> wanted;
+};
+
+template <class Real>
+LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
+  Marshal<Real> m(a.x);
+  Backward<Real> f{};
+  f.in = read_problem(m, a);
+  const Problem<Real>& p = f.in;
+  const int64_t slots = slot_count(a.cell) * p.H, rows = gate_count(a.cell) * p.H;
+  const bool empty = p.T == 0 || p.B == 0 || p.G == 0 || p.H == 0;
+  STD_TORCH_CHECK(!(b.recompute && b.grad_workspace.has_value()),
+                  "grad_workspace: expected none with recompute, which saves no workspace");
+  f.output = m.read("output", b.output, {p.T, p.B, p.G * p.H});
+  f.workspace =
+      b.recompute ? nullptr : m.read("workspace", b.workspace, {p.T, p.B, p.G, slots});
+  f.grad_output = m.read("grad_output", b.grad_output, {p.T, p.B, p.G * p.H});
+  f.grad_h_n = m.read("grad_h_n", b.grad_h_n, {p.G, p.B, p.H});
+  f.grad_workspace = m.read("grad_workspace", b.grad_workspace, {p.T, p.B, p.G, slots});
+
+  b.wanted[2] = b.wanted[2] && a.weight_ih != nullptr;
+  b.wanted[4] = b.wanted[4] && p.bias_ih != nullptr;
+  b.wanted[5] = b.wanted[5] && p.bias_hh != nullptr;
+  b.wanted[6] = b.wanted[6] && p.reset_state != nullptr;
+  b.wanted[7] = b.wanted[7] && p.h_scale != nullptr;
+  std::vector<Tensor> results;
+  results.reserve(8);
+  auto grad = [&](Real*& pointer, std::initializer_list<int64_t> shape, bool summed) {
+    const bool wanted = b.wanted[results.size()];
+    results.push_back(wanted ? m.make(shape, summed || empty) : m.make({0}));
+    pointer = wanted ? results.back().template mutable_data_ptr<Real>() : nullptr;
+  };
+  if (a.weight_ih == nullptr) {
+    grad(f.grad_x, {p.T, p.B, p.G, rows}, false);
+  } else if (p.x_shared) {
+    grad(f.grad_x, {p.T, p.B, p.I}, p.G > 1);
+  } else {
+    grad(f.grad_x, {p.T, p.B, p.G, p.I}, false);
+  }
+  grad(f.grad_h0, {p.G, p.B, p.H}, false);
+  grad(f.grad_weight_ih, {p.G, rows, p.I}, false);
+  grad(f.grad_weight_hh, {p.G, rows, p.H}, false);
+  grad(f.grad_bias_ih, {p.G, rows}, false);
+  grad(f.grad_bias_hh, {p.G, rows}, false);
+  grad(f.grad_reset_state, {p.G, p.B, p.H}, true);
+  grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
+
+  if (!empty) {
+    const int threads = threads_worth(p, 3, static_cast<int>(torch::stable::get_num_threads()));
+    const KernelTable<Real>& table = kernel_table<Real>();
+    run_team(threads, table.backward_scratch_bytes(f, threads),
+             [&](Team& team, int member, void* scratch) {
+               table.backward(f, team, threads, member, scratch);
+             });
+  } else if (b.wanted[1] && b.grad_h_n.has_value()) {
+    torch::stable::copy_(results[1], *b.grad_h_n);
+  }
+  for (Tensor& result : results) result = m.give_back(result);
+  return {results[0], results[1], results[2], results[3],
+          results[4], results[5], results[6], results[7]};
+}
+
+std::vector<uint8_t> bytes_of(const std::vector<bool>& flags) {
+  return {flags.begin(), flags.end()};
+}
+
+ForwardResult layer(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih,
+                    MaybeTensor bias_hh, MaybeTensor lengths, MaybeTensor reset_mask,
+                    MaybeTensor reset_state, MaybeTensor h_scale, std::string cell,
+                    std::vector<bool> reverse, bool recompute) {
+  const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,         bias_hh,
+                    lengths, reset_mask, reset_state, h_scale,   parse_cell(cell), bytes_of(reverse),
+                    "x"};
+  return with_compute_type("x", x, [&](auto real) {
+    return run_forward<decltype(real)>(a, recompute);
+  });
+}
+
+ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
+                   MaybeTensor lengths, MaybeTensor reset_mask, MaybeTensor reset_state,
+                   MaybeTensor h_scale, std::string cell, std::vector<bool> reverse,
+                   bool recompute) {
+  const Arguments a{gates_x,     h0,      nullptr,          weight_hh,         nullptr,
+                    bias_hh,     lengths, reset_mask,       reset_state,       h_scale,
+                    parse_cell(cell), bytes_of(reverse), "gates_x"};
+  return with_compute_type("gates_x", gates_x, [&](auto real) {
+    return run_forward<decltype(real)>(a, recompute);
+  });
+}
+
+void check_output_mask(const std::vector<bool>& output_mask, size_t expected) {
+  STD_TORCH_CHECK(output_mask.size() == expected, "output_mask: expected ", expected,
+                  " values, got ", output_mask.size());
+}
+
+LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_workspace,
+                          Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh,
+                          MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor lengths,
+                          MaybeTensor reset_mask, MaybeTensor reset_state, MaybeTensor h_scale,
+                          Tensor output, Tensor workspace, std::string cell,
+                          std::vector<bool> reverse, bool recompute,
+                          std::vector<bool> output_mask) {
+  check_output_mask(output_mask, 8);
+  const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,         bias_hh,
+                    lengths, reset_mask, reset_state, h_scale,   parse_cell(cell), bytes_of(reverse),
+                    "x"};
+  const BackwardArguments b{grad_output, grad_h_n,  grad_workspace, output,
+                            workspace,   recompute, output_mask};
+  return with_compute_type("x", x, [&](auto real) { return run_backward<decltype(real)>(a, b); });
+}
+
+ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_workspace,
+                        Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
+                        MaybeTensor lengths, MaybeTensor reset_mask, MaybeTensor reset_state,
+                        MaybeTensor h_scale, Tensor output, Tensor workspace, std::string cell,
+                        std::vector<bool> reverse, bool recompute, std::vector<bool> output_mask) {
+  check_output_mask(output_mask, 6);
+  const Arguments a{gates_x,     h0,      nullptr,          weight_hh,         nullptr,
+                    bias_hh,     lengths, reset_mask,       reset_state,       h_scale,
+                    parse_cell(cell), bytes_of(reverse), "gates_x"};
+  const auto& want = output_mask;
+  const BackwardArguments b{
+      grad_output, grad_h_n, grad_workspace, output, workspace, recompute,
+      {want[0], want[1], false, want[2], false, want[3], want[4], want[5]}};
+  auto grads = with_compute_type("gates_x", gates_x, [&](auto real) {
+    return run_backward<decltype(real)>(a, b);
+  });
+  return {std::get<0>(grads), std::get<1>(grads), std::get<3>(grads),
+          std::get<5>(grads), std::get<6>(grads), std::get<7>(grads)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gru_fast, CPU, m) {
+  m.impl("layer", TORCH_BOX(&layer));
+  m.impl("scan", TORCH_BOX(&scan));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward));
+  m.impl("scan_backward", TORCH_BOX(&scan_backward));
+}
+
+}  // namespace gru_fast
