@@ -16,7 +16,6 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p dist
 PATH="$(dirname "$python"):$PATH" "$python" -m auditwheel repair \
     --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir "$work/repaired" "$work"/*.whl
-"$python" -m auditwheel show "$work"/repaired/*.whl
 
 "$python" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet "${torch[@]}"
