@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Teams of fewer threads than parts, late comers and many barriers. Exits non-zero on a fault.
+#include "cpu/team.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+using gru_fast::Team;
+
+namespace {
+
+void expect(bool holds, const char* what) {
+  if (!holds) {
+    std::fprintf(stderr, "fault: %s\n", what);
+    std::exit(1);
+  }
+}
+
+// `callers` threads share `parts` parts. Every member adds in turn; a lost barrier shows in the sums.
+void run(int parts, int callers, int rounds) {
+  Team team(parts);
+  std::vector<int> counters(parts * 16, 0);
+  std::vector<int> members(callers, -2);
+  auto work = [&](int caller) {
+    const int mine = parts * (caller + 1) / callers - parts * caller / callers;
+    const int member = team.join(mine);
+    members[caller] = member;
+    if (member < 0) return;
+    for (int round = 1; round <= rounds; ++round) {
+      counters[member * 16] = round;
+      team.barrier(member);
+      for (int other = 0; other < team.size(); ++other) {
+        expect(counters[other * 16] == round, "a member ran ahead of the barrier");
+      }
+      team.barrier(member);
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int caller = 1; caller < callers; ++caller) threads.emplace_back(work, caller);
+  work(0);
+  for (std::thread& thread : threads) thread.join();
+  int joined = 0;
+  for (int member : members) joined += member >= 0;
+  expect(joined == team.size(), "the team's size is not the number that checked in");
+  expect(joined >= 1, "nobody checked in");
+}
+
+// A pool that runs the parts one after the other: the first caller closes the doors and does it all.
+void one_after_the_other() {
+  Team team(4);
+  expect(team.join(1) == 0 && team.size() == 1, "the first caller did not become the team");
+  team.barrier(0);
+  for (int late = 0; late < 3; ++late) expect(team.join(1) == -1, "a late comer was let in");
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 50; ++round) {
+    run(2, 2, 50);
+    run(4, 2, 50);
+    run(4, 1, 50);
+    run(3, 3, 20);
+    run(7, 6, 10);
+  }
+  one_after_the_other();
+  std::puts("ok");
+}

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the C++ kernels promise beyond parity: the order of summation, instruction sets, threads."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CELLS, Case, LayerInputs, layer_inputs
+from helpers import assert_parity
+from torch import Tensor
+
+from gru_fast import ops, reference
+
+_C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(params=_C.cpu_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def poisoned_scratch() -> Iterator[None]:
+    _C.set_scratch_poison(True)
+    yield
+    _C.set_scratch_poison(False)
+
+
+@pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def forward(inputs: LayerInputs, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
+    return ops.layer(*inputs.arguments(**changes))
+
+
+def backward(
+    inputs: LayerInputs, output: Tensor, workspace: Tensor, **changes: object
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(output.dtype)
+
+    arguments = inputs.arguments(**changes)
+    return ops.layer_backward(
+        normal(output.shape), normal(inputs.h0.shape), None,
+        *arguments[:10], output, workspace, *arguments[10:], [True] * 8,
+    )  # fmt: skip
+
+
+def rows_of(inputs: LayerInputs, rows: slice) -> LayerInputs:
+    """The same problem for some rows of the batch."""
+
+    def cut(tensor: Tensor | None, dim: int) -> Tensor | None:
+        return None if tensor is None else tensor[(slice(None),) * dim + (rows,)]
+
+    return replace(
+        inputs,
+        x=cut(inputs.x, 1),
+        h0=cut(inputs.h0, 1),
+        lengths=cut(inputs.lengths, 0),
+        reset_mask=cut(inputs.reset_mask, 1),
+        reset_state=cut(inputs.reset_state, 1),
+        h_scale=cut(inputs.h_scale, 0),
+    )
+
+
+def assert_same_bits(name: str, a: Tensor, b: Tensor) -> None:
+    assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} elements differ"
+
+
+# Longer than a block of the sum, so that blocks are under test too.
+WIDE = {"I": 300, "H": 270}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+class TestOrderOfSummation:
+    """Batch, time chunks and threads never change a bit."""
+
+    @pytest.mark.parametrize("features", ("plain", "everything"))
+    @pytest.mark.parametrize("size", ({"I": 5, "H": 19}, WIDE), ids=("narrow", "wide"))
+    def test_batch_slices(
+        self, isa: str, cell: str, features: str, size: dict[str, int], dtype: torch.dtype
+    ) -> None:
+        inputs = layer_inputs(Case(cell, features, (False, True), T=3, B=19, **size), dtype)
+        output, h_n, workspace = forward(inputs)
+        for begin, end in ((0, 1), (1, 3), (3, 7), (7, 15), (15, 19)):
+            part = rows_of(inputs, slice(begin, end))
+            some, some_h_n, some_workspace = forward(part)
+            assert_same_bits("output", some, output[:, begin:end])
+            assert_same_bits("h_n", some_h_n, h_n[:, begin:end])
+            assert_same_bits("workspace", some_workspace, workspace[:, begin:end])
+
+    def test_time_chunks(self, isa: str, cell: str, dtype: torch.dtype) -> None:
+        inputs = layer_inputs(Case(cell, T=7, B=3, **WIDE), dtype)
+        output, h_n, _ = forward(inputs)
+        for chunks in ((1,) * 7, (2, 1, 4)):
+            state, begin = inputs.h0, 0
+            for length in chunks:
+                x = inputs.x[begin : begin + length]
+                some, state, _ = forward(inputs, x=x, h0=state)
+                assert_same_bits("output", some, output[begin : begin + length])
+                begin += length
+            assert_same_bits("h_n", state, h_n)
+
+    @pytest.mark.parametrize("B", (1, 3, 40))
+    def test_threads(self, isa: str, cell: str, dtype: torch.dtype, B: int) -> None:
+        inputs = layer_inputs(Case(cell, reverse=(False, True), T=12, B=B, **WIDE), dtype)
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                output, h_n, workspace = forward(inputs)
+                results.append((output, h_n, workspace, *backward(inputs, output, workspace)))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+                assert_same_bits(f"result {i}", a, b)
+
+    def test_gradients_of_batch_slices(self, isa: str, cell: str, dtype: torch.dtype) -> None:
+        inputs = layer_inputs(Case(cell, T=40, B=9, I=6, H=21), dtype)
+        output, _, workspace = forward(inputs)
+        ones = torch.ones_like(output)
+
+        def grads(some: LayerInputs, output: Tensor, workspace: Tensor) -> tuple[Tensor, Tensor]:
+            mask = [True, True] + [False] * 6
+            arguments = some.arguments()
+            both = ops.layer_backward(
+                torch.ones_like(output), None, None,
+                *arguments[:10], output, workspace, *arguments[10:], mask,
+            )  # fmt: skip
+            return both[0], both[1]
+
+        grad_x, grad_h0 = grads(inputs, output, workspace)
+        assert grad_x.shape == inputs.x.shape and ones.shape == output.shape
+        for rows in (slice(0, 1), slice(1, 9)):
+            some_x, some_h0 = grads(rows_of(inputs, rows), output[:, rows], workspace[:, rows])
+            assert_same_bits("grad_x", some_x, grad_x[:, rows])
+            assert_same_bits("grad_h0", some_h0, grad_h0[:, rows])
+
+    @pytest.mark.parametrize("features", ("plain", "everything"))
+    def test_recompute(self, isa: str, cell: str, features: str, dtype: torch.dtype) -> None:
+        inputs = layer_inputs(Case(cell, features, (False, True), T=70, B=5, I=6, H=21), dtype)
+        output, _, workspace = forward(inputs)
+        saved = backward(inputs, output, workspace)
+        rebuilt = backward(inputs, output, workspace.new_empty(0), recompute=True)
+        for i, (a, b) in enumerate(zip(saved, rebuilt, strict=True)):
+            assert_same_bits(f"gradient {i}", a, b)
+
+
+@pytest.mark.parametrize("features", ("plain", "everything"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_instruction_set(
+    isa: str, cell: str, features: str, threads: int, poisoned_memory: None, poisoned_scratch: None
+) -> None:
+    for H, B, T in ((1, 40, 30), (7, 3, 50), (33, 18, 4), (65, 2, 9)):
+        exact = layer_inputs(Case(cell, features, (False, True), T=T, B=B, I=11, H=H))
+        single = exact.to(torch.float32)
+        truth = reference.layer(*exact.arguments())
+        theirs = reference.layer(*single.arguments())
+        ours = forward(single)
+        for i, name in enumerate(("output", "h_n", "workspace")):
+            assert_parity(name, ours[i], theirs[i], truth[i])
+        for i, (a, b) in enumerate(
+            zip(
+                backward(single, theirs[0], theirs[2]),
+                backward(exact, truth[0], truth[2]),
+                strict=True,
+            )
+        ):
+            if b.numel() == 0:
+                continue
+            scale = float(b.abs().max())
+            assert float((a - b).abs().max()) <= 1e-5 * scale, f"gradient {i}"
+
+
+def test_chosen_by_environment() -> None:
+    env = {**os.environ, "GRU_FAST_CPU_ISA": "baseline"}
+    run = subprocess.run(
+        [sys.executable, "-c", "from gru_fast import _C; print(_C.cpu_isa())"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "baseline"
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match=r"expected one .*baseline.* got 'mmx'"):
+        _C.set_cpu_isa("mmx")
+
+
+def test_fast_path_fires() -> None:
+    gru = __import__("gru_fast").GRU(4, 5, num_layers=2, bidirectional=True)
+    x = torch.randn(3, 2, 4)
+    before = _C.launches()
+    output, _ = gru(x)
+    assert _C.launches() == before + 2
+    output.sum().backward()
+    assert _C.launches() == before + 4
+
+
+FEWER_THREADS = """
+import torch
+from cases import Case, layer_inputs
+from gru_fast import ops
+torch.set_num_threads({asked})
+for B in (1, 40):
+    inputs = layer_inputs(Case(T=50, B=B, I=64, H=256), torch.float32)
+    for _ in range(20):
+        output, h_n, workspace = ops.layer(*inputs.arguments())
+    print(output.double().sum().item().hex(), h_n.double().sum().item().hex())
+"""
+
+
+def test_fewer_threads_than_asked() -> None:
+    """The team is whoever checked in: OMP_DYNAMIC, a thread limit and one core give fewer."""
+    tests = os.path.dirname(__file__)
+    outcomes = set()
+    for asked, env, prefix in (
+        (1, {}, []),
+        (2, {}, []),
+        (8, {"OMP_DYNAMIC": "true"}, []),
+        (4, {"OMP_THREAD_LIMIT": "2"}, []),
+        (2, {}, ["taskset", "-c", "0"]),
+    ):
+        run = subprocess.run(
+            [*prefix, sys.executable, "-c", FEWER_THREADS.format(asked=asked)],
+            env={**os.environ, "PYTHONPATH": tests, **env},
+            capture_output=True, text=True, timeout=120, check=True,
+        )  # fmt: skip
+        outcomes.add(run.stdout)
+    assert len(outcomes) == 1
+
+
+def test_concurrent_callers() -> None:
+    """Python threads that call at the same time get what each gets alone."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = [layer_inputs(Case(T=20, B=2, I=64, H=200), torch.float32, draw=i) for i in range(4)]
+    alone = [forward(i)[0] for i in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            together = list(pool.map(lambda i: forward(i)[0], inputs))
+            for a, b in zip(alone, together, strict=True):
+                assert_same_bits("output", a, b)
+
+
+def test_strided_input_is_read_in_place() -> None:
+    inputs = layer_inputs(Case(T=6, B=5, I=4, H=9), torch.float32)
+    batch_first = inputs.x.transpose(0, 1).contiguous().transpose(0, 1)
+    wider = torch.zeros(6, 5, 10)
+    wider[:, :, 3:7] = inputs.x
+    for x in (batch_first, wider[:, :, 3:7], inputs.x.flip(2).flip(2)):
+        assert_same_bits("output", forward(inputs, x=x)[0], forward(inputs)[0])
+
+
+def test_team(tmp_path: Path) -> None:
+    """Compiles and runs the unit test of csrc/cpu/team.h."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    csrc = Path(__file__).parent.parent / "csrc"
+    sources = [Path(__file__).parent / "cpp" / "team_test.cpp", csrc / "cpu" / "team.cpp"]
+    program = tmp_path / "team_test"
+    subprocess.run(
+        [compiler, "-std=c++20", "-O1", "-pthread", f"-I{csrc}", *sources, "-o", program],
+        check=True,
+    )
+    run = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr
