@@ -354,6 +354,11 @@ class GRUCell(nn.RNNCellBase):
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
-        return functional.gru_cell(
-            input, hx, *self._flat_weights, cell=self.cell, backend=self.backend
-        )
+        weights = self._flat_weights
+        dtype = weights[0].dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            # torch.nn.GRUCell's type of exception; torch.nn.GRU raises a ValueError.
+            raise RuntimeError(
+                f"input: expected the dtype of the weights, {dtype}, got {input.dtype}"
+            )
+        return functional.gru_cell(input, hx, *weights, cell=self.cell, backend=self.backend)
