@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from gru_fast import ops
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # torch's own forward-mode rules are scripted when they are first imported.
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script:DeprecationWarning")
+    if not ops.HAS_CPU_KERNELS:
+        message = "gru_fast has no compiled CPU kernels"
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:RuntimeWarning")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every new tensor that is not initialised holds NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    yield
+    deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """No compiled code before or after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators: their schema, their numbers, and what PyTorch asks of them."""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import CELLS, FEATURES, Case, LayerInputs, layer_inputs
+from gru_fast import ops, reference
+from helpers import assert_parity
+
+SCHEMAS = {
+    "layer": "gru_fast::layer(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, "
+    "Tensor? bias_ih, Tensor? bias_hh, Tensor? lengths, Tensor? reset_mask, Tensor? reset_state, "
+    "Tensor? h_scale, str cell, bool[] reverse, bool recompute) -> "
+    "(Tensor output, Tensor h_n, Tensor workspace)",
+    "scan": "gru_fast::scan(Tensor gates_x, Tensor h0, Tensor weight_hh, Tensor? bias_hh, "
+    "Tensor? lengths, Tensor? reset_mask, Tensor? reset_state, Tensor? h_scale, str cell, "
+    "bool[] reverse, bool recompute) -> (Tensor output, Tensor h_n, Tensor workspace)",
+    "layer_backward": "gru_fast::layer_backward(Tensor? grad_output, Tensor? grad_h_n, "
+    "Tensor? grad_workspace, Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, "
+    "Tensor? bias_ih, Tensor? bias_hh, Tensor? lengths, Tensor? reset_mask, Tensor? reset_state, "
+    "Tensor? h_scale, Tensor output, Tensor workspace, str cell, bool[] reverse, bool recompute, "
+    "bool[] output_mask) -> (Tensor grad_x, Tensor grad_h0, Tensor grad_weight_ih, "
+    "Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, Tensor grad_reset_state, "
+    "Tensor grad_h_scale)",
+    "scan_backward": "gru_fast::scan_backward(Tensor? grad_output, Tensor? grad_h_n, "
+    "Tensor? grad_workspace, Tensor gates_x, Tensor h0, Tensor weight_hh, Tensor? bias_hh, "
+    "Tensor? lengths, Tensor? reset_mask, Tensor? reset_state, Tensor? h_scale, Tensor output, "
+    "Tensor workspace, str cell, bool[] reverse, bool recompute, bool[] output_mask) -> "
+    "(Tensor grad_gates_x, Tensor grad_h0, Tensor grad_weight_hh, Tensor grad_bias_hh, "
+    "Tensor grad_reset_state, Tensor grad_h_scale)",
+}
+
+# Every H of the list and every B of the list, in pairs that are not multiples of each other.
+SIZES = (
+    (1, 17), (3, 1), (7, 2), (16, 9), (17, 5), (33, 8), (64, 3), (65, 17), (17, 1), (33, 2),
+)  # fmt: skip
+DIRECTIONS = ((False,), (True,), (False, True), (True, False, False))
+
+DRAWS = 6
+
+poisoned = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name: str) -> None:
+    """The schema never changes: exported programs and saved graphs hold it."""
+    assert str(getattr(torch.ops.gru_fast, name).default._schema) == SCHEMAS[name]
+
+
+def scan_arguments(inputs: LayerInputs, **changes: Any) -> list[Any]:
+    """The same call for `gru_fast::scan`, projected in float64 so that all dtypes agree."""
+    i = inputs.to(torch.float64)
+    with torch.no_grad():
+        gates_x = reference.project(i.x, i.weight_ih, i.bias_ih)
+    x = inputs.x
+    gates_x = gates_x.to(torch.float32).to(x.dtype).requires_grad_(x.requires_grad)
+    rest = inputs.arguments(**changes)
+    return [gates_x, rest[1], rest[3], *rest[5:]]
+
+
+def run(op: Any, arguments: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
+    """output, h_n and the gradient of every differentiable argument."""
+    outputs = op(*arguments)[:2]
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    gradients = torch.autograd.grad(outputs, leaves, [g.to(outputs[0].dtype) for g in grads])
+    return [*outputs, *gradients]
+
+
+def labels(arguments: Sequence[Any], op: Any) -> list[str]:
+    names = [a.name for a in op._schema.arguments]
+    live = (isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    return ["output", "h_n", *[n for n, keep in zip(names, live, strict=True) if keep]]
+
+
+def check_parity(
+    case: Case, dtype: torch.dtype, name: str = "layer", modes: Sequence[bool] = (False, True)
+) -> None:
+    """Parity of outputs and gradients, saved and recomputed.
+
+    The largest error of a few numbers is a matter of luck, so both sides have several draws.
+    """
+    op, specification = getattr(ops, name), getattr(reference, name)
+    make = LayerInputs.arguments if name == "layer" else scan_arguments
+    G = len(case.reverse)
+    ours: dict[bool, list[list[Tensor]]] = {mode: [] for mode in modes}
+    theirs, truth = [], []
+    for draw in range(1 if dtype == torch.float64 else DRAWS):
+        inputs = layer_inputs(case, dtype, grad=True, draw=draw)
+        grads = [torch.randn(case.T, case.B, G * case.H), torch.randn(G, case.B, case.H)]
+        grads = [g.to(dtype) for g in grads]
+        theirs.append(run(specification, make(inputs), grads))
+        truth.append(run(specification, make(inputs.to(torch.float64)), grads))
+        for mode in modes:
+            ours[mode].append(run(op, make(inputs, recompute=mode), grads))
+    for mode in modes:
+        for k, what in enumerate(labels(make(inputs), op)):
+            a, b, c = (torch.stack([d[k] for d in draws]) for draws in (ours[mode], theirs, truth))
+            assert_parity(f"{name} {what}{' recomputed' if mode else ''}", a, b, c)
+
+
+PARITY = [
+    Case(cell, features, DIRECTIONS[(k + j) % 4], T=5, B=B, I=3 + 2 * (j % 4), H=H)
+    for k, (cell, features) in enumerate(product(CELLS, FEATURES))
+    for j, (H, B) in enumerate(SIZES)
+]
+
+
+@poisoned
+@pytest.mark.parametrize("case", PARITY, ids=str)
+def test_parity_float32(case: Case) -> None:
+    check_parity(case, torch.float32)
+
+
+@poisoned
+@pytest.mark.parametrize("case", PARITY[::2], ids=str)
+def test_parity_float64(case: Case) -> None:
+    check_parity(case, torch.float64)
+
+
+@poisoned
+@pytest.mark.parametrize("case", PARITY[::3], ids=str)
+def test_parity_of_scan(case: Case) -> None:
+    check_parity(case, torch.float32, "scan")
+    check_parity(case, torch.float64, "scan")
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", PARITY[::7], ids=str)
+def test_parity_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+    check_parity(case, dtype)
+
+
+MORE = [
+    Case(cell, "everything", (False, True), T=6, B=5, I=4, H=9, bias=bias, shared_x=shared)
+    for cell, bias, shared in product(CELLS, (True, False), (True, False))
+] + [
+    Case(cell, features, reverse, T=1, B=B, I=1, H=H)
+    for cell in CELLS
+    for features, reverse, B, H in (
+        ("plain", (False,), 1, 24), ("everything", (True,), 2, 5), ("lengths", (False,), 4, 16)
+    )
+] + [Case(cell, "everything", (False, True), T=150, B=4, I=3, H=20) for cell in CELLS]  # fmt: skip
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", MORE, ids=str)
+def test_parity_bias_groups_one_step_and_long(case: Case, dtype: torch.dtype) -> None:
+    check_parity(case, dtype)
+
+
+@poisoned
+@pytest.mark.parametrize("cell", CELLS)
+def test_workspace(cell: str) -> None:
+    inputs = layer_inputs(Case(cell, "everything", (True, False)))
+    for name, arguments in (("layer", inputs.arguments()), ("scan", scan_arguments(inputs))):
+        ours = getattr(ops, name)(*arguments)[2]
+        truth = getattr(reference, name)(*arguments)[2]
+        assert_parity("workspace", ours, truth, truth)
+
+
+def backward_arguments(
+    name: str, inputs: LayerInputs, workspace_grad: bool = False, **changes: Any
+) -> list[Any]:
+    make = LayerInputs.arguments if name == "layer" else scan_arguments
+    arguments = make(inputs, **changes)
+    with torch.no_grad():
+        output, h_n, workspace = getattr(reference, name)(*arguments)
+    grads = [torch.randn_like(output), torch.randn_like(h_n), None]
+    if workspace_grad:
+        grads[2] = torch.randn_like(workspace)
+    for t in (*grads, output, workspace):
+        if t is not None:
+            t.requires_grad_(inputs.x.requires_grad)
+    tensors, modes = arguments[:-3], arguments[-3:]
+    mask = [True] * (8 if name == "layer" else 6)
+    return [*grads, *tensors, output, workspace, *modes, mask]
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["layer", "scan"])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_with_a_workspace_gradient(
+    cell: str, features: str, name: str, dtype: torch.dtype
+) -> None:
+    inputs = layer_inputs(Case(cell, features, (False, True), B=5, H=17))
+    exact = backward_arguments(name, inputs, workspace_grad=True)
+    exact = [a.float().double() if isinstance(a, Tensor) and a.is_floating_point() else a
+             for a in exact]  # fmt: skip
+    given = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in exact]
+    specification = getattr(reference, f"{name}_backward")
+    op = getattr(ops, f"{name}_backward")
+    for k, (a, b, c) in enumerate(
+        zip(op(*given), specification(*given), specification(*exact), strict=True)
+    ):
+        assert_parity(op._schema.returns[k].name, a, b, c)
+
+
+@poisoned
+@pytest.mark.parametrize("name", ["layer", "scan"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_output_mask_and_missing_gradients(cell: str, name: str) -> None:
+    inputs = layer_inputs(Case(cell, "everything", (True, False)))
+    arguments = backward_arguments(name, inputs)
+    op = getattr(ops, f"{name}_backward")
+    everything = op(*arguments)
+    for k in range(len(everything)):
+        mask = [j == k for j in range(len(everything))]
+        for j, gradient in enumerate(op(*arguments[:-1], mask)):
+            if j == k:
+                torch.testing.assert_close(gradient, everything[k], rtol=1e-12, atol=1e-13)
+            else:
+                assert gradient.shape == (0,)
+    zero = [torch.zeros_like(a) for a in arguments[:2]]
+    for k in range(2):
+        absent = [None if j == k else arguments[j] for j in range(2)]
+        zeroed = [zero[j] if j == k else arguments[j] for j in range(2)]
+        for a, b in zip(op(*absent, *arguments[2:]), op(*zeroed, *arguments[2:]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+CONFIGURATIONS = [
+    Case(cell, features, reverse, T=3, B=2, I=2, H=3, bias=bias)
+    for cell, features, reverse, bias in (
+        ("reset_after", "plain", (False,), True),
+        ("reset_after", "everything", (False, True), True),
+        ("reset_before", "lengths", (True,), False),
+        ("no_reset", "resets", (False, False), True),
+    )
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("case", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("name", ["layer", "scan"])
+def test_opcheck(name: str, case: Case, recompute: bool) -> None:
+    inputs = layer_inputs(case, torch.float32, grad=True)
+    make = LayerInputs.arguments if name == "layer" else scan_arguments
+    torch.library.opcheck(getattr(ops, name), make(inputs, recompute=recompute))
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("case", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("name", ["layer", "scan"])
+def test_opcheck_backward(name: str, case: Case, recompute: bool) -> None:
+    inputs = layer_inputs(case, torch.float32)
+    arguments = backward_arguments(name, inputs, not recompute, recompute=recompute)
+    torch.library.opcheck(getattr(ops, f"{name}_backward"), arguments)
+
+
+def differentiable_call(name: str, inputs: LayerInputs, recompute: bool) -> tuple[Any, Any]:
+    make = LayerInputs.arguments if name == "layer" else scan_arguments
+    arguments = make(inputs, recompute=recompute)
+    where = [k for k, a in enumerate(arguments) if isinstance(a, Tensor) and a.requires_grad]
+
+    def call(*values: Tensor) -> tuple[Tensor, Tensor]:
+        given = list(arguments)
+        for k, v in zip(where, values, strict=True):
+            given[k] = v
+        return getattr(ops, name)(*given)[:2]
+
+    return call, tuple(arguments[k] for k in where)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("features", ["plain", "everything"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", ["layer", "scan"])
+def test_gradcheck_and_gradgradcheck(name: str, cell: str, features: str, recompute: bool) -> None:
+    reverse = (False, True) if features == "everything" else (False,)
+    inputs = layer_inputs(Case(cell, features, reverse, T=3, B=2, I=2, H=2), grad=True)
+    call, values = differentiable_call(name, inputs, recompute)
+    assert torch.autograd.gradcheck(call, values)
+    assert torch.autograd.gradgradcheck(call, values)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_third_order(cell: str, recompute: bool) -> None:
+    inputs = layer_inputs(Case(cell, "everything", T=3, B=2, I=2, H=2), grad=True)
+    call, values = differentiable_call("layer", inputs, recompute)
+
+    def third(function: Any) -> Sequence[Tensor]:
+        total = sum(v.square().sum() for v in function(*values))
+        for _ in range(2):
+            grads = torch.autograd.grad(total, values, create_graph=True)
+            total = sum(g.sin().sum() for g in grads)
+        return torch.autograd.grad(total, values)
+
+    def specification(*given: Tensor) -> tuple[Tensor, ...]:
+        return reference.layer(*inputs.arguments(**dict(zip(inputs.leaves(), given, strict=True))))[
+            :2
+        ]
+
+    for ours, truth in zip(third(call), third(specification), strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", PARITY[::9], ids=str)
+def test_recompute_agrees_with_saved(case: Case, dtype: torch.dtype) -> None:
+    inputs = layer_inputs(case, dtype, grad=True)
+    grads = [torch.randn(case.T, case.B, inputs.h0.shape[0] * case.H), torch.randn_like(inputs.h0)]
+    saved = run(ops.layer, inputs.arguments(), grads)
+    rebuilt = run(ops.layer, inputs.arguments(recompute=True), grads)
+    assert torch.equal(saved[0], rebuilt[0])
+    assert torch.equal(saved[1], rebuilt[1])
+    tolerance = 100 * torch.finfo(dtype).eps
+    for a, b in zip(saved[2:], rebuilt[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+
+
+@poisoned
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("sizes", [(0, 3), (4, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_steps_or_no_rows(
+    cell: str, sizes: tuple[int, int], features: str, recompute: bool
+) -> None:
+    T, B = sizes
+    inputs = layer_inputs(Case(cell, features, (True, False), T=T, B=B), grad=True)
+    output, h_n, _ = ops.layer(*inputs.arguments(recompute=recompute))
+    assert output.shape == (T, B, 14) and h_n.shape == (2, B, 7)
+    assert torch.equal(h_n, inputs.h0)
+    leaves = inputs.leaves()
+    grads = torch.autograd.grad(
+        (output, h_n), list(leaves.values()), [output, torch.ones_like(h_n)]
+    )
+    for (name, leaf), grad in zip(leaves.items(), grads, strict=True):
+        assert torch.equal(grad, torch.full_like(leaf, 1.0 if name == "h0" else 0.0)), name
+
+
+@poisoned
+def test_rows_of_length_zero_keep_their_state() -> None:
+    inputs = layer_inputs(Case(features="lengths", reverse=(False, True)), grad=True)
+    inputs.lengths = torch.zeros(3, dtype=torch.int32)
+    output, h_n, workspace = ops.layer(*inputs.arguments())
+    assert torch.equal(h_n, inputs.h0) and not output.any() and not workspace.any()
+    grads = torch.autograd.grad(h_n.sum(), [inputs.x, inputs.h0, inputs.weight_hh])
+    assert not grads[0].any() and bool((grads[1] == 1).all()) and not grads[2].any()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("reverse", DIRECTIONS[:3], ids=str)
+def test_padding_is_never_used(cell: str, reverse: tuple[bool, ...]) -> None:
+    """NaN in the padding of x stays out of every output and every gradient."""
+    inputs = layer_inputs(Case(cell, "everything", reverse), grad=True)
+    assert inputs.lengths is not None
+    grads = [torch.randn(4, 3, 7 * len(reverse)), torch.randn(len(reverse), 3, 7)]
+    padding = (torch.arange(4)[:, None] >= inputs.lengths)[..., None]
+    garbage = torch.where(padding, torch.nan, inputs.x.detach()).requires_grad_()
+    for recompute in (False, True):
+        clean = run(ops.layer, inputs.arguments(recompute=recompute), grads)
+        dirty = run(ops.layer, inputs.arguments(x=garbage, recompute=recompute), grads)
+        for a, b in zip(dirty, clean, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_outputs_share_no_memory() -> None:
+    for T in (0, 1, 3):
+        inputs = layer_inputs(Case(T=T, B=2))
+        tensors = [*ops.layer(*inputs.arguments()), *inputs.leaves().values()]
+        places = [t.untyped_storage().data_ptr() for t in tensors if t.numel()]
+        assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("name", ["layer", "scan"])
+def test_backward_leaves_its_inputs_alone(name: str) -> None:
+    inputs = layer_inputs(Case(features="everything", reverse=(False, True)))
+    for recompute in (False, True):
+        arguments = backward_arguments(name, inputs, not recompute, recompute=recompute)
+        copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        op = getattr(ops, f"{name}_backward")
+        first, second = op(*arguments), op(*arguments)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(arguments, copies, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@poisoned
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_strides(cell: str) -> None:
+    inputs = layer_inputs(Case(cell, "everything", (True, False), B=5, H=9))
+    expected = ops.layer(*inputs.arguments())
+
+    def scattered(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        spread = torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+        return spread.transpose(0, -1).contiguous().transpose(0, -1)
+
+    strided = [scattered(a) for a in inputs.arguments()]
+    for a, b in zip(ops.layer(*strided), expected, strict=True):
+        assert a.is_contiguous()
+        assert torch.equal(a, b)
+    gradients = backward_arguments("layer", inputs, True)
+    for a, b in zip(
+        ops.layer_backward(*map(scattered, gradients)), ops.layer_backward(*gradients), strict=True
+    ):
+        assert a.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    expanded = inputs.arguments(h0=inputs.h0[:, :1].expand(2, 5, 9))
+    dense = inputs.arguments(h0=inputs.h0[:, :1].expand(2, 5, 9).clone())
+    for a, b in zip(ops.layer(*expanded), ops.layer(*dense), strict=True):
+        assert torch.equal(a, b)
+
+
+def wrong(t: Tensor) -> Tensor:
+    return torch.cat([t, t], -1)
+
+
+BAD = {
+    "cell": lambda i: {"cell": "lstm"},
+    "x": lambda i: {"x": i.x[0]},
+    "h0": lambda i: {"h0": i.h0[:, 1:]},
+    "weight_ih": lambda i: {"weight_ih": wrong(i.weight_ih)},
+    "weight_hh": lambda i: {"weight_hh": i.weight_hh[:, 1:]},
+    "bias_ih": lambda i: {"bias_ih": wrong(i.bias_ih)},
+    "bias_hh": lambda i: {"bias_hh": i.bias_hh.to(torch.float32)},
+    "lengths": lambda i: {"lengths": i.lengths[1:]},
+    "lengths dtype": lambda i: {"lengths": i.lengths.to(torch.float64)},
+    "lengths above": lambda i: {"lengths": torch.tensor([1, 2, 5])},
+    "lengths below": lambda i: {"lengths": torch.tensor([1, 2, -1])},
+    "reset_mask": lambda i: {"reset_mask": i.reset_mask.T},
+    "reset_mask dtype": lambda i: {"reset_mask": i.reset_mask.to(torch.uint8)},
+    "reset_state": lambda i: {"reset_state": i.reset_state[:, :1]},
+    "reset_state alone": lambda i: {"reset_mask": None},
+    "h_scale": lambda i: {"h_scale": wrong(i.h_scale)},
+    "reverse": lambda i: {"reverse": [True, False]},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str) -> None:
+    """A clear error before anything is computed, and the arguments stay as they were."""
+    inputs = layer_inputs(Case(features="everything"))
+    arguments = inputs.arguments(**BAD[what](inputs))
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    with pytest.raises(RuntimeError, match=rf"{what.split()[0]}: expected"):
+        ops.layer(*arguments)
+    for a, b in zip(arguments, copies, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("what", [w for w in BAD if w not in ("lengths above", "lengths below")])
+def test_bad_input_on_meta(what: str) -> None:
+    inputs = layer_inputs(Case(features="everything"))
+    arguments = [
+        a.to("meta") if isinstance(a, Tensor) else a for a in inputs.arguments(**BAD[what](inputs))
+    ]
+    with pytest.raises(RuntimeError, match=rf"{what.split()[0]}: expected"):
+        ops.layer(*arguments)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2, 13, 14, 18])
+def test_bad_input_of_backward(index: int) -> None:
+    inputs = layer_inputs(Case(features="everything"))
+    arguments = backward_arguments("layer", inputs, True)
+    bad = arguments[index]
+    arguments[index] = bad[1:] if isinstance(bad, list) else wrong(bad)
+    name = ops.layer_backward._schema.arguments[index].name
+    with pytest.raises(RuntimeError, match=f"{name}: expected"):
+        ops.layer_backward(*arguments)
+
+
+def test_meta_device() -> None:
+    inputs = layer_inputs(Case(features="everything", reverse=(True, False)), grad=True)
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in inputs.arguments()]
+    for a, b in zip(ops.layer(*meta), ops.layer(*inputs.arguments()), strict=True):
+        assert a.is_meta and a.shape == b.shape and a.stride() == b.stride()
