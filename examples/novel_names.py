@@ -35,7 +35,7 @@ def read_names(corpus: Path | None) -> list[str]:
         return sorted({line.strip() for line in lines} - {""})
     data = resources.files("names")
     files = ("dist.all.last", "dist.female.first", "dist.male.first")
-    lines = [line for file in files for line in (data / file).read_text().splitlines()]
+    lines = [line for file in files for line in (data / file).read_text("ascii").splitlines()]
     return sorted({line.split()[0].lower() for line in lines if line.strip()})
 
 
@@ -71,11 +71,11 @@ class NameModel(nn.Module):
         """Names as character numbers; name i depends on the seed and on i alone."""
         drawn = torch.empty(LONGEST, count, dtype=torch.long)
         alive = torch.ones(count, dtype=torch.bool)
+        u = uniform(seed, torch.arange(LONGEST)[:, None], torch.arange(count))
         x, h = torch.zeros(1, count, self.vocabulary), None
         for t in range(LONGEST):
             output, h = self.gru(x, h)
-            u = uniform(seed, torch.tensor(t), torch.arange(count))
-            drawn[t] = draw(self.head(output[0]), u, temperature)
+            drawn[t] = draw(self.head(output[0]), u[t], temperature)
             alive &= drawn[t] != EOS
             if not alive.any():
                 break
@@ -88,20 +88,23 @@ def train(model: NameModel, training: Tensor, held_out: Tensor, args: argparse.N
     """Adam on random batches; the last loss on the held-out names."""
     optimiser = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
-    average = None
-    with tqdm(range(1, args.steps + 1), unit="step", mininterval=0.5) as progress:
-        for step in progress:
+    every = max(1, args.steps // 20)
+    losses: list[float] = []
+    with tqdm(total=args.steps, unit="step", mininterval=0.5) as progress:
+        for step in range(1, args.steps + 1):
             loss = model.loss(training[torch.randint(len(training), (args.batch,))])
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            if step % max(1, args.steps // 20) == 0 or step in (1, args.steps):
+            losses.append(loss.item())
+            if step % every == 0 or step == args.steps:
                 with torch.no_grad():
                     held_out_loss = model.loss(held_out).item()
-            progress.set_postfix_str(f"train {average:.3f}, held out {held_out_loss:.3f}")
+                recent = statistics.mean(losses[-every:])
+                progress.set_postfix_str(f"train {recent:.3f}, held out {held_out_loss:.3f}", False)
+            progress.update()
     return held_out_loss
 
 
@@ -155,9 +158,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     names = read_names(args.corpus)
     alphabet = "".join(sorted(set("".join(names))))
     data = encode(names, alphabet)[torch.randperm(len(names))]
-    held_out, training = data[: len(data) // 20][:2000], data[len(data) // 20 :]
+    split = min(len(data) // 20, 2000)
+    held_out, training = data[:split], data[split:]
     model = NameModel(len(alphabet) + 1, args.hidden, args.cell)
-    print(f"{len(names):,} names of {len(alphabet)} characters, {len(data) // 20:,} held out")
+    print(f"{len(names):,} names of {len(alphabet)} characters, {split:,} held out")
     print(gru_fast.explain(model.gru, torch.zeros(12, args.batch, len(alphabet) + 1)), "\n")
     with torch.no_grad():
         first_loss = model.loss(held_out).item()
@@ -166,7 +170,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     known = {tuple(row[row > 0].tolist()) for row in training}
     rows = model.sample(max(1000, args.num), args.temperature, args.seed)
     sampled = ["".join(alphabet[c - 1] for c in row) for row in rows]
-    novel = [tuple(row) not in known for row in rows]
+    novel = [bool(row) and tuple(row) not in known for row in rows]
     print(f"\nheld-out loss {first_loss:.3f} -> {last_loss:.3f} nats a character")
     print(f"{sum(novel) / len(novel):.0%} of {len(novel):,} sampled names are novel (marked *):")
     for name, new in list(zip(sampled, novel, strict=True))[: args.num]:

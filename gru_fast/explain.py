@@ -150,8 +150,8 @@ def explain(
         bound = max(flops / peak_flops, moved / peak_bytes)
     dtype = str(data.dtype).removeprefix("torch.")
     return Explanation(
-        call=f"{module} on {'training' if training else 'inference'} input T={T} B={B} "
-        f"{dtype} {data.device}",
+        call=f"{module}, {'training' if training else 'inference'}, input T={T} B={B} "
+        f"I={data.shape[-1]} {dtype} {data.device}",
         backend=backend,
         kernel=_kernel(backend),
         why_not=why_not,

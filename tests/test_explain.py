@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""explain(): the backend that it names is the one that runs, and its counts are the call's."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.flop_counter import FlopCounterMode
+
+import gru_fast
+from gru_fast import GRU, GRUCell, backends, explain, ops
+
+needs_cpu_kernels = pytest.mark.skipif(not ops.HAS_CPU_KERNELS, reason="no compiled CPU kernels")
+CELLS = ("reset_after", "reset_before", "no_reset")
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("module", [GRU(3, 4, 2), GRUCell(3, 4)], ids=["layer", "cell"])
+def test_names_the_kernel_that_runs(module):
+    from gru_fast import _C
+
+    x = torch.randn(2, 3)
+    explanation = explain(module, x)
+    assert explanation.backend == "cpu"
+    assert explanation.kernel == f"C++, {_C.cpu_isa()}"
+    assert "cpu" not in explanation.why_not
+    before = _C.launches()
+    module(x)
+    assert _C.launches() > before
+    module.backend = "reference"
+    explanation = explain(module, x)
+    assert (explanation.backend, explanation.kernel) == ("reference", "PyTorch operations")
+    assert explanation.why_not["cpu"] == "backend='reference' was asked for"
+    before = _C.launches()
+    module(x)
+    assert _C.launches() == before
+    module.backend = "auto"
+
+
+def test_every_other_backend_has_a_reason():
+    explanation = explain(GRU(3, 4), torch.randn(2, 1, 3))
+    named = {explanation.backend, *explanation.why_not}
+    assert named >= set(backends.NAMES) - {"auto", "reference"}
+    assert explanation.backend in gru_fast.available_backends()
+    assert explanation.why_not["cudnn"] == "the input is on cpu, not on cuda"
+
+
+def test_a_transform_takes_the_reference():
+    rnn = GRU(3, 4)
+    seen = []
+
+    def f(x):
+        seen.append(explain(rnn, x))
+        return rnn(x)[0].sum()
+
+    torch.func.grad(f)(torch.randn(2, 1, 3))
+    assert seen[0].backend == "reference"
+    assert "torch.func" in seen[0].why_not["cpu"]
+
+
+def test_a_dtype_without_a_kernel():
+    explanation = explain(
+        GRU(3, 4).to(torch.float8_e5m2), torch.empty(2, 1, 3).to(torch.float8_e5m2)
+    )
+    assert explanation.backend == "reference"
+    assert "cpu" in explanation.why_not
+
+
+def test_a_call_that_raises():
+    rnn, x = GRU(3, 4, backend="triton"), torch.randn(2, 1, 3)
+    explanation = explain(rnn, x)
+    assert explanation.backend is None and explanation.kernel == "none"
+    with pytest.raises(RuntimeError) as raised:
+        rnn(x)
+    assert explanation.error == str(raised.value)
+    assert f"raises RuntimeError: {raised.value}" in str(explanation)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_are_those_of_the_reference(cell, bidirectional, requires_grad, recompute):
+    rnn = GRU(3, 4, 2, cell=cell, bidirectional=bidirectional, backend="reference")
+    x = torch.randn(5, 2, 3, requires_grad=requires_grad)
+    hx = torch.randn(4 if bidirectional else 2, 2, 4, requires_grad=True)
+    explanation = explain(rnn, x, hx)
+    with FlopCounterMode(display=False) as counter:
+        output, _ = rnn(x, hx)
+    assert explanation.flops == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        output.sum().backward()
+    assert explanation.backward_flops == counter.get_total_flops()
+    rnn.recompute = recompute
+    extra = explanation.flops if recompute else 0
+    assert explain(rnn, x, hx).backward_flops == explanation.backward_flops + extra
+
+
+def test_bytes_of_a_call_counted_by_hand():
+    T, B, I, H = 5, 2, 3, 4  # noqa: E741
+    rnn, x, hx = GRU(I, H), torch.randn(T, B, I), torch.randn(1, B, H)
+    weights = sum(p.numel() for p in rnn.parameters())
+    with torch.no_grad():
+        explanation = explain(rnn, x, hx)
+        assert explanation.bytes == 4 * (T * B * I + weights + T * B * H + 2 * B * H)
+        assert explanation.saved_bytes == explanation.backward_flops == 0
+        assert explain(rnn, x).bytes == explanation.bytes - 4 * B * H
+        assert explain(rnn.double(), x.double(), hx.double()).bytes == 2 * explanation.bytes
+    rnn.float()
+    training = explain(rnn, x, hx)
+    assert training.saved_bytes == 4 * T * B * 4 * H
+    assert training.bytes == explanation.bytes + training.saved_bytes
+    rnn.recompute = True
+    assert explain(rnn, x, hx).saved_bytes == 0
+
+
+def test_padding_costs_nothing():
+    rnn = GRU(3, 4, batch_first=True)
+    x, lengths = torch.randn(2, 6, 3), torch.tensor([6, 2])
+    full, short = explain(rnn, x), explain(rnn, x, lengths=lengths)
+    assert short.flops * 12 == full.flops * 8
+    packed = explain(rnn, pack_padded_sequence(x, lengths, batch_first=True))
+    assert (packed.flops, packed.bytes) == (short.flops, short.bytes)
+    assert full.dependent_steps == packed.dependent_steps == 6
+    assert " T=6 B=2 " in full.call and " T=6 B=2 " in packed.call
+
+
+def test_one_step():
+    cell, x = GRUCell(3, 4), torch.randn(7, 3)
+    explanation = explain(cell, x)
+    assert explanation.flops == 2 * 7 * 12 * (3 + 4)
+    assert explanation.dependent_steps == 1
+    assert explain(cell, x[0]).flops * 7 == explanation.flops
+
+
+def test_the_bound_in_seconds():
+    rnn, x = GRU(3, 4), torch.randn(2, 1, 3)
+    explanation = explain(rnn, x)
+    assert explanation.bound_seconds is None
+    compute = explain(rnn, x, peak_flops=explanation.flops / 2, peak_bytes=explanation.bytes)
+    assert compute.bound_seconds == pytest.approx(2.0)
+    memory = explain(rnn, x, peak_flops=explanation.flops, peak_bytes=explanation.bytes / 3)
+    assert memory.bound_seconds == pytest.approx(3.0)
+    assert "bound      at least 3 s" in str(memory)
+
+
+def test_the_text():
+    explanation = explain(GRU(3, 4, cell="reset_before"), torch.randn(5, 2, 3))
+    lines = str(explanation).splitlines()
+    assert lines[0].startswith("GRU(3, 4, cell='reset_before'")
+    assert lines[0].endswith("training, input T=5 B=2 I=3 float32 cpu")
+    assert f"  taken by   {explanation.backend} ({explanation.kernel})" in lines
+    assert "  not triton:    the input is on cpu, not on cuda" in lines
+    assert "  bound      unknown without peak_flops= and peak_bytes=" in lines
+    assert lines[-1] == "  measured   not measured"
+    assert all(len(line) < 200 for line in lines)
+
+
+@pytest.mark.parametrize("module", [nn.GRU(3, 4), nn.Linear(3, 4), None])
+def test_other_modules(module):
+    with pytest.raises(TypeError, match=r"module should be a gru_fast.GRU .*convert"):
+        explain(module, torch.randn(2, 1, 3))
