@@ -122,7 +122,7 @@ class WeightGrads {
   void weight_gradient(int64_t g, int slot, int64_t unit_block, bool first) const {
     const int64_t rows = c_.row_count(), unit = unit_block * kRowBlock;
     const int valid = p_.H - unit < kRowBlock ? static_cast<int>(p_.H - unit) : kRowBlock;
-    Real total[kRowBlock] = {};
+    double total[kRowBlock] = {};  // many rows, one chain: float alone would lose digits
     for (int64_t row = 0; row < rows; ++row) {
       const Real* from = c_.d(g, row) + slot * c_.units + unit;
       Real* to = block_ + row * kRowBlock;
@@ -136,8 +136,9 @@ class WeightGrads {
     const int64_t first_row = (g * c_.gates + c_.gate_of(slot)) * p_.H + unit;
     auto add = [&](Real* to, Real value) { *to = first ? value : *to + value; };
     for (int i = 0; i < valid; ++i) {
-      if (input_side && f_.grad_bias_ih) add(f_.grad_bias_ih + first_row + i, total[i]);
-      if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, total[i]);
+      const Real sum = static_cast<Real>(total[i]);
+      if (input_side && f_.grad_bias_ih) add(f_.grad_bias_ih + first_row + i, sum);
+      if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, sum);
     }
     auto multiply = [&](const Real* panels, int64_t columns, Real* grad) {
       sweep<Real>({block_, 1, kRowBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
