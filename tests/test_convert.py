@@ -68,7 +68,9 @@ def test_every_gru_is_swapped_and_the_model_computes_the_same():
 def test_round_trip_leaves_no_trace():
     model = nn.GRU(3, 4, 2, bidirectional=True)
     before = set(model.__dict__)
-    revert(convert(model).model)
+    convert(model)
+    assert not {"_flat_weights", "_flat_weight_refs"} & set(model.__dict__), "old weights are kept"
+    revert(model)
     assert set(model.__dict__) == before
     assert all(a is b for a, b in zip(model._flat_weights, model.parameters(), strict=True))
     model.weight_ih_l0 = nn.Parameter(torch.zeros(12, 3))
