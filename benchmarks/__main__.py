@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks SUITE ...`, from the repository root."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks import ROOT
+
+EDITABLE = "python -m pip install --no-build-isolation -e '.[bench]'"
+
+
+def complaint() -> str | None:
+    """What is wrong with the installation, and the command that mends it; None if nothing is."""
+    needs = f"from {ROOT}, with torch, setuptools>=77, pybind11 and ninja installed:\n  {EDITABLE}"
+    if find_spec("torch") is None:
+        return f"torch is not installed; install it, then gru_fast {needs}"
+    spec = find_spec("gru_fast")
+    origin = Path(spec.origin).parent if spec and spec.origin else None
+    if origin != ROOT / "gru_fast":
+        return f"gru_fast is not this checkout's but {origin}; run this {needs}"
+    # The checkout hides a package that was installed without -e: it has kernels/ elsewhere.
+    if find_spec("gru_fast.kernels") is None:
+        return f"gru_fast is not installed editable, as the benchmarks need it; run this {needs}"
+    return None
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["gpu"]:
+        from benchmarks.gpu import cli as gpu_cli
+
+        return gpu_cli.main(arguments[1:])
+    wrong = complaint()
+    if wrong is not None:
+        print(f"python -m benchmarks: {wrong}", file=sys.stderr)
+        return 2
+    from benchmarks import cli
+
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The time that no program can beat on the machine whose peaks are given.
+
+A product takes at least its operations over the multiply-add peak, and the bytes of its weights
+over the read bandwidth of the cache level that they fit in. Time steps follow each other, so
+
+    forward = product(W_ih, T * B rows) + T * product(W_hh, B rows)
+    training = 3 * product(W_ih, T * B rows)       the input product, dx and dW_ih
+             + operations of dW_hh / peak
+             + 2 * T * product(W_hh, B rows)       the recurrence, forth and back
+
+Nonlinear functions, stores and the weights' way into the cache are left out.
+"""
+
+from __future__ import annotations
+
+from benchmarks.cases import Case
+from benchmarks.probe import Peaks
+
+BYTES = {"float32": 4, "tf32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+
+def bandwidth_of(peaks: Peaks, bytes_per_thread: float) -> float | None:
+    """B/s at which all threads read that many bytes each, over and over.
+
+    The best rate of any measured working set that is at least as large; beyond the largest, that
+    one's.
+    """
+    larger = [rate for size, rate in peaks.bandwidth.items() if size >= bytes_per_thread]
+    if larger:
+        return max(larger)
+    return peaks.bandwidth[max(peaks.bandwidth)] if peaks.bandwidth else None
+
+
+def lower_bound(case: Case, suite: str, dtype: str, threads: int, peaks: Peaks) -> float | None:
+    """Seconds of one call at best, or None where a peak is unknown.
+
+    Args:
+        case: the sizes.
+        suite: "train", "infer" or "step".
+        dtype: a name of `cases.DTYPES`; without instructions of its own it counts at float32's
+            operations and its own bytes.
+        threads: that share the weights evenly.
+        peaks: of that many threads.
+    """
+    peak = peaks.flops.get(dtype) or peaks.flops.get("float32")
+    if peak is None or not peaks.bandwidth:
+        return None
+
+    def product(weights: int, rows: int) -> float:
+        moved = weights * BYTES[dtype]
+        rate = bandwidth_of(peaks, moved / threads)
+        assert rate is not None
+        return max(2 * weights * rows / peak, moved / rate)
+
+    total, width = 0.0, case.I
+    for _ in range(case.L):
+        w_ih, w_hh = 3 * case.H * width, 3 * case.H * case.H
+        project = product(w_ih, case.T * case.B)
+        scan = case.T * product(w_hh, case.B)
+        if suite == "train":
+            total += 3 * project + 2 * w_hh * case.T * case.B / peak + 2 * scan
+        else:
+            total += project + scan
+        width = case.H
+    return total

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""First call and peak memory.
+
+On the CPU both are taken in a process of its own per case, where no other case has left memory
+behind: `python -m benchmarks.memory JSON`. Each provider has run on tiny sizes before, so the
+libraries are loaded; the first call is the first of these sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ROOT
+from benchmarks.cases import Case
+from benchmarks.problem import Problem
+
+Footprint = dict[str, Any]
+"""{"cold_s": seconds, "peak_bytes": bytes or None}"""
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def cpu_footprint(call: Callable[[], Any]) -> Footprint:
+    """Of the first call: growth of the resident set at its highest; Linux only, else None."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before: int | None = _status("VmRSS")
+    except (OSError, AttributeError):
+        before = None
+    start = time.perf_counter()
+    kept = call()
+    seconds = time.perf_counter() - start
+    peak = None if before is None else max(0, _status("VmHWM") - before)
+    del kept
+    return {"cold_s": seconds, "peak_bytes": peak}
+
+
+def cuda_footprint(call: Callable[[], Any]) -> Footprint:
+    """Of the first call, by the caching allocator's count."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    kept = call()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    return {"cold_s": seconds, "peak_bytes": peak}
+
+
+def in_fresh_process(
+    problem: Problem, threads: int, providers: list[str], timeout_s: float = 300
+) -> dict[str, Footprint]:
+    """`cpu_footprint` of each provider; those that fail there are missing."""
+    job = {
+        "case": problem.case.as_dict(),
+        "suite": problem.suite,
+        "dtype": problem.dtype,
+        "threads": threads,
+        "providers": providers,
+    }
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(job)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
+    if run.returncode:
+        raise RuntimeError(f"benchmarks.memory failed: {run.stderr.strip()[-500:]}")
+    return dict(json.loads(run.stdout.splitlines()[-1]))
+
+
+def _main(job: dict[str, Any]) -> None:
+    from benchmarks.providers import all_providers
+
+    torch.set_num_threads(job["threads"])
+    case = Case(**job["case"])
+    problem = Problem(case, job["suite"], job["dtype"], "cpu")
+    smallest = Case(4, 4, 1, min(case.T, 2), resets=case.resets)
+    tiny = Problem(smallest, job["suite"], job["dtype"], "cpu")
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+    chosen = [p for p in all_providers("cpu") if p.name in job["providers"]]
+    for provider in chosen:
+        provider.prepare(tiny, job["threads"]).call()
+    found = {p.name: cpu_footprint(p.prepare(problem, job["threads"]).call) for p in chosen}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peaks of the CPU, by `native/probe.cpp`, compiled when first needed."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ROOT
+from benchmarks.machine import cpu_model
+
+SOURCE = Path(__file__).parent / "native" / "probe.cpp"
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
+KINDS = {"float32": 0, "float64": 1, "bfloat16": 2}
+KIB = 1024
+WORKING_SETS = [k * KIB for k in (16, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144, 12288, 65536)]
+"""Bytes per thread at which the read bandwidth is measured."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a number of threads can do at best.
+
+    Attributes:
+        flops: FLOP/s by dtype, a multiply-add counted as two; a dtype without instructions of its
+            own is not there.
+        bandwidth: bytes per thread to the B/s that all threads together read them with.
+    """
+
+    flops: dict[str, float]
+    bandwidth: dict[int, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def at_least(self, fewer: Peaks) -> Peaks:
+        """These, or those of fewer threads where a busy machine made them the better ones."""
+        return Peaks(
+            {n: max(rate, fewer.flops.get(n, 0.0)) for n, rate in self.flops.items()},
+            {n: max(rate, fewer.bandwidth.get(n, 0.0)) for n, rate in self.bandwidth.items()},
+        )
+
+
+class ProbeError(RuntimeError):
+    """The probe cannot be compiled or loaded here; the message says why."""
+
+
+def compile_probe(folder: Path | None = None) -> Path:
+    """The shared library for this processor; compiled once per source, compiler and processor.
+
+    Raises:
+        ProbeError: no compiler, or it refuses.
+    """
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(command[0]) is None:
+        raise ProbeError(f"no C++ compiler: {command[0]!r} is not on the PATH")
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    identity = [SOURCE.read_text(), *FLAGS, *command, version, cpu_model(), platform.machine()]
+    digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+    folder = folder or ROOT / "build" / "benchmarks"
+    library = folder / f"probe-{digest}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = library.with_suffix(f".{os.getpid()}")
+    build = subprocess.run(
+        [*command, *FLAGS, str(SOURCE), "-o", str(temporary)], capture_output=True, text=True
+    )
+    if build.returncode:
+        raise ProbeError(f"{shlex.join(command)} cannot compile {SOURCE.name}: {build.stderr}")
+    temporary.replace(library)
+    return library
+
+
+def measure_all(threads: list[int]) -> dict[int, Peaks]:
+    """Peaks of each number of threads.
+
+    Raises:
+        ProbeError: no compiler, or it refuses.
+    """
+    found: dict[int, Peaks] = {}
+    before = None
+    for n in sorted(threads):
+        peaks = measure(n)
+        found[n] = before = peaks if before is None else peaks.at_least(before)
+    return found
+
+
+def measure(threads: int, seconds: float = 0.003) -> Peaks:
+    """Peaks of that many threads; about two seconds, on a machine with nothing else to do.
+
+    Args:
+        threads: how many run at the same time.
+        seconds: of one run; the best of forty counts.
+
+    Raises:
+        ProbeError: no compiler, or it refuses.
+    """
+    probe = ctypes.CDLL(str(compile_probe()))
+    probe.peak_flops.restype = probe.read_bandwidth.restype = ctypes.c_double
+    probe.peak_flops.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
+    probe.read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_double]
+    flops = {name: probe.peak_flops(kind, threads, seconds) for name, kind in KINDS.items()}
+    rates = {size: probe.read_bandwidth(threads, size, seconds) for size in WORKING_SETS}
+    return Peaks(
+        {name: rate for name, rate in flops.items() if rate},
+        {size: rate for size, rate in rates.items() if rate},
+    )

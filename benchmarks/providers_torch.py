@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's own: nn.GRU (cuDNN on the GPU) and a loop over nn.GRUCell."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from benchmarks.cases import DTYPES
+from benchmarks.problem import Problem
+from benchmarks.providers import Prepared, Provider, module_call
+
+CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class TorchGRU(Provider):
+    """nn.GRU, the baseline."""
+
+    is_baseline = True
+
+    def __init__(self, device: str) -> None:
+        self.name = "cudnn" if device == "cuda" else "nn.GRU"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return "nn.GRU has no resets" if problem.case.resets else None
+
+    def prepare(self, problem: Problem, threads: int) -> Prepared:
+        module = nn.GRU(
+            problem.case.I, problem.case.H, device=problem.device, dtype=DTYPES[problem.dtype]
+        )
+        return module_call(module, problem, module)
+
+
+class SplitAndPad(Provider):
+    """nn.GRU on the episodes as rows of their own: what its users do about resets."""
+
+    is_baseline = True
+
+    def __init__(self, device: str) -> None:
+        self.name = ("cudnn" if device == "cuda" else "nn.GRU") + ".split_pad"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None if problem.case.resets else "there is nothing to split"
+
+    def prepare(self, problem: Problem, threads: int) -> Prepared:
+        case = problem.case
+        module = nn.GRU(case.I, case.H, device=problem.device, dtype=DTYPES[problem.dtype])
+        assert problem.reset_mask is not None
+        starts = problem.reset_mask.clone()
+        starts[0] = True
+
+        def forward(x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+            row, step, lengths, last, first = episodes(starts)
+            padded = x.new_zeros(int(lengths.max()), len(lengths), case.I)
+            padded[step, row] = x
+            fresh = problem.reset_mask[0, :, None] if problem.reset_mask is not None else None
+            state = h0.new_zeros(1, len(lengths), case.H)
+            state[0, first] = h0[0] if fresh is None else torch.where(fresh, 0.0, h0[0])
+            packed = pack_padded_sequence(padded, lengths.cpu(), enforce_sorted=False)
+            out, h_n = module(packed, state)
+            return pad_packed_sequence(out)[0][step, row], h_n[:, last]
+
+        return module_call(forward, problem, module)
+
+
+def episodes(starts: Tensor) -> tuple[Tensor, ...]:
+    """Where each (t, b) goes when every episode becomes a row.
+
+    Args:
+        starts: (T, B) bool, true where an episode begins; true in all of row 0.
+
+    Returns:
+        Row (T, B) and step (T, B) of each place, length of each row, and the rows (B,) that hold
+        the last and the first episode of each b.
+    """
+    T, B = starts.shape
+    by_batch = starts.T.reshape(-1)
+    row = (by_batch.cumsum(0) - 1).reshape(B, T).T
+    time = torch.arange(T, device=starts.device)[:, None].expand(T, B)
+    began = torch.where(starts, time, 0).cummax(0).values
+    lengths = torch.bincount(row.reshape(-1))
+    return row, time - began, lengths, row[-1], row[0]
+
+
+class CellLoop(Provider):
+    """A Python loop over nn.GRUCell."""
+
+    name = "nn.GRUCell"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def prepare(self, problem: Problem, threads: int) -> Prepared:
+        case = problem.case
+        cell = nn.GRUCell(case.I, case.H, device=problem.device, dtype=DTYPES[problem.dtype])
+        mask = problem.reset_mask
+
+        def forward(x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+            h, outputs = h0[0], []
+            for t, x_t in enumerate(x.unbind(0)):
+                if mask is not None:
+                    h = torch.where(mask[t, :, None], 0.0, h)
+                h = cell(x_t, h)
+                outputs.append(h)
+            return torch.stack(outputs), h.unsqueeze(0)
+
+        def one_step(x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+            h = cell(x[0], h0[0])
+            return h.unsqueeze(0), h.unsqueeze(0)
+
+        single = problem.suite == "step" and case.T == 1 and mask is None
+        return module_call(one_step if single else forward, problem, cell, CELL_WEIGHTS)
+
+
+def providers(device: str) -> list[Provider]:
+    return [TorchGRU(device), SplitAndPad(device), CellLoop()]

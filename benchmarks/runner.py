@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One problem, all providers: gate, first call, interleaved rounds, records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import memory, timing
+from benchmarks.bound import lower_bound
+from benchmarks.cases import DTYPES
+from benchmarks.machine import OtherLoad
+from benchmarks.parity import judge
+from benchmarks.precision import float32_as
+from benchmarks.probe import Peaks
+from benchmarks.problem import Problem
+from benchmarks.providers import Prepared, Provider
+from benchmarks.records import Record
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run measures.
+
+    Attributes:
+        threads: CPU threads of every provider.
+        effort: rounds and their length.
+        peaks: of that many threads, or None: no bound then.
+        dry: whether a CPU stands in for a GPU: no ratio, no bound.
+        footprint: whether to take first call and peak memory.
+    """
+
+    threads: int
+    effort: timing.Effort = field(default_factory=timing.Effort)
+    peaks: Peaks | None = None
+    dry: bool = False
+    footprint: bool = True
+
+
+class Gate:
+    """The parity verdict on each provider for one problem.
+
+    nn.GRU's own results are the yardstick; the reference's in the tested dtype where nn.GRU
+    cannot take the problem (resets).
+    """
+
+    def __init__(self, problem: Problem, threads: int) -> None:
+        self.problem, self.threads = problem.for_gate(), threads
+        self._theirs: dict[str, torch.Tensor] | None = None
+
+    @property
+    def shortened_T(self) -> int:
+        """Time steps that the gate runs."""
+        return self.problem.case.T
+
+    def _yardstick(self) -> dict[str, torch.Tensor]:
+        from benchmarks.providers_torch import TorchGRU
+
+        if self._theirs is None:
+            torch_gru = TorchGRU(self.problem.device)
+            if torch_gru.why_not(self.problem) is None:
+                prepared = torch_gru.prepare(self.problem, self.threads)
+                self._theirs = prepared.results(prepared.call())
+            else:
+                self._theirs = self.problem.by_reference(DTYPES[self.problem.dtype])
+        return self._theirs
+
+    def verdict(self, provider: Provider) -> str | None:
+        """None, or what is wrong."""
+        prepared = provider.prepare(self.problem, self.threads)
+        ours = prepared.results(prepared.call())
+        return judge(ours, self._yardstick(), self.problem.truth, self.problem.dtype)
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def run_problem(
+    problem: Problem, providers: Sequence[Provider], setting: Setting
+) -> tuple[list[Record], list[str]]:
+    """Measure one problem.
+
+    Returns:
+        A record per provider that takes the problem, and notes: who does not and why.
+
+    A provider that raises has its error recorded and the others go on. An error that leaves the
+    GPU unusable is raised.
+    """
+    torch.set_num_threads(setting.threads)
+    records: dict[str, Record] = {}
+    ready: dict[str, Prepared] = {}
+    baseline, notes = None, []
+    with float32_as(problem.dtype):
+        gate = Gate(problem, setting.threads)
+        for provider in providers:
+            reason = provider.why_not(problem)
+            if reason is not None:
+                notes.append(f"{provider.name} on {problem.suite} {problem.case}: {reason}")
+                continue
+            record = records[provider.name] = _blank(provider, problem, setting)
+            try:
+                wrong = gate.verdict(provider)
+                record.parity = "ok" if wrong is None else "wrong"
+                if gate.shortened_T != problem.case.T:
+                    record.parity_T = gate.shortened_T
+                if wrong is None:
+                    ready[provider.name] = provider.prepare(problem, setting.threads)
+                    if provider.is_baseline and baseline is None:
+                        baseline = provider.name
+                else:
+                    record.error = wrong
+            except Exception as error:
+                _raise_if_lost(error)
+                record.error = _short(error)
+        del gate
+        _measure(problem, ready, records, baseline, setting)
+    return list(records.values()), notes
+
+
+def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
+    return Record(
+        problem.suite, provider.name, provider.version(), problem.device, problem.dtype,
+        setting.threads, problem.case.as_dict(), dry=setting.dry,
+    )  # fmt: skip
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """Pass on what makes every later CUDA call fail too."""
+    accelerator = getattr(torch, "AcceleratorError", ())
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    elif isinstance(error, accelerator) or "CUDA error" in str(error):
+        raise error
+
+
+def _measure(
+    problem: Problem,
+    ready: dict[str, Prepared],
+    records: Mapping[str, Record],
+    baseline: str | None,
+    setting: Setting,
+) -> None:
+    """Fill in the numbers of those that passed the gate."""
+    _footprints(problem, ready, records, setting)
+    calls = {}
+    for name in list(ready):
+        try:
+            ready[name].call()
+            calls[name] = ready[name].call
+        except Exception as error:
+            _raise_if_lost(error)
+            records[name].error, records[name].cold_s = _short(error), None
+    if not calls:
+        return
+    load = OtherLoad()
+    samples = timing.interleave(calls, timing.clock_of(problem.device), setting.effort)
+    other = load.share()
+    bound = None
+    if setting.peaks is not None and not setting.dry and problem.device == "cpu":
+        bound = lower_bound(
+            problem.case, problem.suite, problem.dtype, setting.threads, setting.peaks
+        )
+    for name, seconds in samples.items():
+        record, found = records[name], timing.summary(seconds)
+        record.median_s, record.p20_s, record.p80_s = found.median_s, found.p20_s, found.p80_s
+        record.rounds, record.other_cpu = found.rounds, other
+        if setting.dry:
+            continue
+        if bound is not None:
+            record.bound_s, record.share_of_bound = bound, bound / found.median_s
+        if baseline in samples:
+            record.baseline = baseline
+            record.ratio_to_torch = timing.ratio(samples[baseline], seconds)
+
+
+def _footprints(
+    problem: Problem,
+    ready: dict[str, Prepared],
+    records: Mapping[str, Record],
+    setting: Setting,
+) -> None:
+    if not setting.footprint or not ready:
+        return
+    found = {}
+    if problem.device == "cpu":
+        found = memory.in_fresh_process(problem, setting.threads, list(ready))
+    else:
+        for name in list(ready):
+            try:
+                found[name] = memory.cuda_footprint(ready[name].call)
+            except Exception as error:
+                _raise_if_lost(error)
+                records[name].error = _short(error)
+                del ready[name]
+    for name, footprint in found.items():
+        records[name].cold_s = footprint["cold_s"]
+        records[name].peak_bytes = footprint["peak_bytes"]
