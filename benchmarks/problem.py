@@ -15,6 +15,8 @@ from gru_fast import reference
 GATE_ELEMENTS = 2**22
 """The gate runs on at most this many outputs (T * B * H): the float64 reference keeps them all."""
 
+GATE_DRAWS = 4
+
 WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
@@ -76,12 +78,18 @@ class Problem:
         drawn = torch.rand(shape, generator=generator, device=self.device)
         return drawn < self.case.resets
 
-    def for_gate(self) -> Problem:
-        """The problem with so few time steps that the reference can keep all it computes."""
-        steps = max(2, GATE_ELEMENTS // (self.case.B * self.case.H))
-        if steps >= self.case.T:
-            return self
-        return replace(self, case=replace(self.case, T=steps))
+    def for_gate(self) -> list[Problem]:
+        """The draws of the gate.
+
+        With so few time steps that the reference can keep all it computes; several draws of a
+        small problem.
+        """
+        rows = self.case.B * self.case.H
+        steps = min(self.case.T, max(2, GATE_ELEMENTS // rows))
+        values = rows * steps + 3 * self.case.H * (self.case.I + self.case.H)
+        draws = min(GATE_DRAWS, max(1, GATE_ELEMENTS // 16 // values))
+        case = replace(self.case, T=steps)
+        return [replace(self, case=case, seed=self.seed + 2 * draw) for draw in range(draws)]
 
     @cached_property
     def truth(self) -> dict[str, Tensor]:

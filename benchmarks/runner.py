@@ -17,6 +17,7 @@ from benchmarks.precision import float32_as
 from benchmarks.probe import Peaks
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider
+from benchmarks.providers_torch import TorchGRU
 from benchmarks.records import Record
 
 
@@ -47,31 +48,34 @@ class Gate:
     """
 
     def __init__(self, problem: Problem, threads: int) -> None:
-        self.problem, self.threads = problem.for_gate(), threads
-        self._theirs: dict[str, torch.Tensor] | None = None
+        self.draws, self.threads = problem.for_gate(), threads
+        self._theirs: list[dict[str, torch.Tensor]] | None = None
 
     @property
-    def shortened_T(self) -> int:
+    def T(self) -> int:
         """Time steps that the gate runs."""
-        return self.problem.case.T
+        return self.draws[0].case.T
 
-    def _yardstick(self) -> dict[str, torch.Tensor]:
-        from benchmarks.providers_torch import TorchGRU
+    def _run(self, provider: Provider) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for problem in self.draws:
+            prepared = provider.prepare(problem, self.threads)
+            found.append({n: t.clone() for n, t in prepared.results(prepared.call()).items()})
+        return found
 
+    def _yardstick(self) -> list[dict[str, torch.Tensor]]:
         if self._theirs is None:
-            torch_gru = TorchGRU(self.problem.device)
-            if torch_gru.why_not(self.problem) is None:
-                prepared = torch_gru.prepare(self.problem, self.threads)
-                self._theirs = prepared.results(prepared.call())
+            first = self.draws[0]
+            if first.case.resets:
+                self._theirs = [p.by_reference(DTYPES[p.dtype]) for p in self.draws]
             else:
-                self._theirs = self.problem.by_reference(DTYPES[self.problem.dtype])
+                self._theirs = self._run(TorchGRU(first.device))
         return self._theirs
 
     def verdict(self, provider: Provider) -> str | None:
         """None, or what is wrong."""
-        prepared = provider.prepare(self.problem, self.threads)
-        ours = prepared.results(prepared.call())
-        return judge(ours, self._yardstick(), self.problem.truth, self.problem.dtype)
+        truth = [problem.truth for problem in self.draws]
+        return judge(self._run(provider), self._yardstick(), truth, self.draws[0].dtype)
 
 
 def _short(error: Exception) -> str:
@@ -105,8 +109,8 @@ def run_problem(
             try:
                 wrong = gate.verdict(provider)
                 record.parity = "ok" if wrong is None else "wrong"
-                if gate.shortened_T != problem.case.T:
-                    record.parity_T = gate.shortened_T
+                if gate.T != problem.case.T:
+                    record.parity_T = gate.T
                 if wrong is None:
                     ready[provider.name] = provider.prepare(problem, setting.threads)
                     if provider.is_baseline and baseline is None:
