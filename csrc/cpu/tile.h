@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The register-blocked product under every kernel, and the order-of-summation contract:
-// each output adds k = 0 ... K-1 in one fma chain within blocks of kSumBlock, and the blocks in order.
+// each output adds k = 0 ... K-1 in one fma chain within blocks of a fixed length, and the blocks in
+// order.
 // Rows per tile, tiles abreast, threads and time chunks change nothing of that, so they change no bit.
 #pragma once
 #include "vec.h"
@@ -10,40 +11,52 @@ namespace GRU_FAST_ISA {
 namespace {
 
 constexpr int64_t kSumBlock = 256;
+// Sums over T * B rows are compared with torch's, which adds one short product per step.
+constexpr int64_t kGradSumBlock = 32;
 constexpr int kMaxTileVectors = 24;
 
+// The left operand: rows of `a`, where rows and k may have any stride.
+template <class Real>
+struct Operand {
+  const Real* a;
+  int64_t row_stride;
+  int64_t k_stride = 1;
+  int64_t sum_block = kSumBlock;
+};
+
 // Weights of a unit tile, packed for the product: [K][NV][lanes]; tiles lie one after the other.
-// out[(row * NT + tile) * NV + v] = sum_k a[row * row_stride + k * k_stride] * panel[tile][k][v]
+// out[(i * NT + tile) * NV + v] = sum_k a[(row + i) * row_stride + k * k_stride] * panel[tile][k][v]
 template <class Real, int ROWS, int NT, int NV>
-void product(const Real* a, int64_t row_stride, int64_t k_stride, const Real* panels, int64_t K,
-             Vec<Real>* out) {
+void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, Vec<Real>* out) {
   constexpr int W = kLanes<Real>;
   constexpr int N = NT * NV;
   static_assert(ROWS * N <= kMaxTileVectors);
   const int64_t panel_stride = K * NV * W;
+  const int64_t row_stride = operand.row_stride;
+  const Real* a = operand.a + row * row_stride;
   int64_t k = 0;
   bool first = true;
   do {
-    const int64_t stop = K - k > kSumBlock ? k + kSumBlock : K;
+    const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
     Vec<Real> sum[ROWS][N] = {};
     for (; k < stop; ++k) {
-      const Real* ak = a + k * k_stride;
+      const Real* ak = a + k * operand.k_stride;
       const Real* pk = panels + k * (NV * W);
       Vec<Real> weight[N];
 #pragma GCC unroll 12
       for (int n = 0; n < N; ++n) weight[n] = load(pk + (n / NV) * panel_stride + (n % NV) * W);
 #pragma GCC unroll 8
-      for (int row = 0; row < ROWS; ++row) {
-        const Real value = ak[row * row_stride];
+      for (int i = 0; i < ROWS; ++i) {
+        const Real value = ak[i * row_stride];
 #pragma GCC unroll 12
-        for (int n = 0; n < N; ++n) sum[row][n] += weight[n] * value;
+        for (int n = 0; n < N; ++n) sum[i][n] += weight[n] * value;
       }
     }
 #pragma GCC unroll 8
-    for (int row = 0; row < ROWS; ++row) {
+    for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 12
       for (int n = 0; n < N; ++n) {
-        out[row * N + n] = first ? sum[row][n] : out[row * N + n] + sum[row][n];
+        out[i * N + n] = first ? sum[i][n] : out[i * N + n] + sum[i][n];
       }
     }
     first = false;
@@ -64,7 +77,7 @@ GRU_INLINE int tiles_abreast(int64_t rows, int vectors, int64_t tiles_left) {
 }
 
 template <class Real>
-using Product = void (*)(const Real*, int64_t, int64_t, const Real*, int64_t, Vec<Real>*);
+using Product = void (*)(Operand<Real>, int64_t, const Real*, int64_t, Vec<Real>*);
 
 template <class Real, int ROWS>
 Product<Real> pick_product(int tiles, int vectors) {
@@ -109,14 +122,6 @@ Product<Real> pick_product(int rows, int tiles, int vectors) {
   return pick_product<Real, 1>(tiles, vectors);
 }
 
-// The left operand: rows of `a`, where rows and k may have any stride.
-template <class Real>
-struct Operand {
-  const Real* a;
-  int64_t row_stride;
-  int64_t k_stride = 1;
-};
-
 // Multiplies `rows` rows by tiles [tile_begin, tile_end) of `vectors` vectors each.
 // panels(tile, count) gives the packed weights of `count` tiles; epilogue(row, tile, sums) gets the
 // `vectors` sums of one row and tile. Tiles are the outer loop: a panel is read once from afar.
@@ -130,8 +135,7 @@ GRU_INLINE void sweep(Operand<Real> a, int64_t rows, int64_t K, int vectors, int
     const Real* panel = panels(tile, tiles);
     for (int64_t row = 0; row < rows;) {
       const int block = rows_in_block(rows - row);
-      pick_product<Real>(block, tiles, vectors)(a.a + row * a.row_stride, a.row_stride, a.k_stride,
-                                                panel, K, sums);
+      pick_product<Real>(block, tiles, vectors)(a, row, panel, K, sums);
       for (int i = 0; i < block; ++i) {
         for (int j = 0; j < tiles; ++j) {
           epilogue(row + i, tile + j, sums + (i * tiles + j) * vectors);

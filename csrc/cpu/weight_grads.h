@@ -141,7 +141,7 @@ class WeightGrads {
       if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, sum);
     }
     auto multiply = [&](const Real* panels, int64_t columns, Real* grad) {
-      sweep<Real>({block_, 1, kRowBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
+      sweep<Real>({block_, 1, kRowBlock, kGradSumBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
                   [&](int64_t tile, int) { return panels + tile * rows * W; },
                   [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                     if (i >= valid) return;
