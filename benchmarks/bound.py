@@ -64,3 +64,28 @@ def lower_bound(case: Case, suite: str, dtype: str, threads: int, peaks: Peaks) 
             total += project + scan
         width = case.H
     return total
+
+
+def gpu_floor(
+    case: Case, suite: str, dtype: str, matmul_flops: float, copy_bytes: float
+) -> float:
+    """Seconds of one call at best on a GPU: operations or bytes, whichever takes longer.
+
+    The steps' dependence on each other is left out, so a short or narrow case stays far from it.
+
+    Args:
+        case: the sizes.
+        suite: "train", "infer" or "step".
+        dtype: a name of `cases.DTYPES`.
+        matmul_flops: measured on a large product in that dtype.
+        copy_bytes: B/s of a large copy, read and written bytes counted.
+    """
+    flops, moved, width = 0.0, 0.0, case.I
+    for _ in range(case.L):
+        weights = 3 * case.H * (width + case.H)
+        flops += 2 * weights * case.T * case.B
+        moved += weights + case.T * case.B * (width + case.H) + 2 * case.B * case.H
+        width = case.H
+    passes = 3 if suite == "train" else 1
+    # Training reads the inputs and output gradients again and writes a gradient per input.
+    return max(passes * flops / matmul_flops, passes * moved * BYTES[dtype] / copy_bytes)

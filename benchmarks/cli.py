@@ -6,12 +6,14 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from benchmarks import cases, machine, probe, report, timing
+from benchmarks.bound import lower_bound
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider, all_providers, choose
 from benchmarks.records import Record, Results
@@ -97,7 +99,7 @@ def run(options: argparse.Namespace) -> Results:
         results.figures += figures(peaks, load.share())
     effort = timing.QUICK if options.quick else timing.Effort()
     for threads, problem in tqdm(problems, unit="case", file=sys.stderr, disable=None):
-        setting = Setting(threads, effort, peaks.get(threads))
+        setting = Setting(threads, effort, bound_of(peaks.get(threads), threads))
         records, notes = run_problem(problem, providers, setting)
         results.records += records
         results.notes += [note for note in notes if note not in results.notes]
@@ -105,6 +107,15 @@ def run(options: argparse.Namespace) -> Results:
         if options.json is not None:
             results.write(options.json)
     return results
+
+
+def bound_of(
+    peaks: probe.Peaks | None, threads: int
+) -> Callable[[Problem], float | None] | None:
+    """`lower_bound` with all but the problem given."""
+    if peaks is None:
+        return None
+    return lambda problem: lower_bound(problem.case, problem.suite, problem.dtype, threads, peaks)
 
 
 def figures(peaks: dict[int, probe.Peaks], other_cpu: float | None) -> list[dict[str, object]]:

@@ -103,10 +103,19 @@ def module_call(
 
 def all_providers(device: str) -> list[Provider]:
     """Every provider that is importable for the device, the baseline first."""
-    from benchmarks import providers_cuda, providers_gru_fast, providers_onnx, providers_torch
+    from benchmarks import (
+        providers_cuda,
+        providers_gru_fast,
+        providers_kernels,
+        providers_onnx,
+        providers_torch,
+    )
 
     found = providers_torch.providers(device) + providers_gru_fast.providers(device)
-    found += providers_cuda.providers() if device == "cuda" else providers_onnx.providers()
+    if device == "cuda":
+        found += [*providers_kernels.providers(device), *providers_cuda.providers()]
+    else:
+        found += providers_onnx.providers()
     names = [provider.name for provider in found]
     assert len(names) == len(set(names)), names
     return found

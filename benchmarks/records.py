@@ -81,12 +81,14 @@ class Results:
         records: of all suites.
         figures: named numbers of the machine: {"name", "value", "unit", ...}.
         notes: what was left out, and why.
+        rows: of the GPU program, by name: "done", or what went wrong.
     """
 
     machine: dict[str, Any]
     records: list[Record] = field(default_factory=list)
     figures: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rows: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -95,6 +97,7 @@ class Results:
             "records": [asdict(record) for record in self.records],
             "figures": self.figures,
             "notes": self.notes,
+            "rows": self.rows,
         }
 
     def write(self, path: Path) -> None:
@@ -124,7 +127,7 @@ def read(path: Path) -> Results:
     data = json.loads(path.read_text())
     validate(data)
     records = [Record(**record) for record in data["records"]]
-    return Results(data["machine"], records, data["figures"], data["notes"])
+    return Results(data["machine"], records, data["figures"], data["notes"], data["rows"])
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -149,7 +152,8 @@ def validate(data: Any) -> None:
         ValueError: naming the first fault and its place.
     """
     _expect(isinstance(data, dict), "file", f"expected an object, got {type(data).__name__}")
-    keys = {"schema": int, "machine": dict, "records": list, "figures": list, "notes": list}
+    lists = dict.fromkeys(("records", "figures", "notes"), list)
+    keys = {"schema": int, "machine": dict, **lists, "rows": dict}
     _expect(set(data) == set(keys), "file", f"expected keys {sorted(keys)}, got {sorted(data)}")
     for key, kind in keys.items():
         _expect(isinstance(data[key], kind), key, f"expected {kind.__name__}")

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from benchmarks import memory, timing
-from benchmarks.bound import lower_bound
 from benchmarks.cases import DTYPES
 from benchmarks.machine import OtherLoad
 from benchmarks.parity import judge
 from benchmarks.precision import float32_as
-from benchmarks.probe import Peaks
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider
 from benchmarks.providers_torch import TorchGRU
@@ -28,14 +26,14 @@ class Setting:
     Attributes:
         threads: CPU threads of every provider.
         effort: rounds and their length.
-        peaks: of that many threads, or None: no bound then.
+        bound: seconds that a problem takes at best, or None where that is not known.
         dry: whether a CPU stands in for a GPU: no ratio, no bound.
         footprint: whether to take first call and peak memory.
     """
 
     threads: int
     effort: timing.Effort = field(default_factory=timing.Effort)
-    peaks: Peaks | None = None
+    bound: Callable[[Problem], float | None] | None = None
     dry: bool = False
     footprint: bool = True
 
@@ -163,11 +161,7 @@ def _measure(
     load = OtherLoad()
     samples = timing.interleave(calls, timing.clock_of(problem.device), setting.effort)
     other = load.share()
-    bound = None
-    if setting.peaks is not None and not setting.dry and problem.device == "cpu":
-        bound = lower_bound(
-            problem.case, problem.suite, problem.dtype, setting.threads, setting.peaks
-        )
+    bound = setting.bound(problem) if setting.bound and not setting.dry else None
     for name, seconds in samples.items():
         record, found = records[name], timing.summary(seconds)
         record.median_s, record.p20_s, record.p80_s = found.median_s, found.p20_s, found.p80_s

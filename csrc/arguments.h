@@ -21,8 +21,8 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 template <class Real>
-constexpr ScalarType kScalarType = std::is_same_v<Real, double> ? ScalarType::Double
-                                                                : ScalarType::Float;
+constexpr ScalarType kScalarType =
+    std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
 
 inline Cell parse_cell(const std::string& cell) {
   if (cell == "reset_after") return Cell::kResetAfter;
@@ -46,8 +46,8 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
-// Hands out contiguous pointers of type Real to tensors of the call's dtype, and keeps what it had to
-// convert alive. Allocates results, and gives them back in the call's dtype.
+// Hands out contiguous pointers of type Real to tensors of the call's dtype, and keeps what it had
+// to convert alive. Allocates results, and gives them back in the call's dtype.
 template <class Real>
 class Marshal {
  public:
@@ -65,8 +65,7 @@ class Marshal {
   }
 
   // Reads with the strides that the tensor has, if its last dimension is dense.
-  const Tensor& rows(const char* name, const Tensor& tensor,
-                     std::initializer_list<int64_t> shape) {
+  const Tensor& rows(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     check(name, tensor, shape);
     const int64_t last = tensor.dim() - 1;
     const bool dense = tensor.size(last) == 1 || tensor.stride(last) == 1;
@@ -89,11 +88,14 @@ class Marshal {
     STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int,
                     "lengths: expected int64 or int32");
     check_shape("lengths", *lengths, {B});
-    Tensor wide = type == ScalarType::Long ? *lengths : torch::stable::to(*lengths, ScalarType::Long);
-    const int64_t* values = keep(torch::stable::contiguous(wide)).template const_data_ptr<int64_t>();
+    Tensor wide =
+        type == ScalarType::Long ? *lengths : torch::stable::to(*lengths, ScalarType::Long);
+    const int64_t* values =
+        keep(torch::stable::contiguous(wide)).template const_data_ptr<int64_t>();
     for (int64_t b = 0; b < B; ++b) {
-      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= T, "lengths: expected values from 0 to T = ", T,
-                      ", got ", values[b], " at index ", b);
+      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= T,
+                      "lengths: expected values from 0 to T = ", T, ", got ", values[b],
+                      " at index ", b);
     }
     return values;
   }
@@ -121,8 +123,8 @@ class Marshal {
                     torch::headeronly::toString(tensor.scalar_type()));
   }
   Tensor as_real(const Tensor& tensor) const {
-    const Tensor real = given_ == kScalarType<Real> ? tensor
-                                                    : torch::stable::to(tensor, kScalarType<Real>);
+    const Tensor real =
+        given_ == kScalarType<Real> ? tensor : torch::stable::to(tensor, kScalarType<Real>);
     return real.is_contiguous() ? real : torch::stable::contiguous(real);
   }
   const Tensor& keep(Tensor tensor) {
@@ -135,7 +137,8 @@ class Marshal {
   std::vector<Tensor> kept_;
 };
 
-// The arguments that all four ops share. weight_ih and bias_ih are absent in scan, whose x is gates_x.
+// The arguments that all four ops share. weight_ih and bias_ih are absent in scan, whose x is
+// gates_x.
 struct Arguments {
   const Tensor& x;
   const Tensor& h0;
@@ -157,10 +160,10 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   const Tensor& x = a.x;
   const bool layer = a.weight_ih != nullptr;
   STD_TORCH_CHECK(a.h0.dim() == 3, "h0: expected (G, B, H), got ", a.h0.dim(), " dimensions");
-  STD_TORCH_CHECK(layer ? x.dim() == 3 || x.dim() == 4 : x.dim() == 4, a.x_name,
-                  layer ? ": expected (T, B, I) or (T, B, G, I), got "
-                        : ": expected (T, B, G, N*H), got ",
-                  x.dim(), " dimensions");
+  STD_TORCH_CHECK(
+      layer ? x.dim() == 3 || x.dim() == 4 : x.dim() == 4, a.x_name,
+      layer ? ": expected (T, B, I) or (T, B, G, I), got " : ": expected (T, B, G, N*H), got ",
+      x.dim(), " dimensions");
   Problem<Real> p{};
   p.T = x.size(0);
   p.B = x.size(1);

@@ -108,8 +108,7 @@ LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
   STD_TORCH_CHECK(!(b.recompute && b.grad_workspace.has_value()),
                   "grad_workspace: expected none with recompute, which saves no workspace");
   f.output = m.read("output", b.output, {p.T, p.B, p.G * p.H});
-  f.workspace =
-      b.recompute ? nullptr : m.read("workspace", b.workspace, {p.T, p.B, p.G, slots});
+  f.workspace = b.recompute ? nullptr : m.read("workspace", b.workspace, {p.T, p.B, p.G, slots});
   f.grad_output = m.read("grad_output", b.grad_output, {p.T, p.B, p.G * p.H});
   f.grad_h_n = m.read("grad_h_n", b.grad_h_n, {p.G, p.B, p.H});
   f.grad_workspace = m.read("grad_workspace", b.grad_workspace, {p.T, p.B, p.G, slots});
@@ -164,24 +163,22 @@ ForwardResult layer(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, May
                     MaybeTensor bias_hh, MaybeTensor lengths, MaybeTensor reset_mask,
                     MaybeTensor reset_state, MaybeTensor h_scale, std::string cell,
                     std::vector<bool> reverse, bool recompute) {
-  const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,         bias_hh,
-                    lengths, reset_mask, reset_state, h_scale,   parse_cell(cell), bytes_of(reverse),
-                    "x"};
-  return with_compute_type("x", x, [&](auto real) {
-    return run_forward<decltype(real)>(a, recompute);
-  });
+  const Arguments a{
+      x,          h0,          &weight_ih, weight_hh,        &bias_ih,          bias_hh, lengths,
+      reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
+  return with_compute_type("x", x,
+                           [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
 }
 
 ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
                    MaybeTensor lengths, MaybeTensor reset_mask, MaybeTensor reset_state,
                    MaybeTensor h_scale, std::string cell, std::vector<bool> reverse,
                    bool recompute) {
-  const Arguments a{gates_x,     h0,      nullptr,          weight_hh,         nullptr,
-                    bias_hh,     lengths, reset_mask,       reset_state,       h_scale,
-                    parse_cell(cell), bytes_of(reverse), "gates_x"};
-  return with_compute_type("gates_x", gates_x, [&](auto real) {
-    return run_forward<decltype(real)>(a, recompute);
-  });
+  const Arguments a{
+      gates_x,    h0,          nullptr, weight_hh,        nullptr,           bias_hh,  lengths,
+      reset_mask, reset_state, h_scale, parse_cell(cell), bytes_of(reverse), "gates_x"};
+  return with_compute_type("gates_x", gates_x,
+                           [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
 }
 
 void check_output_mask(const std::vector<bool>& output_mask, size_t expected) {
@@ -197,9 +194,9 @@ LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTe
                           std::vector<bool> reverse, bool recompute,
                           std::vector<bool> output_mask) {
   check_output_mask(output_mask, 8);
-  const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,         bias_hh,
-                    lengths, reset_mask, reset_state, h_scale,   parse_cell(cell), bytes_of(reverse),
-                    "x"};
+  const Arguments a{
+      x,          h0,          &weight_ih, weight_hh,        &bias_ih,          bias_hh, lengths,
+      reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
   const BackwardArguments b{grad_output, grad_h_n,  grad_workspace, output,
                             workspace,   recompute, output_mask};
   return with_compute_type("x", x, [&](auto real) { return run_backward<decltype(real)>(a, b); });
@@ -211,16 +208,19 @@ ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTens
                         MaybeTensor h_scale, Tensor output, Tensor workspace, std::string cell,
                         std::vector<bool> reverse, bool recompute, std::vector<bool> output_mask) {
   check_output_mask(output_mask, 6);
-  const Arguments a{gates_x,     h0,      nullptr,          weight_hh,         nullptr,
-                    bias_hh,     lengths, reset_mask,       reset_state,       h_scale,
-                    parse_cell(cell), bytes_of(reverse), "gates_x"};
+  const Arguments a{
+      gates_x,    h0,          nullptr, weight_hh,        nullptr,           bias_hh,  lengths,
+      reset_mask, reset_state, h_scale, parse_cell(cell), bytes_of(reverse), "gates_x"};
   const auto& want = output_mask;
-  const BackwardArguments b{
-      grad_output, grad_h_n, grad_workspace, output, workspace, recompute,
-      {want[0], want[1], false, want[2], false, want[3], want[4], want[5]}};
-  auto grads = with_compute_type("gates_x", gates_x, [&](auto real) {
-    return run_backward<decltype(real)>(a, b);
-  });
+  const BackwardArguments b{grad_output,
+                            grad_h_n,
+                            grad_workspace,
+                            output,
+                            workspace,
+                            recompute,
+                            {want[0], want[1], false, want[2], false, want[3], want[4], want[5]}};
+  auto grads = with_compute_type("gates_x", gates_x,
+                                 [&](auto real) { return run_backward<decltype(real)>(a, b); });
   return {std::get<0>(grads), std::get<1>(grads), std::get<3>(grads),
           std::get<5>(grads), std::get<6>(grads), std::get<7>(grads)};
 }

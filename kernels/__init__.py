@@ -1,6 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels, installed as ``gru_fast.kernels``; none yet, a CUDA call runs on the reference.
+"""Triton kernels, installed as ``gru_fast.kernels``: the four ops on CUDA tensors.
+
+`layer`, `scan`, `layer_backward` and `scan_backward` take and return what the ops of those names
+do, and a last argument `kernel`: a name of `KERNELS` for a benchmark or a test, None to choose.
 
 Modules here import torch and triton only, and each other by relative imports: never ``gru_fast``.
-Nothing here is imported before the first call with CUDA tensors: `gru_fast` works without triton.
+Nothing here is imported before the first call with CUDA tensors, and triton not before the first
+launch: `gru_fast` works without it. How the kernels work: docs/gpu-kernels.md.
 """
+
+from importlib import import_module
+from typing import Any
+
+from .problem import DTYPES
+from .registry import KERNELS
+
+__all__ = ["DTYPES", "KERNELS", "layer", "layer_backward", "scan", "scan_backward"]
+
+_OPS = ("layer", "scan", "layer_backward", "scan_backward")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OPS:
+        return getattr(import_module(".ops", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scan back through a chunk: the product that carries D of a step into the gradient of the state
-// before it, whose epilogue already computes D of the step before.
+// The scan back through a chunk: the product that carries D of a step into the gradient of the
+// state before it, whose epilogue already computes D of the step before.
 #pragma once
 #include "chunk.h"
 #include "team.h"
@@ -46,13 +46,13 @@ class BackwardScan {
   }
 
   void run(Team& team, int member) {
-    each_own_tile([&](int64_t g, int64_t b, int64_t tile) {
-      gate_gradients(g, c_.end - 1, b, tile);
-    });
+    each_own_tile(
+        [&](int64_t g, int64_t b, int64_t tile) { gate_gradients(g, c_.end - 1, b, tile); });
     for (int64_t step = c_.end - 1; step >= c_.begin; --step) {
       if (share_.waits) team.barrier(member);
       if (p_.cell == Cell::kResetBefore) {
-        for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_candidate(g, step);
+        for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g)
+          through_candidate(g, step);
         if (share_.waits) team.barrier(member);
       }
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_state(g, step);
@@ -181,8 +181,9 @@ class BackwardScan {
   template <class Epilogue>
   GRU_MEMBER void multiply(const Real* operand, int64_t K, const Real* panels, int64_t g,
                            Epilogue epilogue) {
-    sweep<Real>({operand, c_.ld}, share_.batch.size(), K, 1, share_.tiles.begin, share_.tiles.end,
-                [&](int64_t tile, int) { return panels + (g * c_.tiles + tile) * K * W; }, epilogue);
+    sweep<Real>(
+        {operand, c_.ld}, share_.batch.size(), K, 1, share_.tiles.begin, share_.tiles.end,
+        [&](int64_t tile, int) { return panels + (g * c_.tiles + tile) * K * W; }, epilogue);
   }
 
   const Backward<Real>& f_;

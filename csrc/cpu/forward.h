@@ -35,8 +35,8 @@ struct GatePanels {
   int64_t H, K, tiles;
   int gates[3];
   int count;
-  Real* packed;       // (G, tiles) panels, or null: on the fly
-  Real* on_the_fly;   // of this member
+  Real* packed;        // (G, tiles) panels, or null: on the fly
+  Real* on_the_fly;    // of this member
   const Real* weight;  // (G, N*H, K)
   int64_t group_stride;
 
@@ -85,8 +85,9 @@ class ForwardScan {
     Real* mine = layout.take<Real>(on_the_fly ? threads * kMaxAbreastVectors * W * most : 0) +
                  member * kMaxAbreastVectors * W * most;
     auto panels = [&](const int* gates, int count, const Real* weight, int64_t K) {
-      GatePanels<Real> made{p_.H, K,    tiles_, {gates[0], count > 1 ? gates[1] : 0, 0},
-                            count, nullptr, mine, weight, gates_ * p_.H * K};
+      GatePanels<Real> made{
+          p_.H, K,      tiles_,           {gates[0], count > 1 ? gates[1] : 0, 0}, count, nullptr,
+          mine, weight, gates_ * p_.H * K};
       if (count > 2) made.gates[2] = gates[2];
       if (!on_the_fly) made.packed = layout.take<Real>(p_.G * tiles_ * made.panel_size());
       return made;
@@ -197,8 +198,8 @@ class ForwardScan {
     }
     auto panels = [&](int64_t tile, int abreast) { return input_.get(g, tile, abreast); };
     auto rows = [&](const Real* first, int64_t stride, int64_t count, int64_t to_row) {
-      sweep<Real>({first, stride}, count, p_.I, gates_, share_.tiles.begin, share_.tiles.end, panels,
-                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+      sweep<Real>({first, stride}, count, p_.I, gates_, share_.tiles.begin, share_.tiles.end,
+                  panels, [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                     Real* to = gates_x(g, to_row + row, tile);
                     for (int gate = 0; gate < gates_; ++gate) {
                       store(to + gate * W, sums[gate] + bias(gate, tile));
@@ -218,7 +219,8 @@ class ForwardScan {
     }
   }
 
-  // Equation (8): the new state of a row and tile, where it goes, and what the next step starts from.
+  // Equation (8): the new state of a row and tile, where it goes, and what the next step starts
+  // from.
   GRU_MEMBER void finish(int64_t step, int64_t t, int64_t g, int64_t b, int64_t tile, V z, V n) {
     const int lanes = lanes_of<Real>(tile, p_.H);
     const V previous = load(state_ + at(step, g, b, tile));
@@ -246,9 +248,10 @@ class ForwardScan {
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
                            Epilogue epilogue) {
-    sweep<Real>({operand, ld_}, share_.batch.size(), p_.H, panels.count, share_.tiles.begin,
-                share_.tiles.end,
-                [&](int64_t tile, int abreast) { return panels.get(g, tile, abreast); }, epilogue);
+    sweep<Real>(
+        {operand, ld_}, share_.batch.size(), p_.H, panels.count, share_.tiles.begin,
+        share_.tiles.end, [&](int64_t tile, int abreast) { return panels.get(g, tile, abreast); },
+        epilogue);
   }
 
   void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {

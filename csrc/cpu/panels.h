@@ -62,7 +62,8 @@ template <class Real>
 void pack_columns(const Real* block, int64_t rows, int64_t columns, int64_t tile, Real* panel) {
   constexpr int W = kLanes<Real>;
   const int n = lanes_of<Real>(tile, columns);
-  for (int64_t k = 0; k < rows; ++k) store(panel + k * W, load_n(block + k * columns + tile * W, n));
+  for (int64_t k = 0; k < rows; ++k)
+    store(panel + k * W, load_n(block + k * columns + tile * W, n));
 }
 
 template <class Real>

@@ -11,7 +11,8 @@ namespace gru_fast {
 template <class Real>
 int threads_worth(const Problem<Real>& p, int passes, int available) {
   if (available <= 1) return 1;
-  // Orders of magnitude of one core: what a step takes is bound by arithmetic or by reading weights.
+  // Orders of magnitude of one core: what a step takes is bound by arithmetic or by reading
+  // weights.
   constexpr double kFlopsPerNs = 80, kBytesPerNs = 80;
   constexpr double kRegionNs = 25'000, kBarrierNs = 1'500;
   const double products = static_cast<double>(gate_count(p.cell)) * p.H * p.G;

@@ -51,20 +51,20 @@ struct Backward {
   const Real* grad_output;     // (T, B, G*H) or null
   const Real* grad_h_n;        // (G, B, H) or null
   const Real* grad_workspace;  // (T, B, G, S*H) or null
-  Real* grad_x;                // contiguous (T, B, [G,] I), zeroed where groups share x; or grad_gates_x
-  Real* grad_h0;               // (G, B, H)
-  Real* grad_weight_ih;        // (G, N*H, I)
-  Real* grad_weight_hh;        // (G, N*H, H)
-  Real* grad_bias_ih;          // (G, N*H)
-  Real* grad_bias_hh;          // (G, N*H)
-  Real* grad_reset_state;      // (G, B, H), zeroed
-  Real* grad_h_scale;          // (B, G*H), zeroed
+  Real* grad_x;          // contiguous (T, B, [G,] I), zeroed where groups share x; or grad_gates_x
+  Real* grad_h0;         // (G, B, H)
+  Real* grad_weight_ih;  // (G, N*H, I)
+  Real* grad_weight_hh;  // (G, N*H, H)
+  Real* grad_bias_ih;    // (G, N*H)
+  Real* grad_bias_hh;    // (G, N*H)
+  Real* grad_reset_state;  // (G, B, H), zeroed
+  Real* grad_h_scale;      // (B, G*H), zeroed
 };
 
 class Team;
 
-// The kernels of one instruction set. `forward` and `backward` are called by every member of the team;
-// `threads` is the largest number of members there can be, and `scratch` has the bytes that
+// The kernels of one instruction set. `forward` and `backward` are called by every member of the
+// team; `threads` is the largest number of members there can be, and `scratch` has the bytes that
 // `*_scratch_bytes` asked for that number, aligned to 64.
 template <class Real>
 struct KernelTable {

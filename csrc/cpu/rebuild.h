@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gates that were not saved, rebuilt for a whole chunk at once: every h_prev is known from the output,
-// so the chunk is one forward step with a batch of all its rows.
+// Gates that were not saved, rebuilt for a whole chunk at once: every h_prev is known from the
+// output, so the chunk is one forward step with a batch of all its rows.
 #pragma once
 #include "chunk.h"
 #include "forward.h"
@@ -22,8 +22,8 @@ class Rebuild {
     state_ = layout.template take<Real>(rows * p_.H);
     discarded_ = layout.template take<Real>(rows * p_.H);
     const Forward<Real> largest = one_step(0, rows);
-    scratch_ = layout.template take<char>(
-        ForwardScan<Real>(largest, threads, 0, nullptr).scratch_bytes());
+    scratch_ =
+        layout.template take<char>(ForwardScan<Real>(largest, threads, 0, nullptr).scratch_bytes());
   }
 
   void run(Team& team, int member) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The threads that work on one call together. A parallel region may run fewer parts at a time than it
-// was asked for (nested regions, OMP_DYNAMIC, one core, a task pool), so the team is whoever checked
-// in, and work is divided only after the doors are closed: no barrier ever waits for a missing thread.
+// The threads that work on one call together. A parallel region may run fewer parts at a time than
+// it was asked for (nested regions, OMP_DYNAMIC, one core, a task pool), so the team is whoever
+// checked in, and work is divided only after the doors are closed: no barrier ever waits for a
+// missing thread.
 #pragma once
 #include <atomic>
 #include <cstdint>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The register-blocked product under every kernel, and the order-of-summation contract:
-// each output adds k = 0 ... K-1 in one fma chain within blocks of a fixed length, and the blocks in
-// order.
-// Rows per tile, tiles abreast, threads and time chunks change nothing of that, so they change no bit.
+// each output adds k = 0 ... K-1 in one fma chain within blocks of a fixed length, and the blocks
+// in order. Rows per tile, tiles abreast, threads and time chunks change nothing of that, so they
+// change no bit.
 #pragma once
 #include "vec.h"
 
@@ -25,7 +25,8 @@ struct Operand {
 };
 
 // Weights of a unit tile, packed for the product: [K][NV][lanes]; tiles lie one after the other.
-// out[(i * NT + tile) * NV + v] = sum_k a[(row + i) * row_stride + k * k_stride] * panel[tile][k][v]
+// out[(i * NT + tile) * NV + v] = sum_k a[(row + i) * row_stride + k * k_stride] *
+// panel[tile][k][v]
 template <class Real, int ROWS, int NT, int NV>
 void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, Vec<Real>* out) {
   constexpr int W = kLanes<Real>;

@@ -32,8 +32,8 @@ class WeightGrads {
                          p_.G * input_tiles_ * c_.gates * c_.units * W);
     x_ = take(f.grad_weight_ih != nullptr, input_tiles_ * rows * W);
     state_ = take(f.grad_weight_hh != nullptr, c_.tiles * rows * W);
-    gated_ = take(f.grad_weight_hh != nullptr && p_.cell == Cell::kResetBefore,
-                  c_.tiles * rows * W);
+    gated_ =
+        take(f.grad_weight_hh != nullptr && p_.cell == Cell::kResetBefore, c_.tiles * rows * W);
     block_ = layout.template take<Real>(threads * rows * kRowBlock) + member * rows * kRowBlock;
   }
 
@@ -141,14 +141,15 @@ class WeightGrads {
       if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, sum);
     }
     auto multiply = [&](const Real* panels, int64_t columns, Real* grad) {
-      sweep<Real>({block_, 1, kRowBlock, kGradSumBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
-                  [&](int64_t tile, int) { return panels + tile * rows * W; },
-                  [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                    if (i >= valid) return;
-                    const int lanes = lanes_of<Real>(tile, columns);
-                    Real* to = grad + (first_row + i) * columns + tile * W;
-                    store_n(to, first ? sums[0] : load_n(to, lanes) + sums[0], lanes);
-                  });
+      sweep<Real>(
+          {block_, 1, kRowBlock, kGradSumBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
+          [&](int64_t tile, int) { return panels + tile * rows * W; },
+          [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+            if (i >= valid) return;
+            const int lanes = lanes_of<Real>(tile, columns);
+            Real* to = grad + (first_row + i) * columns + tile * W;
+            store_n(to, first ? sums[0] : load_n(to, lanes) + sums[0], lanes);
+          });
     };
     if (input_side && x_ != nullptr) multiply(x_, p_.I, f_.grad_weight_ih);
     if (hidden_side && state_ != nullptr) {

@@ -18,7 +18,8 @@ void expect(bool holds, const char* what) {
   }
 }
 
-// `callers` threads share `parts` parts. Every member adds in turn; a lost barrier shows in the sums.
+// `callers` threads share `parts` parts. Every member adds in turn; a lost barrier shows in the
+// sums.
 void run(int parts, int callers, int rounds) {
   Team team(parts);
   std::vector<int> counters(parts * 16, 0);
@@ -47,7 +48,8 @@ void run(int parts, int callers, int rounds) {
   expect(joined >= 1, "nobody checked in");
 }
 
-// A pool that runs the parts one after the other: the first caller closes the doors and does it all.
+// A pool that runs the parts one after the other: the first caller closes the doors and does it
+// all.
 void one_after_the_other() {
   Team team(4);
   expect(team.join(1) == 0 && team.size() == 1, "the first caller did not become the team");
