@@ -17,10 +17,13 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _VMAP = torch._C._functorch.TransformType.Vmap
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _only_vmap() -> bool:
     stack = torch._C._functorch.get_interpreter_stack()
     return stack is None or all(level.key() == _VMAP for level in stack)
+
+
+# What torch.compiler.assume_constant_result sets: that function itself loads the whole compiler.
+_only_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_composition() -> bool:

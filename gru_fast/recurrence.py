@@ -7,6 +7,7 @@ Nothing here looks at sizes to choose an implementation, so a change of T or B d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from gru_fast.backends import KERNEL_DTYPES, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
 FORWARD = (False,)
+
+_BelowAutograd: type = torch._C._AutoDispatchBelowAutograd
 
 _layer_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = ops.layer
 _scan_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = ops.scan
@@ -37,12 +40,24 @@ def _takes_ops(steps: Tensor, backend: str, cell: str, **features: bool) -> bool
     return name != "reference"
 
 
-def _needs_workspace(*tensors: Tensor | None) -> bool:
+def _needs_grad(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
     return torch._C._are_functorch_transforms_active() or any(
         t is not None and t.requires_grad for t in tensors
     )
+
+
+def _without_grad(
+    op: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Any
+) -> tuple[Tensor, Tensor]:
+    """The op with nothing saved, past its autograd formula: that costs as much as a small call."""
+    if torch.compiler.is_compiling():
+        output, h_n, _ = op(*args, True)
+    else:
+        with _BelowAutograd():
+            output, h_n, _ = op(*args, True)
+    return output, h_n
 
 
 def _compose(
@@ -129,14 +144,13 @@ def layer(
         )  # fmt: skip
         check_layer(*tensors, cell, reverse)
         return _compose(reference.layer, tensors, cell, reverse)
-    if not recompute:
-        recompute = not _needs_workspace(
-            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale
-        )
-    output, h_n, _ = _layer_op(
+    arguments = (
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state, h_scale,
-        cell, reverse, recompute,
+        cell, reverse,
     )  # fmt: skip
+    if not _needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale):
+        return _without_grad(_layer_op, *arguments)
+    output, h_n, _ = _layer_op(*arguments, recompute)
     return output, h_n
 
 
@@ -191,10 +205,10 @@ def scan(
         )  # fmt: skip
         check_scan(*tensors, cell, reverse)
         return _compose(reference.scan, tensors, cell, reverse)
-    if not recompute:
-        recompute = not _needs_workspace(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale)
-    output, h_n, _ = _scan_op(
+    arguments = (
         gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse,
-        recompute,
     )  # fmt: skip
+    if not _needs_grad(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale):
+        return _without_grad(_scan_op, *arguments)
+    output, h_n, _ = _scan_op(*arguments, recompute)
     return output, h_n
