@@ -66,9 +66,7 @@ def lower_bound(case: Case, suite: str, dtype: str, threads: int, peaks: Peaks) 
     return total
 
 
-def gpu_floor(
-    case: Case, suite: str, dtype: str, matmul_flops: float, copy_bytes: float
-) -> float:
+def gpu_floor(case: Case, suite: str, dtype: str, matmul_flops: float, copy_bytes: float) -> float:
     """Seconds of one call at best on a GPU: operations or bytes, whichever takes longer.
 
     The steps' dependence on each other is left out, so a short or narrow case stays far from it.

@@ -109,9 +109,7 @@ def run(options: argparse.Namespace) -> Results:
     return results
 
 
-def bound_of(
-    peaks: probe.Peaks | None, threads: int
-) -> Callable[[Problem], float | None] | None:
+def bound_of(peaks: probe.Peaks | None, threads: int) -> Callable[[Problem], float | None] | None:
     """`lower_bound` with all but the problem given."""
     if peaks is None:
         return None

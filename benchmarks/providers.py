@@ -113,7 +113,7 @@ def all_providers(device: str) -> list[Provider]:
 
     found = providers_torch.providers(device) + providers_gru_fast.providers(device)
     if device == "cuda":
-        found += [*providers_kernels.providers(device), *providers_cuda.providers()]
+        found += [*providers_kernels.providers(), *providers_cuda.providers()]
     else:
         found += providers_onnx.providers()
     names = [provider.name for provider in found]

@@ -45,8 +45,8 @@ class Gate:
     cannot take the problem (resets).
     """
 
-    def __init__(self, problem: Problem, threads: int) -> None:
-        self.draws, self.threads = problem.for_gate(), threads
+    def __init__(self, problem: Problem, threads: int, most_draws: int | None = None) -> None:
+        self.draws, self.threads = problem.for_gate()[:most_draws], threads
         self._theirs: list[dict[str, torch.Tensor]] | None = None
 
     @property
@@ -76,9 +76,18 @@ class Gate:
         return judge(self._run(provider), self._yardstick(), truth, self.draws[0].dtype)
 
 
-def _short(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Type and first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether every later CUDA call of this process fails too."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return False
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
 
 
 def run_problem(
@@ -97,7 +106,7 @@ def run_problem(
     ready: dict[str, Prepared] = {}
     baseline, notes = None, []
     with float32_as(problem.dtype):
-        gate = Gate(problem, setting.threads)
+        gate = Gate(problem, setting.threads, 1 if setting.dry else None)
         for provider in providers:
             reason = provider.why_not(problem)
             if reason is not None:
@@ -116,8 +125,9 @@ def run_problem(
                 else:
                     record.error = wrong
             except Exception as error:
-                _raise_if_lost(error)
-                record.error = _short(error)
+                if is_lost(error):
+                    raise
+                record.error = describe_error(error)
         del gate
         _measure(problem, ready, records, baseline, setting)
     return list(records.values()), notes
@@ -128,15 +138,6 @@ def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
         problem.suite, provider.name, provider.version(), problem.device, problem.dtype,
         setting.threads, problem.case.as_dict(), dry=setting.dry,
     )  # fmt: skip
-
-
-def _raise_if_lost(error: Exception) -> None:
-    """Pass on what makes every later CUDA call fail too."""
-    accelerator = getattr(torch, "AcceleratorError", ())
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        torch.cuda.empty_cache()
-    elif isinstance(error, accelerator) or "CUDA error" in str(error):
-        raise error
 
 
 def _measure(
@@ -154,8 +155,9 @@ def _measure(
             ready[name].call()
             calls[name] = ready[name].call
         except Exception as error:
-            _raise_if_lost(error)
-            records[name].error, records[name].cold_s = _short(error), None
+            if is_lost(error):
+                raise
+            records[name].error, records[name].cold_s = describe_error(error), None
     if not calls:
         return
     load = OtherLoad()
@@ -191,8 +193,9 @@ def _footprints(
             try:
                 found[name] = memory.cuda_footprint(ready[name].call)
             except Exception as error:
-                _raise_if_lost(error)
-                records[name].error = _short(error)
+                if is_lost(error):
+                    raise
+                records[name].error = describe_error(error)
                 del ready[name]
     for name, footprint in found.items():
         records[name].cold_s = footprint["cold_s"]

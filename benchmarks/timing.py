@@ -38,7 +38,7 @@ class Effort:
 
 
 QUICK = Effort(block_s=0.004, budget_s=1.5, least=3, most=7)
-DRY = Effort(block_s=0.0, budget_s=0.5, least=2, most=2)
+DRY = Effort(block_s=0.0, budget_s=0.0, least=1, most=1)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of the GPU program."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.gpu import supervisor
+from benchmarks.gpu.supervisor import Plan
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m benchmarks gpu",
+        description="Build, precompile, then measure in order of worth until the budget is used. "
+        "DIR/gpu.json is rewritten after each row; --resume goes on where it stopped.",
+    )
+    found.add_argument("--out", type=Path, required=True, metavar="DIR")
+    found.add_argument("--budget", type=float, default=540, help="seconds for everything")
+    found.add_argument("--resume", action="store_true", help="go on with DIR/gpu.json")
+    found.add_argument("--retry", action="store_true", help="resume, failed rows once more too")
+    found.add_argument("--row-limit", type=float, default=60, help="seconds for one row")
+    found.add_argument("--no-build", action="store_true", help="gru_fast is installed already")
+    found.add_argument("--note", action="append", default=[], help=argparse.SUPPRESS)
+    found.add_argument(
+        "--dry", action="store_true", help="on the CPU, tiny sizes, kernels interpreted"
+    )
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """0 if every row was measured; 1 if some failed; 2 for what cannot run at all."""
+    options = parser().parse_args(arguments)
+
+    start = time.time()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    plan = supervisor.Plan(out, options.budget, options.row_limit, options.dry)
+    if not (options.dry or options.no_build):
+        note = supervisor.build(plan)
+        print(note, flush=True)
+        # A new process: this one's import path was made before the installation.
+        left = str(options.budget - (time.time() - start))
+        command = ["-m", "benchmarks", "gpu", *arguments, "--no-build", "--note", note]
+        os.execv(sys.executable, [sys.executable, *command, "--budget", left])
+    until = start + options.budget
+    try:
+        return _measure(plan, until, options)
+    except ValueError as error:
+        print(f"python -m benchmarks gpu: {error}", file=sys.stderr)
+        return 2
+
+
+def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
+    import torch
+
+    from benchmarks import machine
+    from benchmarks.gpu.rows import all_rows
+    from benchmarks.gpu.worker import RESULTS
+    from benchmarks.providers_kernels import kernel_names
+
+    if not options.dry and not torch.cuda.is_available():
+        raise ValueError("there is no GPU here; --dry runs the same program on the CPU")
+    line = {**machine.describe(), "dry": options.dry}
+    path = plan.out / RESULTS
+    supervisor.keep_copy(path)
+    resume = options.resume or options.retry
+    results = supervisor.prepare_results(plan, resume, options.retry, line)
+    names, reason = kernel_names()
+    notes: list[str] = options.note
+    if reason is not None:
+        notes.append(f"no kernels of ours: {reason}")
+    results.notes += notes
+    results.write(path)
+    print(machine.line(line), flush=True)
+    if names:
+        processes = 1 if options.dry else min(16, os.cpu_count() or 1)
+        notes = [supervisor.precompile(plan, processes)]
+        print(notes[0], flush=True)
+    else:
+        notes = []
+    notes += supervisor.drive(plan, until)
+    results = supervisor.read(path)
+    left = [row.name for row in all_rows(options.dry) if row.name not in results.rows]
+    if left:
+        notes.append(f"not measured, the budget was used up: {len(left)} rows from {left[0]} on")
+    results.notes += notes
+    results.write(path)
+    failed = {name: how for name, how in results.rows.items() if how != "done"}
+    print(*notes, *(f"{name}: {how}" for name, how in failed.items()), sep="\n", flush=True)
+    parities = Counter(record.parity for record in results.records)
+    print(
+        f"{len(results.rows) - len(failed)} rows done, {len(failed)} failed, {len(left)} left; "
+        f"parity {dict(parities)}; {len(results.figures)} figures -> {path}"
+    )
+    return 1 if failed else 0
