@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+ARGS ?= train infer step --quick
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -17,7 +18,7 @@ help:
 	@echo 'make demo      train a character model on real names and sample novel ones'
 	@echo 'make test      all tests but the slow ones'
 	@echo 'make test-all  all tests'
-	@echo 'make bench     parity and speed beside nn.GRU on this machine (the README example)'
+	@echo 'make bench     speed beside nn.GRU and other peers on this machine, under a minute; ARGS=... for more'
 	@echo 'make lint      ruff, mypy, clang-format: check only'
 	@echo 'make format    ruff and clang-format: rewrite'
 	@echo 'make wheel     manylinux wheel in dist/, installed and tried where there is no compiler'
@@ -55,7 +56,7 @@ format: $(STAMP)
 	$(BIN)/clang-format -i $(CSRC) $(wildcard tests/cpp/*)
 
 bench: $(STAMP)
-	$(BIN)/python scripts/run_readme.py
+	$(BIN)/python -m benchmarks $(ARGS)
 
 wheel: $(STAMP)
 	scripts/make_wheel.sh $(BIN)/python '$(TORCH)'
