@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four ops on Triton kernels: schemas, shapes and semantics as in `gru_fast.reference`.
+
+Forward: the input product, then one of the scans of `registry`. Backward: the scan emits gate
+gradients only; every product over all times follows it and is torch's, so nothing is atomic and
+runs repeat bit by bit. With `recompute` backward goes through the sequence in chunks and rebuilds
+the gates of each, so that no buffer longer than a chunk is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import products, rebuild
+from .problem import Problem, dot_precision, on_device, problem_of
+from .registry import take
+
+CHUNK_ELEMENTS = 2**25
+"""Values of a rebuilt workspace that may be alive at once."""
+
+Gates = Callable[[int, int], Tensor]
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+    recompute: bool,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer; `kernel` names one of `registry.KERNELS`, None leaves the choice to it."""
+    with on_device(x), products.matmul_precision(dot_precision(x), x):
+        gates_x = products.project(x, weight_ih, bias_ih)
+    return scan(
+        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse,
+        recompute, kernel,
+    )  # fmt: skip
+
+
+def scan(
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+    recompute: bool,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence over projected inputs; `kernel` as in `layer`."""
+    problem = problem_of(
+        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse
+    )
+    T, B, G, H = problem.T, problem.B, problem.G, problem.H
+    output = gates_x.new_empty(T, B, G * H)
+    workspace = gates_x.new_empty(0) if recompute else rebuild.new_workspace(problem, T)
+    if T == 0 or B == 0:
+        return output, h0.clone(memory_format=torch.contiguous_format), workspace
+    h_n = torch.empty_like(problem.h0)
+    with on_device(gates_x):
+        chosen, config = take(kernel, problem, "forward")
+        saved = None if recompute else workspace
+        chosen.launch_forward(problem, output, h_n, saved, config)
+    return output, h_n, workspace
+
+
+def scan_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_workspace: Tensor | None,
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    output: Tensor,
+    workspace: Tensor,
+    cell: str,
+    reverse: Sequence[bool],
+    recompute: bool,
+    output_mask: Sequence[bool],
+    kernel: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of `scan`: of gates_x, h0, weight_hh, bias_hh, reset_state, h_scale."""
+    problem = problem_of(
+        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse
+    )
+    grad_gates = [gates_x.new_empty(0)]
+
+    def on_chunk(rows: Tensor, steps: tuple[int, int]) -> None:
+        if not output_mask[0]:
+            return
+        if rows.shape[0] == problem.T:
+            grad_gates[0] = rows
+            return
+        if steps[1] == problem.T:
+            grad_gates[0] = torch.empty_like(gates_x, memory_format=torch.contiguous_format)
+        for groups, times in _runs(problem, steps):
+            grad_gates[0][times, :, groups] = rows[:, :, groups]
+
+    with on_device(gates_x), products.matmul_precision(problem.precision, gates_x):
+        rest = _backward(
+            problem, grad_output, grad_h_n, grad_workspace, output, workspace,
+            (lambda begin, end: gates_x) if recompute else None, on_chunk, output_mask[1:], kernel,
+        )  # fmt: skip
+    if output_mask[0] and gates_x.numel() == 0:
+        grad_gates[0] = torch.empty_like(gates_x, memory_format=torch.contiguous_format)
+    return (grad_gates[0], *rest)
+
+
+def layer_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_workspace: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    output: Tensor,
+    workspace: Tensor,
+    cell: str,
+    reverse: Sequence[bool],
+    recompute: bool,
+    output_mask: Sequence[bool],
+    kernel: str | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of `layer`: of x, h0, weight_ih, weight_hh, the biases, reset_state, h_scale."""
+    need_x, need_h0, need_ih, need_hh, need_b_ih, need_b_hh, need_start, need_scale = output_mask
+    T, B = x.shape[:2]
+    problem = problem_of(
+        x.new_empty(()).expand(T, B, *weight_ih.shape[:2]), h0, weight_hh, bias_hh, lengths,
+        reset_mask, reset_state, h_scale, cell, reverse,
+    )  # fmt: skip
+    shared = x.dim() == 3
+    padded = products.without_padding(x, lengths) if need_ih else x
+    weight, bias = products.Total(), products.Total()
+    several = len(products.direction_runs(problem.reverse)) > 1
+    grad_x = (x.new_zeros if shared and several else x.new_empty)(x.shape if need_x else (0,))
+
+    def gates(begin: int, end: int) -> Tensor:
+        parts = [
+            products.project(
+                x[times] if shared else x[times, :, groups],
+                weight_ih[groups],
+                None if bias_ih is None else bias_ih[groups],
+            )
+            for groups, times in _runs(problem, (begin, end))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def on_chunk(rows: Tensor, steps: tuple[int, int]) -> None:
+        if need_b_ih and bias_ih is not None:
+            bias.add(rows.sum((0, 1)))
+        weights = []
+        for groups, times in _runs(problem, steps):
+            part = rows[:, :, groups]
+            if need_x:
+                value = products.input_gradient(part, weight_ih[groups], shared)
+                if not shared:
+                    grad_x[times, :, groups] = value
+                elif several:
+                    grad_x[times] += value
+                else:
+                    grad_x[times] = value
+            if need_ih:
+                inputs = padded[times] if shared else padded[times, :, groups]
+                weights.append(products.weight_gradient(part, inputs))
+        if need_ih:
+            weight.add(torch.cat(weights))
+
+    with on_device(x), products.matmul_precision(problem.precision, x):
+        grad_h0, grad_hh, grad_b_hh, grad_start, grad_scale = _backward(
+            problem, grad_output, grad_h_n, grad_workspace, output, workspace,
+            gates if recompute else None, on_chunk,
+            (need_h0, need_hh, need_b_hh, need_start, need_scale), kernel,
+        )  # fmt: skip
+    empty = x.new_empty(0)
+    nothing = T == 0 or B == 0
+    grad_ih = grad_b_ih = empty
+    if need_ih:
+        grad_ih = torch.zeros_like(weight_ih) if nothing else weight.result()
+    if need_b_ih and bias_ih is not None:
+        grad_b_ih = torch.zeros_like(bias_ih) if nothing else bias.result()
+    return grad_x, grad_h0, grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_start, grad_scale
+
+
+def _runs(problem: Problem, steps: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Groups that a chunk meets at the same times, and those times."""
+    begin, end = steps
+    T = problem.T
+    if end - begin == T:
+        return [(slice(0, problem.G), slice(0, T))]
+    return [
+        (groups, slice(T - end, T - begin) if backwards else slice(begin, end))
+        for groups, backwards in products.direction_runs(problem.reverse)
+    ]
+
+
+def _backward(
+    problem: Problem,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_workspace: Tensor | None,
+    output: Tensor,
+    workspace: Tensor,
+    gates: Gates | None,
+    on_chunk: Callable[[Tensor, tuple[int, int]], None],
+    output_mask: Sequence[bool],
+    kernel: str | None,
+) -> tuple[Tensor, ...]:
+    """Gradients of h0, weight_hh, bias_hh, reset_state, h_scale; on_chunk gets the rows A.
+
+    gates gives gates_x of a chunk, or of the whole sequence; None: the workspace was saved.
+    """
+    T, B, G, H, h0 = problem.T, problem.B, problem.G, problem.H, problem.h0
+    need_h0, need_w, need_b, need_start, need_scale = output_mask
+    need_b = need_b and problem.bias_hh is not None
+    need_start = need_start and problem.reset_state is not None
+    need_scale = need_scale and problem.h_scale is not None
+
+    zeros = torch.zeros_like(h0, dtype=torch.float32)
+    grad_state = zeros if grad_h_n is None else grad_h_n.float().contiguous().clone()
+    grad_start = torch.zeros_like(zeros) if need_start else None
+    grad_scale = torch.zeros_like(zeros) if need_scale else None
+    weight, bias = products.Total(), products.Total()
+    if T > 0 and B > 0:
+        chosen, config = take(kernel, problem, "backward")
+        output = output.contiguous()
+        grad_output = None if grad_output is None else grad_output.contiguous()
+        grad_workspace = None if grad_workspace is None else grad_workspace.contiguous()
+        for steps in _chunks(problem, gates is not None):
+            entering = gated = None
+            if gates is None:
+                slots = workspace.contiguous()
+            else:
+                slots, entering, gated = _rebuild(problem, gates(*steps), output, steps)
+            count = steps[1] - steps[0]
+            rows = h0.new_empty(count, B, G, problem.weight_hh.shape[1])
+            grad_q = h0.new_empty(count, B, G, H) if problem.cell == "reset_after" else None
+            chosen.launch_backward(
+                problem, grad_output, grad_workspace, output, slots, steps, rows, grad_q,
+                grad_state, grad_start, grad_scale, config,
+            )  # fmt: skip
+            on_chunk(rows, steps)
+            gate_rows = rows.shape[3] - H
+            candidate = rows[..., gate_rows:] if grad_q is None else grad_q
+            if need_b:
+                sums = (rows[..., :gate_rows].sum((0, 1)), candidate.sum((0, 1)))
+                bias.add(torch.cat(sums, 1))
+            if need_w:
+                if entering is None:
+                    source = slots if problem.cell == "reset_before" else None
+                    entering, gated = rebuild.launch_entering_states(problem, output, source, steps)
+                operand = entering if gated is None else gated
+                gradients = (
+                    products.weight_gradient(rows[..., :gate_rows], entering),
+                    products.weight_gradient(candidate, operand),
+                )
+                weight.add(torch.cat(gradients, 1))
+    empty = h0.new_empty(0)
+    nothing = T == 0 or B == 0
+    grad_w = grad_b = empty
+    if need_w:
+        grad_w = torch.zeros_like(problem.weight_hh) if nothing else weight.result()
+    if need_b:
+        grad_b = torch.zeros_like(problem.bias_hh) if nothing else bias.result()
+    return (
+        grad_state.to(h0.dtype) if need_h0 else empty,
+        grad_w,
+        grad_b,
+        empty if grad_start is None else grad_start.to(h0.dtype),
+        empty if grad_scale is None else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
+    )
+
+
+def _chunks(problem: Problem, rebuilt: bool) -> list[tuple[int, int]]:
+    """Chunks of scan steps, the last first."""
+    T = problem.T
+    if not rebuilt:
+        return [(0, T)]
+    elements = problem.B * problem.G * problem.H * 4
+    length = min(T, max(1, CHUNK_ELEMENTS // elements))
+    return [(max(0, end - length), end) for end in range(T, 0, -length)]
+
+
+def _rebuild(
+    problem: Problem, gates_x: Tensor, output: Tensor, steps: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The workspace of a chunk, the states that entered it, and for reset_before r * s."""
+    slots = rebuild.new_workspace(problem, steps[1] - steps[0])
+    entering, gated = rebuild.launch_entering_states(problem, output, None, steps)
+    weight = problem.weight_hh
+    if problem.cell != "reset_before":
+        gates_h = products.recurrent(entering, weight)
+        rebuild.launch_rebuild_gates(problem, gates_x, gates_h, slots, steps, "all")
+        return slots, entering, None
+    rows = weight.shape[1] - problem.H
+    gates_h = products.recurrent(entering, weight[:, :rows])
+    rebuild.launch_rebuild_gates(problem, gates_x, gates_h, slots, steps, "gates")
+    gated = slots[..., : problem.H] * entering
+    gates_h = products.recurrent(gated, weight[:, rows:])
+    rebuild.launch_rebuild_gates(problem, gates_x, gates_h, slots, steps, "candidate")
+    return slots, entering, gated

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of one scan, as the kernels take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GATES = {"reset_after": 3, "reset_before": 3, "no_reset": 2}
+"""Gate rows per hidden unit, N."""
+
+SLOTS = {"reset_after": 4, "reset_before": 3, "no_reset": 2}
+"""Values per hidden unit that the workspace holds, S."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the kernels take."""
+
+_MIXED_GROUPS = 31
+_MOST_GROUPS = 65535
+_MOST_TILE_STRIDE = 2**31 // 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """G recurrences over (T, B), none of T, B, G, H zero; shapes as in `gru_fast.reference`.
+
+    gates_x has any strides but in its last axis; every other tensor is contiguous.
+    """
+
+    gates_x: Tensor
+    h0: Tensor
+    weight_hh: Tensor
+    bias_hh: Tensor | None
+    lengths: Tensor | None
+    reset_mask: Tensor | None
+    reset_state: Tensor | None
+    h_scale: Tensor | None
+    cell: str
+    reverse: tuple[bool, ...]
+    precision: str
+
+    @property
+    def T(self) -> int:
+        return self.gates_x.shape[0]
+
+    @property
+    def B(self) -> int:
+        return self.h0.shape[1]
+
+    @property
+    def G(self) -> int:
+        return self.h0.shape[0]
+
+    @property
+    def H(self) -> int:
+        return self.h0.shape[2]
+
+    @property
+    def launches(self) -> list[tuple[int, int, int]]:
+        """(first group, groups, direction bits): one launch, or one per 31 groups if mixed.
+
+        Bit i is the direction of the i-th group of the launch, and bit 31 that of all after it.
+        """
+        if len(set(self.reverse)) == 1:
+            size, bits = _MOST_GROUPS, [-1 if self.reverse[0] else 0]
+            return [(g, min(size, self.G - g), bits[0]) for g in range(0, self.G, size)]
+        result = []
+        for first in range(0, self.G, _MIXED_GROUPS):
+            part = self.reverse[first : first + _MIXED_GROUPS]
+            result.append((first, len(part), sum(1 << i for i, r in enumerate(part) if r)))
+        return result
+
+    def shared_arguments(self) -> dict[str, Any]:
+        """What forward and backward kernels both take, by the name of the parameter."""
+        return {
+            "h0_ptr": self.h0,
+            "weight_ptr": self.weight_hh,
+            "lengths_ptr": self.lengths,
+            "reset_mask_ptr": self.reset_mask,
+            "reset_state_ptr": self.reset_state,
+            "h_scale_ptr": self.h_scale,
+            "T": self.T,
+            "B": self.B,
+            "G": self.G,
+            "CELL": self.cell,
+            "H": self.H,
+        }
+
+    def forward_arguments(self) -> dict[str, Any]:
+        """What every forward kernel takes beside its outputs, by the name of the parameter."""
+        stride_t, stride_b, stride_g, _ = self.gates_x.stride()
+        return self.shared_arguments() | {
+            "gates_x_ptr": self.gates_x,
+            "stride_gates_t": stride_t,
+            "stride_gates_b": stride_b,
+            "stride_gates_g": stride_g,
+            "bias_ptr": self.bias_hh,
+        }
+
+
+def problem_of(
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+) -> Problem:
+    """Bring arguments into the form that the kernels take, copying only what has another."""
+    if gates_x.dtype not in DTYPES:
+        raise RuntimeError(f"gates_x: expected a dtype of {DTYPES}, got {gates_x.dtype}")
+    if cell not in GATES:
+        raise RuntimeError(f"cell: expected one of {tuple(GATES)}, got {cell!r}")
+    T, B, G, _ = gates_x.shape
+    H = h0.shape[2]
+    expected = {
+        "gates_x": (gates_x, (T, B, G, GATES[cell] * H)),
+        "h0": (h0, (G, B, H)),
+        "weight_hh": (weight_hh, (G, GATES[cell] * H, H)),
+        "bias_hh": (bias_hh, (G, GATES[cell] * H)),
+        "lengths": (lengths, (B,)),
+        "reset_mask": (reset_mask, (T, B)),
+        "reset_state": (reset_state, (G, B, H)),
+        "h_scale": (h_scale, (B, G * H)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != gates_x.device:
+            raise RuntimeError(
+                f"{name}: expected the device of gates_x, {gates_x.device}, got {tensor.device}"
+            )
+        if name not in ("lengths", "reset_mask") and tensor.dtype != gates_x.dtype:
+            raise RuntimeError(
+                f"{name}: expected the dtype of gates_x, {gates_x.dtype}, got {tensor.dtype}"
+            )
+    if len(reverse) != G:
+        raise RuntimeError(f"reverse: expected {G} values, one per group, got {len(reverse)}")
+    if gates_x.stride(3) != 1 or gates_x.stride(1) > _MOST_TILE_STRIDE:
+        gates_x = gates_x.contiguous()
+    return Problem(
+        gates_x,
+        h0.contiguous(),
+        weight_hh.contiguous(),
+        _contiguous(bias_hh),
+        _contiguous(lengths),
+        None if reset_mask is None else reset_mask.contiguous().view(torch.uint8),
+        _contiguous(reset_state),
+        _contiguous(h_scale),
+        cell,
+        tuple(reverse),
+        dot_precision(gates_x),
+    )
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How products round: float32 follows torch's TF32 switch for RNNs, as cuDNN does."""
+    if tensor.dtype != torch.float32:
+        return "tf32"
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device the one that kernels are launched on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products over all times at once, by torch: equations (15) and (16) of `gru_fast.reference`.
+
+They are deterministic and follow, in float32, the same TF32 switch as the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def matmul_precision(precision: str, tensor: Tensor) -> Iterator[None]:
+    """Round float32 products on CUDA as the scan does: TF32 or not at all."""
+    settings = torch.backends.cuda.matmul
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or settings.fp32_precision == wanted:
+        yield
+        return
+    before = settings.fp32_precision
+    settings.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def project(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None) -> Tensor:
+    """gates_x (T, B, G, N*H) of x (T, B, I) or (T, B, G, I); no strides promised."""
+    steps = x.shape[:2]
+    G, rows, _ = weight_ih.shape
+    if x.dim() == 3:
+        weight = weight_ih.flatten(0, 1).t()
+        flat = x.flatten(0, 1)
+        gates = flat @ weight if bias_ih is None else torch.addmm(bias_ih.flatten(), flat, weight)
+        return gates.view(*steps, G, rows)
+    flat = x.flatten(0, 1).transpose(0, 1)
+    weight = weight_ih.transpose(1, 2)
+    if bias_ih is None:
+        gates = torch.bmm(flat, weight)
+    else:
+        gates = torch.baddbmm(bias_ih[:, None], flat, weight)
+    return gates.transpose(0, 1).unflatten(0, steps)
+
+
+def recurrent(entering: Tensor, weight: Tensor) -> Tensor:
+    """entering (T, B, G, H) @ weight (G, K, H)^T: (T, B, G, K), no strides promised."""
+    T, B = entering.shape[:2]
+    gates = torch.bmm(entering.flatten(0, 1).transpose(0, 1), weight.transpose(1, 2))
+    return gates.transpose(0, 1).unflatten(0, (T, B))
+
+
+def weight_gradient(rows: Tensor, columns: Tensor) -> Tensor:
+    """Sum over T and B of rows (T, B, G, K) times columns (T, B, [G,] J): (G, K, J)."""
+    G, K = rows.shape[2:]
+    rows = rows.flatten(0, 1)
+    if columns.dim() == 3 and rows.is_contiguous():
+        return (rows.flatten(1).t() @ columns.flatten(0, 1)).view(G, K, -1)
+    columns = columns.flatten(0, 1)
+    if columns.dim() == 2:
+        columns = columns[:, None].expand(-1, G, -1)
+    return torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1))
+
+
+def input_gradient(rows: Tensor, weight_ih: Tensor, shared: bool) -> Tensor:
+    """rows (T, B, G, N*H) @ weight_ih (G, N*H, I): (T, B, I), summed over groups, if shared."""
+    T, B = rows.shape[:2]
+    flat = rows.flatten(0, 1)
+    if shared:
+        return (flat.flatten(1) @ weight_ih.flatten(0, 1)).unflatten(0, (T, B))
+    return torch.bmm(flat.transpose(0, 1), weight_ih).transpose(0, 1).unflatten(0, (T, B))
+
+
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """x with 0 past each row's length, where anything may be stored."""
+    if lengths is None:
+        return x
+    valid = torch.arange(x.shape[0], device=x.device)[:, None] < lengths
+    return torch.where(valid.reshape(*valid.shape, *[1] * (x.dim() - 2)), x, 0.0)
+
+
+def direction_runs(reverse: tuple[bool, ...]) -> list[tuple[slice, bool]]:
+    """Runs of neighbouring groups with one direction."""
+    runs, first = [], 0
+    for direction, members in groupby(reverse):
+        count = len(list(members))
+        runs.append((slice(first, first + count), direction))
+        first += count
+    return runs
+
+
+class Total:
+    """A sum over chunks: the one term itself, or float32 where there are several."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+        self.dtype = torch.float32
+
+    def add(self, term: Tensor) -> None:
+        if self.value is None:
+            self.value, self.dtype = term, term.dtype
+        else:
+            self.value = self.value.float() + term.float()
+
+    def result(self) -> Tensor:
+        assert self.value is not None
+        return self.value.to(self.dtype).contiguous()

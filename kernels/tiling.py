@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tile sizes a kernel runs with. Tables, no tuning at run time, no triton import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .problem import Problem
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the tables need to know of a GPU.
+
+    Attributes:
+        arch: Compute capability, 90 for 9.0.
+        shared_bytes: Shared memory that one program can have.
+        processors: Number of multiprocessors.
+    """
+
+    arch: int
+    shared_bytes: int
+    processors: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the choice of tiles depends on."""
+
+    T: int
+    B: int
+    G: int
+    H: int
+    cell: str
+    itemsize: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile-time sizes of one kernel; names as in the kernels."""
+
+    BLOCK_B: int
+    BLOCK_H: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int = 1
+
+    def arguments(self, *blocks: str) -> dict[str, Any]:
+        """The named blocks and the launch options, as keywords of a launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {name: getattr(self, name) for name in blocks} | options | {"enable_fp_fusion": True}
+
+
+assumed = Device(90, 227 * 1024, 132)
+"""Stands for the device of CPU tensors, which only Triton's interpreter and dry launches see."""
+
+
+@cache
+def _cuda_device(index: int) -> Device:
+    found = torch.cuda.get_device_properties(index)
+    shared = getattr(found, "shared_memory_per_block_optin", 48 * 1024)
+    return Device(found.major * 10 + found.minor, shared, found.multi_processor_count)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device that a tensor is on."""
+    if not tensor.is_cuda:
+        return assumed
+    index = tensor.device.index
+    return _cuda_device(torch.cuda.current_device() if index is None else index)
+
+
+def sizes_of(problem: Problem) -> Sizes:
+    """The sizes of a call."""
+    itemsize = problem.h0.element_size()
+    sizes = (problem.T, problem.B, problem.G, problem.H, problem.cell)
+    return Sizes(*sizes, itemsize, problem.precision)
+
+
+def step_config(device: Device, sizes: Sizes, direction: str) -> Config | None:
+    """Tiles of `step`: they fit 64 KiB whatever the sizes are."""
+    if device.arch < 80:
+        return Config(16, 32, 16, 4)
+    return Config(16, 32, 64 if sizes.itemsize == 2 else 32, 4, 3)

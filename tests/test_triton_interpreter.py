@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels under Triton's interpreter, in processes of their own.
+
+TRITON_INTERPRET=1 has to be set before triton is imported and forbids compiling, so the tests in
+triton_support/interpreted.py cannot share this process.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed: pip install triton"
+)
+
+
+def run(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        [*command, "triton_support/interpreted.py"],
+        cwd=TESTS,
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("group", ["step", "support"])
+def test_interpreted(group):
+    run("-m", "not slow", "-k", group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["step"])
+def test_interpreted_widely(group):
+    run("-m", "slow", "-k", group)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile what a launch would run, for any GPU and on none; needs no TRITON_INTERPRET."""
+
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from gru_fast.kernels import tiling
+
+assert os.environ.get("TRITON_INTERPRET", "0") != "1", "unset TRITON_INTERPRET to compile"
+
+# Shared memory that one program can have, in KiB, and multiprocessors, by compute capability.
+DEVICES = {
+    arch: tiling.Device(arch, kib * 1024, processors)
+    for arch, kib, processors in (
+        (75, 64, 40), (80, 163, 108), (86, 99, 82), (89, 99, 128), (90, 227, 132),
+        (100, 227, 148), (120, 99, 170),
+    )
+}  # fmt: skip
+PTX_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class _Driver:
+    """Answers what the launch path asks of a driver; a device id per target, as caches go by it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return int(str(self.target.arch).strip("gfx"))
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was asked for: the kernel, its binary, its arguments and its grid."""
+
+    kernel: str
+    compiled: Any
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+@contextmanager
+def dry_launches(arch: int | str, device: tiling.Device | None = None) -> Iterator[list[Launch]]:
+    """Launches in the block compile for the target and run nothing; CPU tensors stand in."""
+    launches: list[Launch] = []
+    amd = isinstance(arch, str)
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", arch, 32)
+    before_driver, before_run = driver._active, JITFunction.run
+    before_device = tiling.assumed
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled = before_run(self, *args, grid=grid, warmup=True, **kwargs)
+        launches.append(Launch(self.__name__, compiled, kwargs, tuple(grid)))
+        return compiled
+
+    driver.set_active(_Driver(target))
+    JITFunction.run = run
+    tiling.assumed = device or DEVICES[90 if amd else arch]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield launches
+    finally:
+        driver._active = before_driver
+        JITFunction.run = before_run
+        tiling.assumed = before_device
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warpgroup_products: int
+
+
+def resources(launch: Launch, arch: int) -> Resources:
+    """From the assembler's report on the PTX, and the machine code."""
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(launch.compiled.asm["ptx"])
+        name = f"--gpu-name={sm_arch_from_capability(arch)}"
+        report = subprocess.run(
+            [get_ptxas(arch).path, "-v", name, str(source), "-o", str(binary)],
+            capture_output=True, text=True, check=True,
+        ).stderr  # fmt: skip
+        binary.write_bytes(launch.compiled.asm["cubin"])
+        listing = subprocess.run(
+            [str(PTX_TOOLS / "nvdisasm"), "-c", str(binary)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, report)
+        assert found is not None, report
+        return int(found[1])
+
+    return Resources(
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill stores"),
+        launch.compiled.metadata.shared,
+        len(re.findall(r"\b(?:HGMMA|UTCHMMA|UTCMMA)", listing)),
+    )

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity of the Triton kernels under the interpreter; run by test_triton_interpreter.py.
+
+Each test is named after the kernel it runs, or is of "support": what the tests stand on.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cases import CELLS, FEATURES, Case, LayerInputs, layer_inputs
+from gru_fast import kernels, reference
+from gru_fast.kernels import ops, problem
+from helpers import assert_parity
+from triton_support import interpreter
+
+interpreter.install_numerics()
+
+KERNELS = tuple(kernels.KERNELS)
+RESULTS = (
+    "output", "h_n", "workspace", "grad_x", "grad_h0", "grad_weight_ih", "grad_weight_hh",
+    "grad_bias_ih", "grad_bias_hh", "grad_reset_state", "grad_h_scale",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def exact_products(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "dot_precision", lambda tensor: "ieee")
+
+
+def concurrently(kernel: str, seed: int = 0):
+    """How a kernel has to be run: programs of `grid` wait for each other."""
+    return interpreter.concurrent_grid(seed) if kernel == "grid" else nullcontext()
+
+
+def outcome(
+    function: Callable, backward: Callable, inputs: LayerInputs, dtype: torch.dtype, recompute: bool
+) -> dict[str, Tensor]:
+    """Results and gradients, by name."""
+    inputs = inputs.to(dtype)
+    results = function(*inputs.arguments(recompute=recompute))
+    generator = torch.Generator().manual_seed(1)
+    outer: list[Tensor | None] = [
+        torch.randn(t.shape, generator=generator).bfloat16().to(dtype) for t in results
+    ]
+    if recompute:
+        outer[2] = None
+    saved = (results[0], results[2])
+    mode = (inputs.cell, inputs.reverse, recompute, [True] * 8)
+    gradients = backward(*outer, *inputs.arguments()[:10], *saved, *mode)
+    return dict(zip(RESULTS, (*results, *gradients), strict=True))
+
+
+def compare(
+    kernel: str,
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    *,
+    recompute: bool = False,
+    weight_bits: int | None = None,
+    draws: int = 1,
+) -> None:
+    """Forward and every gradient of a layer against the reference, by the parity rule.
+
+    weight_bits: round the reference's W_hh, where the kernel rounds in its products.
+    """
+    collected: list[dict[str, list[Tensor]]] = [{}, {}, {}]
+    for draw in range(draws):
+        inputs = theirs = layer_inputs(case, dtype, draw=draw)
+        if weight_bits is not None:
+            weight = torch.from_numpy(interpreter.rounded(inputs.weight_hh.numpy(), weight_bits))
+            theirs = replace(inputs, weight_hh=weight)
+        with concurrently(kernel, draw):
+            mine = outcome(
+                partial(kernels.layer, kernel=kernel),
+                partial(kernels.layer_backward, kernel=kernel),
+                inputs, dtype, recompute,
+            )  # fmt: skip
+        layer = (reference.layer, reference.layer_backward)
+        expected = outcome(*layer, theirs, dtype, recompute)
+        truth = outcome(*layer, inputs, torch.float64, recompute)
+        for values, found in zip((mine, expected, truth), collected, strict=True):
+            for name, value in values.items():
+                found.setdefault(name, []).append(value)
+        assert all(value.is_contiguous() for value in mine.values())
+    for name in RESULTS:
+        assert_parity(name, *(found[name] for found in collected))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestParity:
+    def test_odd_sizes_without_bias(self, kernel, cell):
+        case = Case(cell, T=3, B=17, H=37, bias=False)
+        compare(kernel, case)
+
+    def test_everything_in_both_directions(self, kernel, cell):
+        case = Case(cell, "everything", (False, True), T=4, B=3, H=7, shared_x=cell == CELLS[0])
+        compare(kernel, case)
+
+    def test_bfloat16(self, kernel, cell):
+        case = Case(cell, T=4, B=3, H=20)
+        compare(kernel, case, torch.bfloat16)
+
+    def test_recompute_in_chunks(self, kernel, cell, monkeypatch):
+        monkeypatch.setattr(ops, "CHUNK_ELEMENTS", 2 * 3 * 2 * 7 * 4)
+        case = Case(cell, "everything", (True, False), T=5, B=3, H=7)
+        compare(kernel, case, recompute=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.slow
+class TestParityWidely:
+    @pytest.mark.parametrize("features", FEATURES)
+    @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False, False)], ids=str)
+    def test_float32(self, kernel, cell, features, reverse):
+        compare(kernel, Case(cell, features, reverse), draws=2)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_sixteen_bits(self, kernel, cell, dtype):
+        case = Case(cell, "everything", (False, True), T=5, B=5, H=40)
+        compare(kernel, case, dtype)
+
+    @pytest.mark.parametrize("precision, bits", [("tf32", 10), ("tf32x3", 20)])
+    def test_rounded_products(self, kernel, cell, precision, bits, monkeypatch):
+        monkeypatch.setattr(problem, "dot_precision", lambda tensor: precision)
+        compare(kernel, Case(cell, T=4, B=4, H=32), weight_bits=bits)
+
+    @pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 5, 3), (2, 1, 64), (7, 33, 2)], ids=str)
+    def test_sizes(self, kernel, cell, sizes):
+        T, B, H = sizes
+        compare(kernel, Case(cell, "resets", T=T, B=B, H=H), draws=3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestCalls:
+    def test_one_step_of_one_row(self, kernel):
+        compare(kernel, Case(T=1, B=1, H=5), draws=3)
+
+    @pytest.mark.parametrize("T, B", [(0, 3), (3, 0)])
+    def test_nothing_to_do(self, kernel, T, B):
+        h0, w_ih, w_hh, b = (torch.randn(2, *s) for s in ((B, 4), (12, 5), (12, 4), (12,)))
+        arguments = [torch.randn(T, B, 5), h0, w_ih, w_hh, b, b, *[None] * 4]
+        mode = (CELLS[0], [False, True], False)
+        output, h_n, workspace = kernels.layer(*arguments, *mode, kernel=kernel)
+        assert output.shape == (T, B, 8) and workspace.shape == (T, B, 2, 16)
+        assert torch.equal(h_n, h0) and h_n is not h0
+        gradients = kernels.layer_backward(
+            output, h_n, workspace, *arguments, output, workspace, *mode, [True] * 8, kernel=kernel
+        )
+        assert torch.equal(gradients[1], h_n)
+        for gradient, argument in zip(gradients[:6], arguments[:6], strict=True):
+            assert gradient.shape == argument.shape
+        assert not any(bool(g.any()) for g in gradients[2:])
+
+    def test_padding_is_not_read(self, kernel):
+        inputs = layer_inputs(Case(features="lengths", T=4, B=3, H=5), torch.float32)
+        padding = torch.arange(4)[:, None] >= inputs.lengths
+        clean = kernels.layer(*inputs.arguments(), kernel=kernel) if kernel != "grid" else None
+        dirty = replace(inputs, x=torch.where(padding[..., None], torch.nan, inputs.x))
+        with concurrently(kernel):
+            result = kernels.layer(*dirty.arguments(), kernel=kernel)
+            tail = [*inputs.arguments()[1:10], result[0], result[2], inputs.cell, [False], False]
+            ones = torch.ones_like(result[0])
+            gradients = kernels.layer_backward(
+                ones, None, None, dirty.x, *tail, [True] * 8, kernel=kernel
+            )
+        assert all(bool(t.isfinite().all()) for t in (*result, *gradients))
+        if clean is not None:
+            assert torch.equal(clean[0], result[0])
+
+    def test_strided_inputs(self, kernel):
+        inputs = layer_inputs(Case(T=3, B=3, H=5), torch.float32)
+        gates_x = reference.project(inputs.x, inputs.weight_ih, inputs.bias_ih)
+        arguments = [gates_x, inputs.h0, inputs.weight_hh, inputs.bias_hh, *[None] * 4]
+        turned = [
+            gates_x.transpose(0, 1).contiguous().transpose(0, 1),
+            inputs.h0[:, :1].expand(1, 3, 5),
+            inputs.weight_hh.transpose(1, 2).contiguous().transpose(1, 2),
+            *arguments[3:],
+        ]
+        arguments[1] = turned[1].contiguous()
+        mode = (inputs.cell, [False], False)
+        with concurrently(kernel):
+            first = kernels.scan(*arguments, *mode, kernel=kernel)
+            second = kernels.scan(*turned, *mode, kernel=kernel)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    def test_inputs_are_left_alone(self, kernel):
+        inputs = layer_inputs(Case(features="everything", T=3, B=3, H=5), torch.float32)
+        result = reference.layer(*inputs.arguments())
+        arguments = [
+            torch.ones_like(result[0]), torch.ones_like(result[1]), torch.ones_like(result[2]),
+            *inputs.arguments()[:10], result[0], result[2],
+        ]  # fmt: skip
+        before = [a.clone() for a in arguments]
+        with concurrently(kernel):
+            for _ in range(2):
+                kernels.layer_backward(
+                    *arguments, inputs.cell, [False], False, [True] * 8, kernel=kernel
+                )
+        assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+    def test_gradients_that_nobody_wants(self, kernel):
+        inputs = layer_inputs(Case(features="everything", T=3, B=3, H=5), torch.float32)
+        result = reference.layer(*inputs.arguments())
+        tail = [
+            *inputs.arguments()[:10], result[0], result[2], inputs.cell, [False], False,
+        ]  # fmt: skip
+        ones = torch.ones_like(result[1])
+        with concurrently(kernel):
+            full = kernels.layer_backward(None, ones, None, *tail, [True] * 8, kernel=kernel)
+            for wanted in range(0, 8, 3):
+                mask = [i == wanted for i in range(8)]
+                part = kernels.layer_backward(None, ones, None, *tail, mask, kernel=kernel)
+                for i in range(8):
+                    assert torch.equal(part[i], full[i]) if mask[i] else part[i].shape == (0,)
+
+
+def test_support_messages():
+    inputs = layer_inputs(Case(), torch.float32)
+    with pytest.raises(ValueError, match=r"kernel: expected one of .*'nonsense'"):
+        kernels.layer(*inputs.arguments(), kernel="nonsense")
+    with pytest.raises(RuntimeError, match=r"gates_x: expected shape \(4, 3, 1, 24\), got"):
+        kernels.layer(*replace(inputs, h0=torch.zeros(1, 3, 8)).arguments())
+    with pytest.raises(RuntimeError, match="gates_x: expected a dtype of"):
+        kernels.layer(*inputs.to(torch.float64).arguments())
+
+
+@triton.jit
+def _add(a_ptr, b_ptr, out_ptr):
+    at = tl.arange(0, 16)
+    tl.store(out_ptr + at, tl.load(a_ptr + at) + tl.load(b_ptr + at))
+
+
+@triton.jit
+def _multiply(a_ptr, b_ptr, out_ptr, PRECISION: tl.constexpr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    product = tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at), input_precision=PRECISION)
+    tl.store(out_ptr + at, product)
+
+
+def test_support_interpreter_still_lacks_bfloat16():
+    """A canary: once it fails, Triton's interpreter is mended and the shim can go."""
+    a, b = torch.randn(16).bfloat16(), torch.randn(16).bfloat16()
+    out = torch.empty_like(a)
+    with interpreter.original_numerics():
+        _add[(1,)](a, b, out)
+    assert not torch.equal(out, a + b)
+    _add[(1,)](a, b, out)
+    assert torch.equal(out, a + b)
+
+
+@pytest.mark.parametrize(
+    "precision, low, high", [("ieee", 0, 1e-5), ("tf32x3", 0, 1e-5), ("tf32", 1e-4, 2e-2)]
+)
+def test_support_products_round(precision, low, high):
+    a, b = torch.randn(16, 16), torch.randn(16, 16)
+    out = torch.empty_like(a)
+    _multiply[(1,)](a, b, out, precision)
+    error = float((out - a.double() @ b.double()).abs().max())
+    assert low <= error <= high
+
+
+def test_support_bfloat16_rounding():
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    expected = torch.from_numpy(values).bfloat16()
+    assert np.array_equal(interpreter.bfloat16_bits(values), expected.view(torch.uint16).numpy())
+    back = interpreter.bfloat16_values(interpreter.bfloat16_bits(values))
+    assert np.array_equal(back, expected.float().numpy())
