@@ -92,7 +92,8 @@ def run(options: argparse.Namespace) -> Results:
     if options.device == "cpu":
         load = machine.OtherLoad()
         try:
-            peaks = probe.measure_all(sorted({n for n, _ in problems}))
+            seconds = 0.001 if options.quick else 0.003
+            peaks = probe.measure_all(sorted({n for n, _ in problems}), seconds)
         except probe.ProbeError as error:
             results.notes.append(f"no bound: {error}")
             tqdm.write(results.notes[-1])

@@ -80,8 +80,8 @@ def compile_probe(folder: Path | None = None) -> Path:
     return library
 
 
-def measure_all(threads: list[int]) -> dict[int, Peaks]:
-    """Peaks of each number of threads.
+def measure_all(threads: list[int], seconds: float = 0.003) -> dict[int, Peaks]:
+    """Peaks of each number of threads; `seconds` as in `measure`.
 
     Raises:
         ProbeError: no compiler, or it refuses.
@@ -89,7 +89,7 @@ def measure_all(threads: list[int]) -> dict[int, Peaks]:
     found: dict[int, Peaks] = {}
     before = None
     for n in sorted(threads):
-        peaks = measure(n)
+        peaks = measure(n, seconds)
         found[n] = before = peaks if before is None else peaks.at_least(before)
     return found
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,9 @@ def _worker(plan: Plan, until: float, *more: str) -> subprocess.Popen[bytes]:
         )
 
 
+Start = Callable[[Plan, float], "subprocess.Popen[bytes]"]
+
+
 def precompile(plan: Plan, processes: int) -> str:
     """Fill Triton's cache with all processors; a line about how it went."""
     start = time.monotonic()
@@ -105,13 +109,16 @@ def watch(process: subprocess.Popen[bytes], plan: Plan, until: float) -> str | N
     return None
 
 
-def drive(plan: Plan, until: float) -> list[str]:
+def drive(plan: Plan, until: float, start: Start = _worker) -> list[str]:
     """Run workers until the rows or the time are used up; notes about what went wrong."""
     running, notes, idle = plan.out / RUNNING, [], 0
     while time.time() < until and idle < 2:
         before = len(read(plan.out / RESULTS).rows)
-        process = _worker(plan, until)
-        killed = watch(process, plan, until)
+        process = start(plan, until)
+        try:
+            killed = watch(process, plan, until)
+        finally:
+            process.kill()
         results = read(plan.out / RESULTS)
         if running.exists():
             name = running.read_text()
