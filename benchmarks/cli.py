@@ -25,10 +25,11 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"gru_fast beside its peers, in one run.\n\nsuites:\n{suites}\n"
-        "  gpu    everything a GPU can tell: python -m benchmarks gpu --help",
+        "  gpu    everything a GPU can tell: python -m benchmarks gpu --help\n\n"
+        "without a suite: all but gpu, --quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("suites", nargs="+", choices=cases.SUITES, metavar="SUITE")
+    found.add_argument("suites", nargs="*", type=_suite, metavar="SUITE")
     found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     found.add_argument("--dtype", default="float32", help=f"list of {', '.join(cases.DTYPES)}")
     found.add_argument("--threads", help="list, for example 1,2; default: 1 and all")
@@ -39,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--quick", action="store_true", help="small shapes, under a minute")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
     return found
+
+
+def _suite(name: str) -> str:
+    if name not in cases.SUITES:
+        known = ", ".join([*cases.SUITES, "gpu (as the first argument)"])
+        raise argparse.ArgumentTypeError(f"expected one of {known}, got {name!r}")
+    return name
 
 
 def _split(text: str, known: dict[str, object] | None = None) -> list[str]:
@@ -138,6 +146,8 @@ def failures(records: list[Record]) -> list[Record]:
 def main(arguments: list[str]) -> int:
     """Run; 0 if every gate was green and nothing failed, else 1."""
     options = parser().parse_args(arguments)
+    if not options.suites:
+        options.suites, options.quick = list(cases.SUITES), True
     try:
         results = run(options)
     except ValueError as error:
