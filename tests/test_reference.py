@@ -230,6 +230,8 @@ def test_draw_filters() -> None:
     assert set(draws(logits, top_p=0.41)) == {1, 3}
     assert set(draws(logits, top_p=0.81)) == {0, 1, 3}
     assert set(draws(logits, top_p=1e-9)) == {1}
+    assert set(draws(torch.zeros(4), top_p=0.5)) == {0, 1}
+    assert set(draws(torch.zeros(4), top_k=3, min_p=1.0)) == {0, 1, 2}
     assert set(draws(logits, min_p=0.24)) == {0, 1, 2, 3}
     assert set(draws(logits, min_p=0.26)) == {1, 3}
     assert set(draws(logits, top_k=3, top_p=0.85, min_p=0.0)) == {1, 3}
