@@ -63,6 +63,7 @@ def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
     from benchmarks.gpu.rows import all_rows
     from benchmarks.gpu.worker import RESULTS
     from benchmarks.providers_kernels import kernel_names
+    from benchmarks.records import read
 
     if not options.dry and not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --dry runs the same program on the CPU")
@@ -72,30 +73,30 @@ def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
     resume = options.resume or options.retry
     results = supervisor.prepare_results(plan, resume, options.retry, line)
     names, reason = kernel_names()
-    notes: list[str] = options.note
-    if reason is not None:
-        notes.append(f"no kernels of ours: {reason}")
-    results.notes += notes
+    results.notes += options.note + ([f"no kernels of ours: {reason}"] if reason else [])
     results.write(path)
     print(machine.line(line), flush=True)
-    if names:
+
+    def left() -> list[str]:
+        return [row.name for row in all_rows(options.dry) if row.name not in results.rows]
+
+    notes = []
+    if names and left():
         processes = 1 if options.dry else min(16, os.cpu_count() or 1)
-        notes = [supervisor.precompile(plan, processes)]
-        print(notes[0], flush=True)
-    else:
-        notes = []
+        notes.append(supervisor.precompile(plan, processes))
     notes += supervisor.drive(plan, until)
-    results = supervisor.read(path)
-    left = [row.name for row in all_rows(options.dry) if row.name not in results.rows]
-    if left:
-        notes.append(f"not measured, the budget was used up: {len(left)} rows from {left[0]} on")
+    results = read(path)
+    missing = left()
+    if missing:
+        notes.append(f"budget used up: {len(missing)} rows not measured, from {missing[0]} on")
     results.notes += notes
     results.write(path)
     failed = {name: how for name, how in results.rows.items() if how != "done"}
-    print(*notes, *(f"{name}: {how}" for name, how in failed.items()), sep="\n", flush=True)
+    for text in [*notes, *(f"{name}: {how}" for name, how in failed.items())]:
+        print(text)
     parities = Counter(record.parity for record in results.records)
     print(
-        f"{len(results.rows) - len(failed)} rows done, {len(failed)} failed, {len(left)} left; "
+        f"{len(results.rows) - len(failed)} rows done, {len(failed)} failed, {len(missing)} left; "
         f"parity {dict(parities)}; {len(results.figures)} figures -> {path}"
     )
     return 1 if failed else 0

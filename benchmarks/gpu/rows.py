@@ -16,6 +16,7 @@ from benchmarks.bound import gpu_floor
 from benchmarks.cases import RL, Case, square
 from benchmarks.gpu import micro, samplers
 from benchmarks.machine import OtherLoad
+from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_cuda import CapturedCellLoop
@@ -109,8 +110,9 @@ def _gru(provider: str, make: Callable[[str], list[Provider]], problem: tuple[An
 
     def warm(session: Session) -> None:
         short = on(session, T=min(2, case.T))
-        for chosen in make(session.device)[-1:]:
-            if chosen.why_not(short) is None:
+        chosen = make(session.device)[-1]
+        if chosen.why_not(short) is None:
+            with float32_as(dtype):
                 chosen.prepare(short, 1).call()
 
     compiles = provider.startswith("gru_fast")
@@ -142,6 +144,10 @@ def _captured(case: Case, suite: str, dtype: str) -> Row:
 
 def _sampler(case: Case, dtype: str) -> Row:
     def run(session: Session) -> Found:
+        with float32_as(dtype):
+            return sample(session)
+
+    def sample(session: Session) -> Found:
         names = [n for n in samplers.SAMPLERS if session.device == "cuda" or ".graph" not in n]
         records, calls = {}, {}
         for name in names:
