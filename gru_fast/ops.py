@@ -171,32 +171,36 @@ def _as_kernel(
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         check(*args)
         with without_autocast(args[first].device.type):
-            return tuple(out.contiguous() for out in function(*args))
+            outputs = function(*args)
+        # The reference hands out one empty tensor for every gradient that is not wanted.
+        return tuple(out.contiguous() if out.numel() else out.clone() for out in outputs)
 
     return kernel
 
 
-_REFERENCE = {
-    "layer": _as_kernel(reference.layer, lambda *a: check_layer(*a[:12]), 0),
-    "scan": _as_kernel(reference.scan, lambda *a: check_scan(*a[:10]), 0),
-    "layer_backward": _as_kernel(reference.layer_backward, _check_layer_backward, 3),
-    "scan_backward": _as_kernel(reference.scan_backward, _check_scan_backward, 3),
+_CHECKS: dict[str, Callable[..., None]] = {
+    "layer": lambda *args: check_layer(*args[:12]),
+    "scan": lambda *args: check_scan(*args[:10]),
+    "layer_backward": _check_layer_backward,
+    "scan_backward": _check_scan_backward,
 }
+# Positions of x or gates_x and of lengths.
+_PLACES = {"layer": (0, 6), "scan": (0, 4), "layer_backward": (3, 9), "scan_backward": (3, 7)}
+
+
+def _reference_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    return _as_kernel(getattr(reference, name), _CHECKS[name], _PLACES[name][0])
 
 
 def _cpu_fallback(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    kernel = _REFERENCE[name]
-    first, lengths = {
-        "layer": (0, 6), "scan": (0, 4), "layer_backward": (3, 9), "scan_backward": (3, 7)
-    }[name]  # fmt: skip
+    first, lengths = _PLACES[name]
 
-    def fallback(*args: Any) -> tuple[Tensor, ...]:
+    def check(*args: Any) -> None:
         _warn_once()
-        if args[first].dim() > 0:
-            check_length_values(args[lengths], args[first].shape[0])
-        return kernel(*args)
+        _CHECKS[name](*args)
+        check_length_values(args[lengths], args[first].shape[0])
 
-    return fallback
+    return _as_kernel(getattr(reference, name), check, first)
 
 
 def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -206,13 +210,13 @@ def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
         nonlocal chosen
         if chosen is None:
             kernels = importlib.import_module("gru_fast.kernels")
-            chosen = getattr(kernels, name, None) or _REFERENCE[name]
+            chosen = getattr(kernels, name, None) or _reference_kernel(name)
         return chosen(*args)
 
     return kernel
 
 
-for _name in _REFERENCE:
+for _name in _CHECKS:
     torch.library.register_kernel(f"gru_fast::{_name}", "cuda", _cuda_kernel(_name), lib=_lib)
     if not HAS_CPU_KERNELS:
         torch.library.register_kernel(f"gru_fast::{_name}", "cpu", _cpu_fallback(_name), lib=_lib)

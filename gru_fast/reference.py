@@ -94,8 +94,10 @@ def _masks(
     return valid, reset
 
 
-def _by_group(h_scale: Tensor | None, G: int) -> Tensor | None:
-    return None if h_scale is None else h_scale.reshape(h_scale.shape[0], G, -1).transpose(0, 1)
+def _by_group(h_scale: Tensor | None, h0: Tensor) -> Tensor | None:
+    """(G, B, H) from (B, G*H)."""
+    G, B, H = h0.shape
+    return None if h_scale is None else h_scale.reshape(B, G, H).transpose(0, 1)
 
 
 def _gates(
@@ -176,7 +178,7 @@ def scan(
     H = h0.shape[-1]
     a = _scan_order(gates_x.transpose(1, 2), reverse)
     valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, G)
+    scale = _by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
     state = h0
     outputs, saved = [], []
@@ -279,7 +281,7 @@ def scan_backward(
     T, B, G = gates_x.shape[:3]
     H = h0.shape[-1]
     valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, G)
+    scale = _by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
 
     h = _scan_order(output.reshape(T, B, G, H).transpose(1, 2), reverse)
