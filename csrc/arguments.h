@@ -86,7 +86,7 @@ class Marshal {
     if (!lengths.has_value()) return nullptr;
     const ScalarType type = lengths->scalar_type();
     STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int,
-                    "lengths: expected int64 or int32");
+                    "lengths: expected int64 or int32, got ", torch::headeronly::toString(type));
     check_shape("lengths", *lengths, {B});
     Tensor wide =
         type == ScalarType::Long ? *lengths : torch::stable::to(*lengths, ScalarType::Long);

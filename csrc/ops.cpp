@@ -114,10 +114,11 @@ LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
   f.grad_workspace = m.read("grad_workspace", b.grad_workspace, {p.T, p.B, p.G, slots});
 
   b.wanted[2] = b.wanted[2] && a.weight_ih != nullptr;
-  b.wanted[4] = b.wanted[4] && p.bias_ih != nullptr;
-  b.wanted[5] = b.wanted[5] && p.bias_hh != nullptr;
-  b.wanted[6] = b.wanted[6] && p.reset_state != nullptr;
-  b.wanted[7] = b.wanted[7] && p.h_scale != nullptr;
+  // Not by pointer: that of a tensor without elements is null.
+  b.wanted[4] = b.wanted[4] && a.bias_ih != nullptr && a.bias_ih->has_value();
+  b.wanted[5] = b.wanted[5] && a.bias_hh.has_value();
+  b.wanted[6] = b.wanted[6] && a.reset_state.has_value();
+  b.wanted[7] = b.wanted[7] && a.h_scale.has_value();
   std::vector<Tensor> results;
   results.reserve(8);
   auto grad = [&](Real*& pointer, std::initializer_list<int64_t> shape, bool summed) {
