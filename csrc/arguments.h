@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/problem.h"
 
 namespace gru_fast {
@@ -75,8 +76,20 @@ class Marshal {
   // Results are in Real until give_back().
   Tensor make(std::initializer_list<int64_t> shape, bool zeroed = false) const {
     const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape);
-    return zeroed ? torch::stable::new_zeros(like_, sizes, kScalarType<Real>)
-                  : torch::stable::new_empty(like_, sizes, kScalarType<Real>);
+    if (zeroed) return torch::stable::new_zeros(like_, sizes, kScalarType<Real>);
+    // new_empty looks its operator up by name, three times a call: as much as a small step.
+    int64_t strides[kMaxDims];
+    int64_t stride = 1;
+    for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim] > 1 ? sizes[dim] : 1) {
+      strides[dim] = stride;
+    }
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                           sizes.data(), strides, dtype_code(),
+                                                           aoti_torch_device_type_cpu(), 0, &made));
+    const Tensor result(made);
+    poison_if_set(result.mutable_data_ptr(), result.numel() * sizeof(Real));
+    return result;
   }
   Tensor give_back(const Tensor& result) const {
     return given_ == kScalarType<Real> ? result : torch::stable::to(result, given_);
@@ -107,6 +120,10 @@ class Marshal {
   }
 
  private:
+  static constexpr size_t kMaxDims = 4;
+  static int32_t dtype_code() {
+    return std::is_same_v<Real, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  }
   void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor like the input");
     const auto sizes = tensor.sizes();

@@ -9,6 +9,9 @@ from torch.utils import deterministic
 
 from gru_fast import ops
 
+if ops.HAS_CPU_KERNELS:
+    from gru_fast import _C
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # torch's own forward-mode rules are scripted when they are first imported.
@@ -25,12 +28,16 @@ def seed() -> None:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Every new tensor that is not initialised holds NaN, or the largest integer."""
+    """Every new tensor that is not initialised, and all scratch memory, holds NaN (or -1)."""
     before = torch.are_deterministic_algorithms_enabled()
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = True
+    if ops.HAS_CPU_KERNELS:
+        _C.set_scratch_poison(True)
     yield
+    if ops.HAS_CPU_KERNELS:
+        _C.set_scratch_poison(False)
     deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(before)
 

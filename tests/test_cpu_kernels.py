@@ -30,13 +30,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_cpu_isa(before)
 
 
-@pytest.fixture
-def poisoned_scratch() -> Iterator[None]:
-    _C.set_scratch_poison(True)
-    yield
-    _C.set_scratch_poison(False)
-
-
 @pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
@@ -112,8 +105,9 @@ class TestOrderOfSummation:
             assert_same_bits("h_n", some_h_n, h_n[:, begin:end])
             assert_same_bits("workspace", some_workspace, workspace[:, begin:end])
 
-    def test_time_chunks(self, isa: str, cell: str, dtype: torch.dtype) -> None:
-        inputs = layer_inputs(Case(cell, T=7, B=3, **WIDE), dtype)
+    @pytest.mark.parametrize("B", (1, 2, 3))
+    def test_time_chunks(self, isa: str, cell: str, dtype: torch.dtype, B: int) -> None:
+        inputs = layer_inputs(Case(cell, T=7, B=B, **WIDE), dtype)
         output, h_n, _ = forward(inputs)
         for chunks in ((1,) * 7, (2, 1, 4)):
             state, begin = inputs.h0, 0
@@ -174,7 +168,7 @@ class TestOrderOfSummation:
 @pytest.mark.parametrize("features", ("plain", "everything"))
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_instruction_set(
-    isa: str, cell: str, features: str, threads: int, poisoned_memory: None, poisoned_scratch: None
+    isa: str, cell: str, features: str, threads: int, poisoned_memory: None
 ) -> None:
     for H, B, T in ((1, 40, 30), (7, 3, 50), (33, 18, 4), (65, 2, 9)):
         exact = layer_inputs(Case(cell, features, (False, True), T=T, B=B, I=11, H=H))

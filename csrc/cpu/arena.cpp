@@ -25,6 +25,10 @@ std::atomic<bool> poison{false};
 
 void set_scratch_poison(bool on) { poison.store(on, std::memory_order_relaxed); }
 
+void poison_if_set(void* data, size_t bytes) {
+  if (bytes > 0 && poison.load(std::memory_order_relaxed)) std::memset(data, 0xff, bytes);
+}
+
 Scratch::Scratch(size_t bytes) : bytes_((bytes + kAlign) / kAlign * kAlign) {
   if (kept.bytes >= bytes_) {
     data_ = kept.data;
@@ -35,7 +39,7 @@ Scratch::Scratch(size_t bytes) : bytes_((bytes + kAlign) / kAlign * kAlign) {
     data_ = std::aligned_alloc(kAlign, bytes_);
     if (data_ == nullptr) throw std::bad_alloc();
   }
-  if (poison.load(std::memory_order_relaxed)) std::memset(data_, 0xff, bytes_);
+  poison_if_set(data_, bytes_);
 }
 
 Scratch::~Scratch() {

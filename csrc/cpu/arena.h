@@ -19,7 +19,9 @@ class Scratch {
   size_t bytes_;
 };
 
-// Fill every block with NaN before it is used: what reads memory it has not written then shows.
+// Fill every block and every result with NaN before it is used: what reads memory it has not
+// written, or does not write what it should, then shows.
 void set_scratch_poison(bool on);
+void poison_if_set(void* data, size_t bytes);
 
 }  // namespace gru_fast

@@ -4,9 +4,9 @@
 // meet only where hidden units are split: once a step, twice for reset_before.
 #pragma once
 #include "gate_math.h"
+#include "in_place.h"
 #include "schedule.h"
 #include "team.h"
-#include "tile.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -28,8 +28,8 @@ constexpr GatePlan gate_plan(Cell cell) {
                                       : GatePlan{{0, 1, 0}, 2, -1};
 }
 
-// The packed weights of all groups, made once a call by the whole team, or tile by tile on the fly
-// where a single step would use each panel once.
+// The weights of all groups, packed once a call by the whole team. A single step would use each
+// panel once: it takes few rows to the weights where they lie, and packs tile by tile for many.
 template <class Real>
 struct GatePanels {
   int64_t H, K, tiles;
@@ -48,6 +48,23 @@ struct GatePanels {
                  on_the_fly + i * panel_size());
     }
     return on_the_fly;
+  }
+  // Multiplies rows by the tiles of a group: see sweep() in tile.h.
+  template <class Epilogue>
+  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
+                           Epilogue epilogue) const {
+    if (packed == nullptr && rows <= kMaxRowsInPlace) {
+      sweep_in_place<Real>(
+          a, rows, K, count, range.begin, range.end,
+          [&](int64_t tile, int v) {
+            return weight + g * group_stride + (gates[v] * H + tile * kLanes<Real>)*K;
+          },
+          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
+    } else {
+      sweep<Real>(
+          a, rows, K, count, range.begin, range.end,
+          [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
+    }
   }
   GRU_MEMBER void pack(Range range) const {
     for (int64_t i = range.begin; i < range.end; ++i) {
@@ -196,15 +213,14 @@ class ForwardScan {
       }
       return;
     }
-    auto panels = [&](int64_t tile, int abreast) { return input_.get(g, tile, abreast); };
     auto rows = [&](const Real* first, int64_t stride, int64_t count, int64_t to_row) {
-      sweep<Real>({first, stride}, count, p_.I, gates_, share_.tiles.begin, share_.tiles.end,
-                  panels, [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                    Real* to = gates_x(g, to_row + row, tile);
-                    for (int gate = 0; gate < gates_; ++gate) {
-                      store(to + gate * W, sums[gate] + bias(gate, tile));
-                    }
-                  });
+      input_.multiply({first, stride}, count, g, share_.tiles,
+                      [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                        Real* to = gates_x(g, to_row + row, tile);
+                        for (int gate = 0; gate < gates_; ++gate) {
+                          store(to + gate * W, sums[gate] + bias(gate, tile));
+                        }
+                      });
     };
     if (p_.B == 1) {
       const int64_t stride = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
@@ -248,10 +264,7 @@ class ForwardScan {
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
                            Epilogue epilogue) {
-    sweep<Real>(
-        {operand, ld_}, share_.batch.size(), p_.H, panels.count, share_.tiles.begin,
-        share_.tiles.end, [&](int64_t tile, int abreast) { return panels.get(g, tile, abreast); },
-        epilogue);
+    panels.multiply({operand, ld_}, share_.batch.size(), g, share_.tiles, epilogue);
   }
 
   void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
