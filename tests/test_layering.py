@@ -21,6 +21,7 @@ CSRC = sorted([*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")])
 LAYERS = [
     ["__init__"],
     ["cli", "__main__"],
+    ["training", "checkpoint", "corpus", "trace", "beside_torch"],
     ["language_model", "sampling", "tokenizers"],
     ["modules", "convert", "explain"],
     ["functional", "recurrence"],
@@ -30,7 +31,7 @@ LAYERS = [
 ]
 LEAVES = {"checks", "errors", "reference", "_version"}
 THIRD_PARTY = {"gru_fast", "torch", "numpy"}
-OPTIONAL_IN_JOURNEYS = {"tqdm", "names", "safetensors"}
+OPTIONAL_IN_JOURNEYS = {"click", "matplotlib", "names", "safetensors", "tqdm"}
 
 
 def rank(module: str) -> int:
