@@ -69,7 +69,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["gru_fast"])
             if meta["format"] != FORMAT:
                 raise InputError(f"{path}: expected format {FORMAT}, got {meta['format']!r}")

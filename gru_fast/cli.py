@@ -123,7 +123,7 @@ def _train(
     text = corpus.read_text(source)
     options = TrainingOptions(batch=batch or (128 if mode == "lines" else 32), **training)
     tokenizer = _tokenizer(text, mode, words, max_words)
-    model_config = {
+    model_config: dict[str, Any] = {
         "vocab_size": len(tokenizer), "embedding_size": embedding, "hidden_size": hidden,
         "num_layers": layers, "cell": cell, "dropout": dropout, "tie_weights": tie,
     }  # fmt: skip
@@ -406,7 +406,7 @@ def _self_test() -> tuple[float, float]:
     x = torch.randn(50, 8, 32)
     results, seconds = [], []
     for module in (theirs, ours):
-        times = []
+        times: list[float] = []
         end = time.perf_counter() + 0.4
         while not times or time.perf_counter() < end:
             start = time.perf_counter()

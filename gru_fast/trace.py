@@ -133,7 +133,7 @@ def gate_values(model: GRULanguageModel, tokens: Tensor) -> list[dict[str, Tenso
         output, _, workspace = reference.scan(
             gates_x, h0, weight_hh, bias_hh, None, None, None, None, cell, (False,), False
         )
-        slots = workspace[:, 0, 0].unflatten(-1, (-1, H)).unbind(1)
+        slots = workspace[:, 0, 0].reshape(len(inputs), -1, H).unbind(1)
         layers.append({name: v for name, v in zip(names, slots, strict=True) if name != "q"})
     return layers
 

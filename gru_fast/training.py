@@ -135,7 +135,7 @@ class Lines:
         """Nats per token over some sequences, and how many tokens that are."""
         indices = indices[self._lengths[indices].argsort()]
         rows = max(1, _TOKENS_AT_ONCE // int(self._lengths[indices].max()))
-        parts = [self.rows(part) for part in indices.split(rows)]
+        parts = [self.rows(part) for part in torch.split(indices, rows)]
         total = sum(model.score(part).double().sum().item() for part in parts)
         count = int(self._lengths[indices].sum())
         return -total / count, count
@@ -207,7 +207,7 @@ def text_loss(model: GRULanguageModel, ids: Tensor, rows: int = 1) -> float:
     inputs = model.teacher_forcing(streams)
     total, hidden = 0.0, None
     width = max(1, _TOKENS_AT_ONCE // rows)
-    for x, y in zip(inputs.split(width, 1), streams.split(width, 1), strict=True):
+    for x, y in zip(torch.split(inputs, width, 1), torch.split(streams, width, 1), strict=True):
         output, hidden = model.run(x, hidden)
         logits = model.head(output).flatten(0, 1)
         total += F.cross_entropy(logits, y.T.flatten(), reduction="sum").item()
