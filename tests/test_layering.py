@@ -23,7 +23,7 @@ LAYERS = [
     ["cli", "__main__"],
     ["training", "checkpoint", "corpus", "trace", "beside_torch"],
     ["language_model", "sampling", "tokenizers"],
-    ["modules", "convert", "explain"],
+    ["modules", "convert", "explain", "notations"],
     ["functional", "recurrence"],
     ["backends"],
     ["ops", "ops_*"],
