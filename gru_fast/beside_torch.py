@@ -63,11 +63,12 @@ class TorchLanguageModel(nn.Module):
         self, *, max_new_tokens: int, num_return_sequences: int, eos_token_id: int | None, seed: int
     ) -> Tensor:
         """`GRULanguageModel.generate` from the empty prompt at temperature 1."""
-        N = num_return_sequences
+        N, device = num_return_sequences, self.head.weight.device
         x, hidden = self.head.weight.new_zeros(1, N, self.gru.input_size), None
-        tokens = torch.full((N, max_new_tokens), PADDING)
-        alive = torch.ones(N, dtype=torch.bool)
-        u = uniform(seed, torch.arange(max_new_tokens)[:, None], torch.arange(N))
+        tokens = torch.full((N, max_new_tokens), PADDING, device=device)
+        alive = torch.ones(N, dtype=torch.bool, device=device)
+        position = torch.arange(max_new_tokens, device=device)
+        u = uniform(seed, position[:, None], torch.arange(N, device=device))
         for t in range(max_new_tokens):
             output, hidden = self.gru(x, hidden)
             drawn = draw(self.head(output[0]), u[t])

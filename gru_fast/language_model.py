@@ -205,7 +205,8 @@ class GRULanguageModel(nn.Module):
             recompute=gru.recompute,
             backend=gru.backend,
         )
-        output = F.dropout(output, dropout)
+        if dropout:
+            output = F.dropout(output, dropout)
         if L == 1:
             return output, h_n
         output, above = functional.gru(
@@ -213,7 +214,9 @@ class GRULanguageModel(nn.Module):
             training=dropout > 0, cell=gru.cell, backend=gru.backend, recompute=gru.recompute,
             lengths=lengths,
         )  # fmt: skip
-        return F.dropout(output, dropout), torch.cat([h_n, above])
+        if dropout:
+            output = F.dropout(output, dropout)
+        return output, torch.cat([h_n, above])
 
     def forward(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits of the token that follows each input.

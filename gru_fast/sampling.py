@@ -272,17 +272,21 @@ def generate_loop(
         else:
             drawn = reference_sampling.greedy(logits)
         log_prob = reference_sampling.log_prob(logits, drawn)
-        tokens.append(torch.where(alive, drawn, PADDING))
-        log_probs.append(torch.where(alive, log_prob, 0.0))
+        if options.eos_token_id is None:
+            tokens.append(drawn)
+            log_probs.append(log_prob)
+        else:
+            tokens.append(torch.where(alive, drawn, PADDING))
+            log_probs.append(torch.where(alive, log_prob, 0.0))
+            alive = alive & (drawn != options.eos_token_id)
         if on_tokens is not None:
             on_tokens(tokens[-1])
+        if t + 1 == steps or not alive.any():
+            break
+        after = model.run(drawn[:, None], hidden, table=table)[1]
         if options.eos_token_id is not None:
-            alive = alive & (drawn != options.eos_token_id)
-            if not alive.any():
-                break
-        if t + 1 < steps:
-            after = model.run(drawn[:, None], hidden, table=table)[1]
-            hidden = torch.where(alive[:, None], after, hidden)
+            after = torch.where(alive[:, None], after, hidden)
+        hidden = after
     if not tokens:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return prompts.new_empty(N, 0), hidden.new_empty(N, 0, dtype=dtype), hidden
