@@ -32,7 +32,7 @@ from gru_fast.language_model import GRULanguageModel
 from gru_fast.modules import GRU
 from gru_fast.tokenizers import EOS, CharacterTokenizer, Tokenizer, WordTokenizer
 from gru_fast.trace import plot_gates, trace
-from gru_fast.training import Lines, Report, Text, TrainingOptions, text_loss, train
+from gru_fast.training import Lines, Report, Text, TrainingOptions, lines_loss, text_loss, train
 
 __all__ = ["cli"]
 
@@ -319,8 +319,8 @@ def _score(run: str, file: str) -> None:
     text = corpus.read_text(file)
     if loaded.has_eos:
         lines = [line.strip() for line in text.split("\n") if line.strip()]
-        rows = [[*loaded.tokenizer.encode(line), EOS] for line in lines]
-        nats, count = _line_loss(loaded.model, rows)
+        rows = [torch.tensor([*loaded.tokenizer.encode(line), EOS]) for line in lines]
+        nats, count = lines_loss(loaded.model, rows), sum(map(len, rows))
     else:
         ids = torch.tensor(loaded.tokenizer.encode(text))
         nats, count = text_loss(loaded.model, ids), len(ids)
@@ -329,16 +329,6 @@ def _score(run: str, file: str) -> None:
         f"{nats:.4f} nats per {loaded.tokenizer.kind}, perplexity {perplexity:.4g}, "
         f"{count:,} {loaded.tokenizer.kind}s"
     )
-
-
-def _line_loss(model: GRULanguageModel, rows: list[list[int]]) -> tuple[float, int]:
-    rows.sort(key=len)
-    total, count = 0.0, 0
-    for first in range(0, len(rows), 64):
-        part = rows[first : first + 64]
-        total -= model.score(part).double().sum().item()
-        count += sum(map(len, part))
-    return total / count, count
 
 
 @cli.command("trace")

@@ -26,9 +26,9 @@ from gru_fast.reference_sampling import philox
 from gru_fast.sampling import PADDING
 from gru_fast.tokenizers import EOS
 
-__all__ = ["Lines", "Report", "Text", "TrainingOptions", "train"]
+__all__ = ["Lines", "Report", "Text", "TrainingOptions", "lines_loss", "text_loss", "train"]
 
-_TOKENS_AT_ONCE = 1 << 15
+_LOGITS_AT_ONCE = 1 << 22
 _HELD_OUT_ROWS = 16
 
 
@@ -103,6 +103,7 @@ class Lines:
         order = torch.randperm(len(rows), generator=_generator(options.seed, 0))
         split = min(max(len(rows) // 20, 1), 2000)
         self.held_out, self.training = order[:split], order[split:]
+        self._held_out_rows = [rows[i].to(device) for i in self.held_out.tolist()]
         self._options = options
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -129,16 +130,7 @@ class Lines:
 
     def held_out_loss(self, model: GRULanguageModel) -> float:
         """See `Data`."""
-        return self.mean_loss(model, self.held_out)[0]
-
-    def mean_loss(self, model: GRULanguageModel, indices: Tensor) -> tuple[float, int]:
-        """Nats per token over some sequences, and how many tokens that are."""
-        indices = indices[self._lengths[indices].argsort()]
-        rows = max(1, _TOKENS_AT_ONCE // int(self._lengths[indices].max()))
-        parts = [self.rows(part) for part in torch.split(indices, rows)]
-        total = sum(model.score(part).double().sum().item() for part in parts)
-        count = int(self._lengths[indices].sum())
-        return -total / count, count
+        return lines_loss(model, self._held_out_rows)
 
 
 class Text:
@@ -200,13 +192,26 @@ class Text:
         return text_loss(model, self._held_out, rows)
 
 
+def lines_loss(model: GRULanguageModel, rows: Sequence[Tensor]) -> float:
+    """Nats per token over sequences of any lengths, each (T,) int64."""
+    rows = sorted(rows, key=len)
+    at_once = max(1, _LOGITS_AT_ONCE // (len(rows[-1]) * model.vocab_size))
+    total = 0.0
+    for first in range(0, len(rows), at_once):
+        part = nn.utils.rnn.pad_sequence(
+            list(rows[first : first + at_once]), batch_first=True, padding_value=PADDING
+        )
+        total -= model.score(part).double().sum().item()
+    return total / sum(map(len, rows))
+
+
 @torch.no_grad()
 def text_loss(model: GRULanguageModel, ids: Tensor, rows: int = 1) -> float:
     """Nats per token of a text, read in so many parallel streams, the state carried along."""
     streams = ids[: len(ids) // rows * rows].reshape(rows, -1)
     inputs = model.teacher_forcing(streams)
     total, hidden = 0.0, None
-    width = max(1, _TOKENS_AT_ONCE // rows)
+    width = max(1, _LOGITS_AT_ONCE // (rows * model.vocab_size))
     for x, y in zip(torch.split(inputs, width, 1), torch.split(streams, width, 1), strict=True):
         output, hidden = model.run(x, hidden)
         logits = model.head(output).flatten(0, 1)

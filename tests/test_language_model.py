@@ -113,6 +113,16 @@ def test_gradients_have_the_same_bits_each_time(embedding_size):
         assert all(map(torch.equal, runs[0], other))
 
 
+def test_no_memory_is_read_before_it_is_written(poisoned_memory):
+    """Nor is an operation used that torch knows as nondeterministic."""
+    lm = model(5, 2, tie_weights=False)
+    lm.loss(TOKENS).backward()
+    assert all(p.grad.isfinite().all() for p in lm.parameters())
+    out = lm.generate([[1], []], max_new_tokens=9, seed=1, return_dict_in_generate=True)
+    assert out.log_probs.isfinite().all() and out.hidden.isfinite().all()
+    assert lm.score(out.sequences).isfinite().all()
+
+
 def test_chunks_with_the_state_carried_are_the_whole():
     lm = model(5, 2)
     inputs = lm.teacher_forcing(torch.randint(V, (3, 11)))

@@ -12,7 +12,7 @@ from gru_fast.checkpoint import load_checkpoint, save_checkpoint, write_atomical
 from gru_fast.errors import InputError
 from gru_fast.sampling import PADDING
 from gru_fast.tokenizers import EOS
-from gru_fast.training import Lines, Text, TrainingOptions, text_loss, train
+from gru_fast.training import Lines, Text, TrainingOptions, lines_loss, text_loss, train
 
 SEQUENCES = [[1 + (a + b) % 5 for b in range(a % 4 + 1)] for a in range(60)]
 TEXT = [1 + (i * i) % 5 for i in range(1000)]
@@ -46,7 +46,14 @@ def test_mean_loss_of_lines_is_that_of_the_model():
     data, model = Lines(SEQUENCES, TrainingOptions()), lm()
     loss = model.loss(data.rows(data.held_out)).item()
     assert data.held_out_loss(model) == pytest.approx(loss, rel=1e-6)
-    assert data.mean_loss(model, torch.arange(60))[1] == sum(len(s) + 1 for s in SEQUENCES)
+
+
+def test_lines_are_scored_in_parts(monkeypatch):
+    model, rows = lm(), [torch.tensor(s) for s in SEQUENCES]
+    expected = -sum(model.score(s).sum().item() for s in SEQUENCES) / sum(map(len, SEQUENCES))
+    for at_once in (1, 100, 1 << 20):
+        monkeypatch.setattr(training, "_LOGITS_AT_ONCE", at_once)
+        assert lines_loss(model, rows) == pytest.approx(expected, rel=1e-5)
 
 
 def test_text_chunks_carry_the_state():
@@ -71,7 +78,7 @@ def test_text_loss_reads_on(monkeypatch):
     whole = text_loss(model, torch.tensor(TEXT))
     expected = -model.score(TEXT).mean().item()
     assert whole == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr(training, "_TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(training, "_LOGITS_AT_ONCE", 384)
     assert text_loss(model, torch.tensor(TEXT)) == pytest.approx(expected, rel=1e-5)
     held_out = torch.tensor(TEXT[950:])
     data = Text(TEXT, TrainingOptions(batch=4, chunk=16))
