@@ -85,7 +85,6 @@ class Task:
     inputs: int
     outputs: int
     steps: int
-    unit: str
     batch: Callable[[torch.Generator, int], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     test: tuple[Tensor, Tensor]
@@ -128,8 +127,8 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return losses.reshape(target.shape).sum((0, 1)) / (target != PADDING).sum((0, 1))
 
 
-def names_task(steps: int) -> tuple[Task, Tensor]:
-    """The task of the census names, and all of them as (N, T) tokens in random order."""
+def names_task(steps: int) -> Task:
+    """The census names, 2000 of them held out: one-hot characters, the zero vector first."""
     lines = split_lines(read_text("builtin:names"))
     tokenizer = CharacterTokenizer.from_text("".join(lines))
     rows = [torch.tensor([*tokenizer.encode(line), EOS]) for line in lines]
@@ -144,15 +143,10 @@ def names_task(steps: int) -> tuple[Task, Tensor]:
         return x, y[..., None]
 
     def batch(generator: torch.Generator, B: int) -> tuple[Tensor, Tensor]:
-        picks = torch.randint(2000, len(tokens), (B,), generator=generator)
-        x, y = examples(tokens[picks])
-        return x, y
+        return examples(tokens[torch.randint(2000, len(tokens), (B,), generator=generator)])
 
-    task = Task(
-        "characters of names", V, V, steps, "nats per character", batch, cross_entropy,
-        examples(tokens[:2000]),
-    )  # fmt: skip
-    return task, tokens
+    test = examples(tokens[:2000])
+    return Task("characters of names", V, V, steps, batch, cross_entropy, test)
 
 
 def stacked(task: Task, generators: list[torch.Generator], B: int) -> tuple[Tensor, Tensor]:
@@ -220,18 +214,16 @@ def paper() -> dict[str, object]:
 
 def sums_task(steps: int) -> Task:
     test = segment_sums(torch.Generator().manual_seed(99), 1000)
-    unit = "unexplained variance"
-    return Task("sum since the flag", 2, 1, steps, unit, segment_sums, unexplained, test)
+    return Task("sum since the flag", 2, 1, steps, segment_sums, unexplained, test)
 
 
 def sizes() -> dict[str, object]:
     """The three cells at equal numbers of parameters."""
     adding_test = adding(torch.Generator().manual_seed(99), 1000)
-    unit = "unexplained variance"
     tasks = [
         sums_task(1500),
-        Task("adding problem", 2, 1, 1500, unit, adding, unexplained, adding_test),
-        names_task(800)[0],
+        Task("adding problem", 2, 1, 1500, adding, unexplained, adding_test),
+        names_task(800),
     ]
     result: dict[str, object] = {}
     for task in tasks:
@@ -300,7 +292,7 @@ def by_position(networks: Networks, x: Tensor, y: Tensor, longest: int = 12) -> 
 
 def intervention(hidden: int = 64) -> dict[str, object]:
     """Trained networks, intact and with the reset gate held."""
-    task, _ = names_task(1000)
+    task = names_task(1000)
     x, y = task.test
     real = y[..., 0] != PADDING
     result: dict[str, object] = {}
