@@ -36,7 +36,9 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py gru_fast/_version.py $(CSRC)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/python examples/novel_names.py
+	rm -rf build/demo
+	$(BIN)/gru-fast train builtin:names --out build/demo --beside-torch
+	$(BIN)/gru-fast sample build/demo --num 20 --novel --temperature 0.9 --seed 0 --beside-torch
 
 test: $(STAMP)
 	$(BIN)/pytest -m 'not slow'

@@ -6,6 +6,7 @@ from gru_fast._version import __version__
 from gru_fast.backends import available_backends
 from gru_fast.convert import ConvertReport, convert, revert
 from gru_fast.explain import Explanation, explain
+from gru_fast.language_model import GRULanguageModel
 from gru_fast.modules import GRU, GRUCell
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ConvertReport",
     "Explanation",
     "GRUCell",
+    "GRULanguageModel",
     "__version__",
     "available_backends",
     "convert",

@@ -115,9 +115,7 @@ def select(
         RuntimeError: a backend asked for by name cannot take the call.
     """
     if backend not in NAMES:
-        raise ValueError(
-            f"backend: expected one of {', '.join(map(repr, NAMES))}, got {backend!r}"
-        )
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, NAMES))}, got {backend!r}")
     if backend == "reference":
         return backend
     reasons = why_not(

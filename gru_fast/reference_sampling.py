@@ -138,3 +138,18 @@ def draw(
     last_kept = torch.where(by_id > 0, ids, -1).amax(-1)
     first = torch.where(reached, ids, by_id.shape[-1]).amin(-1)
     return torch.minimum(first, last_kept)
+
+
+def log_prob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural logarithm of softmax(logits) at the tokens: temperature 1 and no filter.
+
+    Args:
+        logits: (..., V), any floating dtype; computed in float32 at least.
+        tokens: (...) int64.
+
+    Returns:
+        (...) float32, or float64 for float64 logits.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_probs = torch.log_softmax(logits.to(dtype), -1)
+    return log_probs.gather(-1, tokens[..., None]).squeeze(-1)

@@ -1,119 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job end to end, tiny: a falling loss, and names made of the corpus's letters."""
+"""The experiments of docs/gates.md: what they compute, and that the page shows what they found."""
 
 import importlib.util
-import re
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("tqdm")
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def novel_names():
-    spec = importlib.util.spec_from_file_location("novel_names", EXAMPLES / "novel_names.py")
+def gates():
+    spec = importlib.util.spec_from_file_location("gates", ROOT / "examples" / "gates.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules["gates"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return module
+    yield module
+    del sys.modules["gates"]
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def test_one_unit_with_a_reset_gate_adds_up_and_starts_afresh(gates):
+    task = gates.sums_task(1)
+    assert gates.test_losses(task, gates.paper_network())[0] < 1e-4
+    held = gates.hold_reset(gates.paper_network(), 1.0)
+    assert gates.test_losses(task, held)[0] > 0.5
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """Names with a pattern: consonant and vowel in turn."""
-    generator = torch.Generator().manual_seed(0)
-    names = set()
-    while len(names) < 300:
-        length = int(torch.randint(2, 5, (), generator=generator))
-        picks = torch.randint(5, (length, 2), generator=generator).tolist()
-        names.add("".join("bdkmt"[c] + "aeiou"[v] for c, v in picks))
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n".join(["", *sorted(names), " ", *sorted(names)[:3]]) + "\n")
-    return path
+def test_segment_sums(gates):
+    x, target = gates.segment_sums(torch.Generator().manual_seed(0), 5)
+    assert x.shape == (30, 5, 2) and target.shape == (30, 5, 1)
+    for b in range(5):
+        start = 0
+        for t in range(30):
+            if x[t, b, 1]:
+                start = t
+            torch.testing.assert_close(target[t, b, 0], x[start : t + 1, b, 0].sum())
+    assert x[0, :, 1].all() and 0.05 < x[1:, :, 1].mean() < 0.3
 
 
-TINY = ["--hidden", "24", "--batch", "32", "--steps", "60", "--lr", "0.02", "--num", "7"]
+def test_adding(gates):
+    x, target = gates.adding(torch.Generator().manual_seed(0), 50)
+    assert x[:15, :, 1].sum(0).eq(1).all() and x[15:, :, 1].sum(0).eq(1).all()
+    for b in range(50):
+        marked = x[x[:, b, 1] == 1, b, 0]
+        assert len(marked) == 2
+        torch.testing.assert_close(target[0, b, 0], marked.sum())
 
 
-@pytest.mark.parametrize("cell", ["reset_after", "reset_before", "no_reset"])
-def test_names_from_a_file(novel_names, corpus, cell, capsys):
-    result = novel_names.main(["--corpus", str(corpus), "--cell", cell, "--rounds", "1", *TINY])
-    assert result["last_loss"] < 0.7 * result["first_loss"]
-    assert len(result["names"]) == len(result["novel"]) == 1000
-    assert set("".join(result["names"])) <= set("bdkmtaeiou")
-    known = set(corpus.read_text().split())
-    pairs = list(zip(result["names"], result["novel"], strict=True))
-    assert {name for name, novel in pairs if not novel} <= known | {""}
-    held_out = {name for name, novel in pairs if novel} & known
-    assert len(held_out) <= 15
-    pattern = sum(bool(re.fullmatch("([bdkmt][aeiou])+", n)) for n in result["names"])
-    assert pattern > 500, "what was learnt is not what is sampled"
-    text = capsys.readouterr()
-    assert "train " in text.err and "held out " in text.err
-    assert "300 names of 10 characters, 15 held out" in text.out
-    assert f"{result['last_loss']:.3f} nats a character" in text.out
-    printed = text.out.split("(marked *):\n")[1].splitlines()[:7]
-    assert [p.strip(" *").lower() for p in printed] == result["names"][:7]
-    compared = re.findall(r"^(\w[\w ]+?)  +([\d,]+) +([\d,]+) +([\d.]+)$", text.out, re.MULTILINE)
-    assert len(compared) == (3 if cell == "reset_after" else 0)
-    assert ("torch.nn.GRU has no cell=" in text.out) == (cell != "reset_after")
+def test_sizes_are_equal(gates):
+    for cell in gates.CELLS:
+        assert gates.Networks(cell, 2, 5, 3, 1).size == gates.size_of(cell, 2, 5, 3)
+    for hidden in (2, 16):
+        full = gates.size_of("reset_after", 27, hidden, 27)
+        simple = gates.size_of("no_reset", 27, gates.equal_hidden(27, hidden, 27), 27)
+        assert abs(simple / full - 1) < 0.2
 
 
-def test_a_seed_gives_the_same_names(novel_names, corpus):
-    arguments = ["--corpus", str(corpus), "--rounds", "0", *TINY[:-6], "--steps", "3"]
-    first = novel_names.main([*arguments, "--seed", "5"])
-    assert novel_names.main([*arguments, "--seed", "5"]) == first
-    assert novel_names.main([*arguments, "--seed", "6"])["names"] != first["names"]
+@pytest.mark.parametrize("cell", ["reset_after", "reset_before"])
+def test_a_reset_gate_held_at_one_is_no_reset_gate(gates, cell):
+    networks = gates.Networks(cell, 2, 5, 3, 4)
+    without = gates.Networks("no_reset", 2, 5, 3, 4)
+    with torch.no_grad():
+        for name in ("weight_ih", "weight_hh", "bias"):
+            getattr(without, name).copy_(getattr(networks, name)[:, 5:])
+        without.head.copy_(networks.head)
+        without.head_bias.copy_(networks.head_bias)
+    x = torch.randn(9, 6, 2)
+    found = gates.hold_reset(networks, 1.0)(x)[0]
+    torch.testing.assert_close(found, without(x)[0])
+    assert (networks(x)[0] - found).abs().max() > 1e-3
 
 
-def test_a_name_depends_on_its_number_only(novel_names):
-    model = novel_names.NameModel(6, 8, "reset_after")
-    many = model.sample(20, 1.0, seed=3)
-    assert model.sample(5, 1.0, seed=3) == many[:5]
+def test_mean_reset_leaves_a_constant_gate_alone(gates):
+    networks = gates.Networks("reset_after", 2, 5, 3, 4)
+    x, real = torch.randn(9, 6, 2), torch.arange(9)[:, None] < torch.tensor([9, 1, 4, 4, 8, 2])
+    value = torch.rand(4, 5)
+    held = gates.hold_reset(networks, value)
+    torch.testing.assert_close(gates.mean_reset(held, x, real), value)
+    mean = gates.mean_reset(networks, x, real)
+    again = gates.mean_reset(networks, x.where(real[..., None], 9.0), real)
+    assert torch.equal(mean, again) and (mean - 0.5).abs().max() > 0.01
 
 
-def test_training_feeds_zeros_and_then_the_true_characters(novel_names):
-    model = novel_names.NameModel(4, 8, "reset_after")
-    names = novel_names.encode(["ab", "c"], "abc")
-    assert names.tolist() == [[1, 2, 0], [3, 0, novel_names.PADDING]]
-    seen = []
-    model.gru.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    loss = model.loss(names)
-    a, b, c = torch.eye(4)[1:]
-    zero = torch.zeros(4)
-    x = seen[0].transpose(0, 1)
-    assert torch.equal(x[0], torch.stack([zero, a, b]))
-    assert torch.equal(x[1, :2], torch.stack([zero, c]))
-    logits = model.head(model.gru(seen[0])[0]).transpose(0, 1).log_softmax(-1)
-    rows = [logits[0, 0, 1], logits[0, 1, 2], logits[0, 2, 0], logits[1, 0, 3], logits[1, 1, 0]]
-    torch.testing.assert_close(loss, -torch.stack(rows).mean())
+def test_groups_train_apart(gates):
+    task = gates.sums_task(15)
+    networks = gates.fit(task, "reset_after", 3, B=8)
+    losses = gates.test_losses(task, networks)
+    assert len(set(losses)) == gates.SEEDS and all(0 < loss < 3 for loss in losses)
 
 
-def test_sampling_feeds_back_what_was_drawn(novel_names):
-    model = novel_names.NameModel(6, 8, "reset_after")
-    seen = []
-    model.gru.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    rows = model.sample(3, 1.0, seed=0)
-    assert torch.equal(seen[0], torch.zeros(1, 3, 6))
-    for i, row in enumerate(rows):
-        fed = [x[0, i].argmax().item() for x in seen[1 : len(row) + 1]]
-        assert fed == row[: len(fed)]
-
-
-def test_the_census_names_of_the_package(novel_names):
-    pytest.importorskip("names")
-    names = novel_names.read_names(None)
-    assert len(names) > 80_000
-    assert {"mary", "james", "smith"} <= set(names)
-    assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
+def test_the_page_shows_the_figures_of_the_file(gates, capsys):
+    results = json.loads((ROOT / "docs" / "gates.json").read_text())
+    assert set(results) == set(gates.PARTS)
+    gates.print_tables(results)
+    page = (ROOT / "docs" / "gates.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20
+    for row in rows:
+        assert row in page

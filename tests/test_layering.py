@@ -21,16 +21,17 @@ CSRC = sorted([*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")])
 LAYERS = [
     ["__init__"],
     ["cli", "__main__"],
-    ["language_model", "sampling"],
-    ["modules", "convert", "explain"],
+    ["training", "checkpoint", "corpus", "trace", "beside_torch"],
+    ["language_model", "sampling", "tokenizers"],
+    ["modules", "convert", "explain", "notations"],
     ["functional", "recurrence"],
     ["backends"],
     ["ops", "ops_*"],
-    ["checks", "reference", "reference_*", "kernels", "_C", "_version"],
+    ["checks", "errors", "reference", "reference_*", "kernels", "_C", "_version"],
 ]
-LEAVES = {"checks", "reference", "_version"}
+LEAVES = {"checks", "errors", "reference", "_version"}
 THIRD_PARTY = {"gru_fast", "torch", "numpy"}
-OPTIONAL_IN_JOURNEYS = {"tqdm", "names", "safetensors"}
+OPTIONAL_IN_JOURNEYS = {"click", "matplotlib", "names", "safetensors", "tqdm"}
 
 
 def rank(module: str) -> int:

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs on disk: a folder with `config.json`, `vocabulary.json` and `checkpoint.safetensors`.
+
+The first two are written once, the third is replaced as a whole: a reader, or the next process
+after a kill, finds the old file or the new one. Nothing here can run code from a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gru_fast.errors import InputError
+from gru_fast.language_model import GRULanguageModel
+from gru_fast.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = ["Run", "load_checkpoint", "load_run", "save_checkpoint", "write_atomically"]
+
+FORMAT = 1
+CHECKPOINT = "checkpoint.safetensors"
+CONFIG = "config.json"
+VOCABULARY = "vocabulary.json"
+MODEL = "model."
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file; whatever happens, it holds the old content or the new one.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(target.name + ".new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"{target}: {error.strerror}; cannot write there") from None
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """Write tensors, and what JSON can hold, to one safetensors file, atomically.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    from safetensors.torch import save
+
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(content, {"gru_fast": json.dumps({"format": FORMAT, **meta})}))
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_checkpoint` wrote: tensors on the CPU, and the rest.
+
+    Raises:
+        InputError: The file is missing, damaged, or not a checkpoint of this format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {})["gru_fast"])
+            if meta["format"] != FORMAT:
+                raise InputError(f"{path}: expected format {FORMAT}, got {meta['format']!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}, meta
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected a checkpoint") from None
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path} is damaged, or no checkpoint of gru_fast; train again, or restore it"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model and where it comes from.
+
+    Attributes:
+        path: The folder.
+        model: The model, in eval mode.
+        tokenizer: Its vocabulary.
+        config: What `config.json` holds: `model`, `corpus`, `tokens`, `training`.
+        step: Steps trained so far.
+    """
+
+    path: Path
+    model: GRULanguageModel
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    step: int
+
+    @property
+    def has_eos(self) -> bool:
+        """Whether sequences end with EOS: lines do, running text does not."""
+        return bool(self.config["corpus"]["mode"] == "lines")
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """Read a run.
+
+    Raises:
+        InputError: A file is missing or damaged, or they do not fit together.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; expected what `gru-fast train --out` made")
+    config = load_config(folder)
+    tokenizer = load_tokenizer(folder / VOCABULARY)
+    tensors, meta = load_checkpoint(folder / CHECKPOINT)
+    try:
+        model = GRULanguageModel(**config["model"])
+        load_model(model, tensors)
+        if model.vocab_size != len(tokenizer) or config["corpus"]["mode"] not in ("lines", "text"):
+            raise ValueError("files of different runs")
+        return Run(folder, model.eval(), tokenizer, config, int(meta["step"]))
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        raise InputError(
+            f"{folder}: {CONFIG}, {VOCABULARY} and {CHECKPOINT} do not fit together; "
+            "train again, or restore them"
+        ) from None
+
+
+def load_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json`.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise InputError(f"{path}: expected format {FORMAT}, got {config['format']!r}")
+        return dict(config)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a run of gru-fast train") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged; train again, or restore it") from None
+
+
+def save_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write `config.json`.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
+    write_atomically(folder / CONFIG, (text + "\n").encode())
+
+
+def model_tensors(model: GRULanguageModel) -> dict[str, Tensor]:
+    """The parameters, each once (a tied one has two names in a state_dict)."""
+    return {MODEL + name: parameter for name, parameter in model.named_parameters()}
+
+
+def load_model(model: GRULanguageModel, tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of `model_tensors` into a model.
+
+    Raises:
+        RuntimeError: Names or shapes differ from the model's.
+    """
+    state = {name.removeprefix(MODEL): t for name, t in tensors.items() if name.startswith(MODEL)}
+    if model.config["tie_weights"] and "embedding.weight" in state:
+        state["head.weight"] = state["embedding.weight"]
+    model.load_state_dict(state)

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line `gru-fast`: results on stdout, everything else on stderr.
+
+A mistake of the user is one line and exit code 2; an interrupted training is exit code 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from gru_fast import backends, checkpoint, corpus, ops
+from gru_fast._version import __version__
+from gru_fast.beside_torch import compare_sampling, compare_training
+from gru_fast.checkpoint import Run, load_run
+from gru_fast.errors import InputError
+from gru_fast.language_model import GRULanguageModel
+from gru_fast.modules import GRU
+from gru_fast.tokenizers import EOS, CharacterTokenizer, Tokenizer, WordTokenizer
+from gru_fast.trace import plot_gates, trace
+from gru_fast.training import Lines, Report, Text, TrainingOptions, lines_loss, text_loss, train
+
+__all__ = ["cli"]
+
+CELLS = ("reset_after", "reset_before", "no_reset")
+_NOVELTY_ROWS = 1000
+
+
+class _Commands(click.Group):
+    """Turns what is the user's to mend into one line on stderr and exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            message = " ".join(str(error).split("\n"))
+            click.echo(f"gru-fast: {message}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"show_default": True, "max_content_width": 100})
+@click.version_option(__version__)
+@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch.")
+def cli(threads: int | None) -> None:
+    """Train a GRU language model, sample from it, look inside."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+_run_argument = click.argument("run", type=click.Path())
+_beside_option = click.option(
+    "--beside-torch", is_flag=True, help="Then time the same network on torch.nn.GRU: one line."
+)
+
+
+@cli.command("train")
+@click.argument("source", metavar="CORPUS")
+@click.option("--lines", "mode", flag_value="lines", default=None, help="One sequence a line.")
+@click.option("--text", "mode", flag_value="text", help="Running text.")
+@click.option("--words", is_flag=True, help="Tokens are words between white space.")
+@click.option("--max-words", type=click.IntRange(1), help="Keep the most frequent words only.")
+@click.option("--cell", type=click.Choice(CELLS), default=CELLS[0])
+@click.option("--hidden", type=click.IntRange(1), default=256, help="Units of a layer.")
+@click.option("--layers", type=click.IntRange(1), default=1)
+@click.option("--embedding", type=click.IntRange(1), help="Size; without it inputs are one-hot.")
+@click.option("--tie", is_flag=True, help="The head uses the embedding's weights.")
+@click.option("--dropout", type=click.FloatRange(0, 1), default=0.0)
+@click.option("--batch", type=click.IntRange(1), help="Sequences a step.  [default: 128, text: 32]")
+@click.option("--chunk", type=click.IntRange(1), default=128, help="Steps a chunk of --text.")
+@click.option("--max-length", type=click.IntRange(1), default=256, help="Lines are cut there.")
+@click.option("--steps", type=click.IntRange(1), default=800)
+@click.option("--lr", type=click.FloatRange(0, min_open=True), default=4e-3)
+@click.option("--clip", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--seed", type=int, default=0)
+@click.option("--device", default="cpu")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
+@click.option("--save-every", type=click.FloatRange(0), default=60.0, help="Seconds.")
+@_beside_option
+def _train(
+    source: str,
+    mode: str | None,
+    words: bool,
+    max_words: int | None,
+    cell: str,
+    hidden: int,
+    layers: int,
+    embedding: int | None,
+    tie: bool,
+    dropout: float,
+    batch: int | None,
+    device: str,
+    out: Path,
+    resume: bool,
+    save_every: float,
+    beside_torch: bool,
+    **training: Any,
+) -> None:
+    """Train a model on CORPUS: a UTF-8 file, builtin:names or builtin:python."""
+    if mode is None:
+        mode = {"builtin:names": "lines", "builtin:python": "text"}.get(source)
+        if mode is None:
+            raise InputError(f"{source}: say --lines (one sequence a line) or --text (running)")
+    text = corpus.read_text(source)
+    options = TrainingOptions(batch=batch or (128 if mode == "lines" else 32), **training)
+    tokenizer = _tokenizer(text, mode, words, max_words)
+    model_config: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "embedding_size": embedding, "hidden_size": hidden,
+        "num_layers": layers, "cell": cell, "dropout": dropout, "tie_weights": tie,
+    }  # fmt: skip
+    torch.manual_seed(options.seed)
+    try:
+        model = GRULanguageModel(**model_config, device=device)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise InputError(str(error).split("\n")[0]) from None
+    data = _data(text, mode, tokenizer, options, device)
+    config = {
+        "model": model_config,
+        "corpus": {"source": source, "mode": mode, "sha256": corpus.digest(text)},
+        "tokens": {"kind": tokenizer.kind, "max_words": max_words},
+        "training": dataclasses.asdict(options),
+    }
+    _open_run(out, config, tokenizer, resume)
+    report = _fit(model, data, options, out, save_every)
+    first, last = report.held_out[0][1], report.held_out[-1][1]
+    _say(
+        f"held-out loss {first:.3f} -> {last:.3f} nats per {tokenizer.kind}, "
+        f"{report.tokens_per_second:,.0f} tokens/s"
+    )
+    if not report.finished:
+        _say(f"stopped after step {len(report.losses)}; the same command with --resume goes on")
+        sys.exit(130)
+    if beside_torch:
+        _say(compare_training(model.train(), data.batch(1)))
+
+
+def _tokenizer(text: str, mode: str, words: bool, max_words: int | None) -> Tokenizer:
+    if words or max_words:
+        return WordTokenizer.from_text(text, max_words)
+    if mode == "lines":
+        text = "".join(corpus.split_lines(text))
+    return CharacterTokenizer.from_text(text)
+
+
+def _data(
+    text: str, mode: str, tokenizer: Tokenizer, options: TrainingOptions, device: str
+) -> Lines | Text:
+    if mode == "text":
+        ids = tokenizer.encode(text)
+        _say(f"{len(ids):,} {tokenizer.kind}s, vocabulary {len(tokenizer)}")
+        return Text(ids, options, device)
+    rows = [tokenizer.encode(line) for line in corpus.split_lines(text)]
+    data = Lines(rows, options, device)
+    cut = sum(len(row) >= options.max_length for row in rows)
+    _say(
+        f"{len(rows):,} different lines, {len(data.held_out):,} of them held out, vocabulary "
+        f"{len(tokenizer)}"
+        + (f", {cut:,} cut at {options.max_length} {tokenizer.kind}s" * bool(cut))
+    )
+    return data
+
+
+def _open_run(out: Path, config: dict[str, Any], tokenizer: Tokenizer, resume: bool) -> None:
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is there already; --resume goes on, or choose another --out")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{out}: {error.strerror}; cannot make that folder") from None
+        tokenizer.save(out / checkpoint.VOCABULARY)
+        checkpoint.save_config(out, config)
+        return
+    stored = checkpoint.load_config(out)
+    given = json.loads(json.dumps(config))
+    for part, values in given.items():
+        for name, value in values.items():
+            before = stored.get(part, {}).get(name)
+            if before != value:
+                raise InputError(
+                    f"{out} was trained with {part} {name} = {before}, now it is {value}; "
+                    "--resume needs the same command"
+                )
+
+
+def _fit(
+    model: GRULanguageModel, data: Lines | Text, options: TrainingOptions, out: Path, every: float
+) -> Report:
+    with (
+        _stop_on_interrupt() as should_stop,
+        tqdm(total=options.steps, unit="step", mininterval=0.5, file=sys.stderr) as bar,
+    ):
+
+        def on_step(step: int, report: Report) -> None:
+            recent = report.losses[-20:]
+            bar.set_postfix_str(
+                f"loss {sum(recent) / len(recent):.3f}, held out {report.held_out[-1][1]:.3f}, "
+                f"{report.tokens_per_second:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update(step - bar.n)
+
+        return train(
+            model, data, options, checkpoint=out / checkpoint.CHECKPOINT, save_every=every,
+            should_stop=should_stop, on_step=on_step,
+        )  # fmt: skip
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the step end and be saved; the second one interrupts."""
+    stop = threading.Event()
+
+    def handler(signum: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield stop.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@cli.command("sample")
+@_run_argument
+@click.option("--num", type=click.IntRange(1), default=1, help="Sequences to print.")
+@click.option("--prompt", default="", help="Text that each begins with.")
+@click.option("--length", type=click.IntRange(1), help="Tokens at most.  [default: 100, text: 500]")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--top-k", type=click.IntRange(1))
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
+@click.option("--min-p", type=click.FloatRange(0, 1))
+@click.option("--greedy", is_flag=True, help="Take the likeliest token instead of a draw.")
+@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--novel", is_flag=True, help="Print only lines that the corpus does not have.")
+@_beside_option
+def _sample(
+    run: str,
+    num: int,
+    prompt: str,
+    length: int | None,
+    greedy: bool,
+    novel: bool,
+    beside_torch: bool,
+    **options: Any,
+) -> None:
+    """Print sequences that the model of RUN makes up."""
+    loaded = load_run(run)
+    known = _known_lines(loaded, required=novel)
+    eos = EOS if loaded.has_eos else None
+    length = length or (100 if loaded.has_eos else 500)
+    prompt_ids = loaded.tokenizer.encode(prompt)
+    rows = max(num, _NOVELTY_ROWS) if novel else num
+    sequences = loaded.model.generate(
+        [prompt_ids], max_new_tokens=length, num_return_sequences=rows, do_sample=not greedy,
+        eos_token_id=eos, **options,
+    )  # fmt: skip
+    texts = [loaded.tokenizer.decode(row) for row in sequences.tolist()]
+    new = [text for text in texts if text.strip() and text.strip() not in known]
+    for text in (new if novel else texts)[:num]:
+        click.echo(text)
+    if known:
+        source = loaded.config["corpus"]["source"]
+        _say(f"{len(new) / rows:.0%} of {rows:,} sampled lines are not in {source}")
+    if beside_torch:
+        for count in (64, 1):
+            _say(compare_sampling(loaded.model, count, length, eos))
+
+
+def _known_lines(run: Run, required: bool) -> set[str]:
+    """The lines of the run's corpus as the model spells them; empty where they cannot be had."""
+    source = run.config["corpus"]["source"]
+    problem = "is a running text" if not run.has_eos else ""
+    text = ""
+    if not problem:
+        try:
+            text = corpus.read_text(source)
+        except InputError:
+            problem = "cannot be read any more"
+        else:
+            if corpus.digest(text) != run.config["corpus"]["sha256"]:
+                problem = "has changed since the training"
+    if problem:
+        if required:
+            raise InputError(f"--novel: {source} {problem}; leave --novel out")
+        return set()
+    lines = corpus.split_lines(text)
+    if run.tokenizer.kind == "character":
+        return set(lines)
+    return {run.tokenizer.decode(run.tokenizer.encode(line)) for line in lines}
+
+
+@cli.command("score")
+@_run_argument
+@click.argument("file")
+def _score(run: str, file: str) -> None:
+    """Print how well the model of RUN predicts FILE: nats per token, perplexity."""
+    loaded = load_run(run)
+    text = corpus.read_text(file)
+    if loaded.has_eos:
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        rows = [torch.tensor([*loaded.tokenizer.encode(line), EOS]) for line in lines]
+        nats, count = lines_loss(loaded.model, rows), sum(map(len, rows))
+    else:
+        ids = torch.tensor(loaded.tokenizer.encode(text))
+        nats, count = text_loss(loaded.model, ids), len(ids)
+    perplexity = math.exp(min(nats, 700))
+    click.echo(
+        f"{nats:.4f} nats per {loaded.tokenizer.kind}, perplexity {perplexity:.4g}, "
+        f"{count:,} {loaded.tokenizer.kind}s"
+    )
+
+
+@cli.command("trace")
+@_run_argument
+@click.argument("text")
+@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--seed", type=int, default=0)
+def _trace(run: str, text: str, temperature: float, seed: int) -> None:
+    """Show what is fed and predicted: TEXT under teacher forcing, beside a sample."""
+    loaded = load_run(run)
+    shown = trace(
+        loaded.model, loaded.tokenizer, text, has_eos=loaded.has_eos, temperature=temperature,
+        seed=seed,
+    )  # fmt: skip
+    click.echo(shown)
+
+
+@cli.command("gates")
+@_run_argument
+@click.argument("text")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Image to write.")
+def _gates(run: str, text: str, out: Path) -> None:
+    """Draw the gates of the model of RUN while TEXT is fed."""
+    loaded = load_run(run)
+    try:
+        plot_gates(loaded.model, loaded.tokenizer, text).savefig(out, dpi=120)
+    except ModuleNotFoundError as error:
+        raise InputError(f"gates needs {error.name}: pip install 'gru_fast[plot]'") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{out}: {error}; expected a path of an image, such as x.png") from None
+    _say(f"wrote {out}")
+
+
+@cli.command("doctor")
+def _doctor() -> None:
+    """Show what this installation can do, and test it for a second."""
+    click.echo(
+        f"gru_fast {__version__}, torch {torch.__version__}, Python "
+        f"{platform.python_version()}, {platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    isa = "none"
+    if ops.HAS_CPU_KERNELS:
+        from gru_fast import _C
+
+        isa = _C.cpu_isa()
+    click.echo(f"compiled CPU kernels: {isa}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reasons = backends.why_not(device, torch.float32)
+    for name in backends.NAMES[1:]:
+        click.echo(f"backend {name} on {device}: {reasons.get(name, 'available')}")
+    error, ratio = _self_test()
+    click.echo(
+        f"self-test: largest difference from torch.nn.GRU {error:.1e}, speed-up {ratio:.1f}x"
+    )
+    if not error < 1e-5:
+        raise InputError("the self-test failed: the numbers differ; install gru_fast again")
+
+
+def _self_test() -> tuple[float, float]:
+    """Largest difference from nn.GRU in outputs and gradients, and the ratio of speeds."""
+    theirs, ours = torch.nn.GRU(32, 128), GRU(32, 128)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(50, 8, 32)
+    results, seconds = [], []
+    for module in (theirs, ours):
+        times: list[float] = []
+        end = time.perf_counter() + 0.4
+        while not times or time.perf_counter() < end:
+            start = time.perf_counter()
+            module.zero_grad()
+            output, _ = module(x)
+            output.square().mean().backward()
+            times.append(time.perf_counter() - start)
+        results.append([output.detach(), *(p.grad for p in module.parameters())])
+        seconds.append(sorted(times)[len(times) // 2])
+    error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+    return error, seconds[0] / seconds[1]

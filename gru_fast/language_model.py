@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GRULanguageModel`: tokens -> GRU -> logits, with teacher forcing, sampling and scoring.
+
+One network, two ways to feed it. Training: x<1> is the zero vector and x<t+1> the TRUE token y<t>,
+whatever was predicted. Sampling: x<1> is the zero vector and x<t+1> the token DRAWN at step t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gru_fast import functional, sampling
+from gru_fast.modules import GRU
+from gru_fast.sampling import PADDING, GenerateOutput, Streamer
+
+__all__ = ["GRULanguageModel"]
+
+TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]]
+"""(L,) or (N, L) integers, or lists of any lengths."""
+
+
+class GRULanguageModel(nn.Module):
+    """A GRU that predicts the next token.
+
+    The first layer is entered through a table, embedding @ weight_ih^T + bias_ih with a row for
+    every token: no product over the T * B inputs is computed where the vocabulary is smaller.
+
+    Args:
+        vocab_size: V; tokens are 0 ... V - 1.
+        embedding_size: Features E of a token's embedding. None: one-hot inputs, no embedding.
+        hidden_size: Features H of the hidden state.
+        num_layers: Stacked layers L.
+        cell: As in `gru_fast.GRU`.
+        bias: Whether the GRU has biases; the head always has one.
+        dropout: Probability of the dropout after every layer, the last one included, in
+            training mode.
+        tie_weights: `head.weight` is `embedding.weight`; needs embedding_size == hidden_size.
+        backend: As in `gru_fast.GRU`.
+        recompute: As in `gru_fast.GRU`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+
+    Attributes:
+        embedding: `nn.Embedding` (V, E), or None.
+        gru: `gru_fast.GRU`, which holds the weights of the layers; its `forward` is not used.
+        head: `nn.Linear` from H to V.
+        config: The arguments above but device and dtype: `GRULanguageModel(**model.config)`.
+
+    Raises:
+        ValueError: A size is not positive, `dropout` is outside [0, 1], `tie_weights` does not
+            fit, or `cell` or `backend` is unknown.
+
+    Example:
+        >>> model = GRULanguageModel(28, None, 64)
+        >>> loss = model.loss(torch.tensor([[3, 1, 20, 0], [5, 0, -100, -100]]))
+        >>> tokens = model.generate(max_new_tokens=10, eos_token_id=0, seed=1)
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int | None,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        cell: str = "reset_after",
+        bias: bool = True,
+        dropout: float = 0.0,
+        tie_weights: bool = False,
+        backend: str = "auto",
+        recompute: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        for name, size in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected >= 1, got {size}")
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout: expected 0 <= dropout <= 1, got {dropout}")
+        if tie_weights and embedding_size != hidden_size:
+            raise ValueError(
+                "tie_weights: expected embedding_size == hidden_size, got "
+                f"embedding_size={embedding_size}, hidden_size={hidden_size}"
+            )
+        self.config: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "embedding_size": embedding_size,
+            "hidden_size": hidden_size,
+            "num_layers": num_layers,
+            "cell": cell,
+            "bias": bias,
+            "dropout": dropout,
+            "tie_weights": tie_weights,
+            "backend": backend,
+            "recompute": recompute,
+        }
+        self.vocab_size = vocab_size
+        self.dropout = dropout
+        self.embedding: nn.Embedding | None = None
+        if embedding_size is not None:
+            self.embedding = nn.Embedding(vocab_size, embedding_size, device=device, dtype=dtype)
+        self.gru = GRU(
+            embedding_size or vocab_size,
+            hidden_size,
+            num_layers,
+            bias,
+            device=device,
+            dtype=dtype,
+            cell=cell,
+            backend=backend,
+            recompute=recompute,
+        )
+        self.head = nn.Linear(hidden_size, vocab_size, device=device, dtype=dtype)
+        if tie_weights:
+            assert self.embedding is not None
+            with torch.no_grad():
+                self.embedding.weight.copy_(self.head.weight)
+            self.head.weight = self.embedding.weight
+
+    @property
+    def start(self) -> int:
+        """The input id that stands for the zero vector x<1>: vocab_size."""
+        return self.vocab_size
+
+    def extra_repr(self) -> str:
+        """The options that the submodules do not show."""
+        tied = self.embedding is not None and self.head.weight is self.embedding.weight
+        return f"dropout={self.dropout}, tie_weights={tied}"
+
+    def token_table(self) -> Tensor:
+        """(V + 1, N*H): what each input id adds to the gates of the first layer.
+
+        Row v is embedding[v] @ weight_ih^T + bias_ih (without the embedding for one-hot inputs);
+        the last row, for x<1> = 0, is bias_ih alone.
+        """
+        weight, bias = self._input_weights()
+        rows = weight.T if self.embedding is None else self.embedding.weight @ weight.T
+        table = F.pad(rows, (0, 0, 0, 1))
+        return table if bias is None else table + bias
+
+    def _input_weights(self) -> tuple[Tensor, Tensor | None]:
+        weights = self.gru._flat_weights
+        return weights[0], weights[2] if self.gru.bias else None
+
+    def _input_gates(self, inputs: Tensor, table: Tensor | None) -> Tensor:
+        """(T, B, N*H) for (T, B) input ids."""
+        if table is None and self.embedding is not None and inputs.numel() < self.vocab_size:
+            weight, bias = self._input_weights()
+            zero = inputs == self.start
+            x = F.embedding(inputs.masked_fill(zero, 0), self.embedding.weight)
+            x = x.masked_fill(zero[..., None], 0.0)
+            return F.linear(x, weight, bias)
+        # The gradient of F.embedding is added up in the order of the tokens: no atomics.
+        return F.embedding(inputs, self.token_table() if table is None else table)
+
+    def run(
+        self,
+        inputs: Tensor,
+        hidden: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        table: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Feed input ids to the layers, without the head.
+
+        Args:
+            inputs: (B, T) int64, 0 <= id < V, or `start` for the zero vector.
+            hidden: (L, B, H) state before the first step; None means zeros.
+            lengths: (B,), as in `gru_fast.GRU`.
+            table: `token_table()`, where it is at hand.
+            dropout: Probability of the dropout after every layer.
+
+        Returns:
+            The last layer's output, (T, B, H), and h_n (L, B, H).
+
+        Raises:
+            RuntimeError: Shapes that do not fit, or a named backend that cannot take the call.
+            IndexError: An id is outside its range (on the CPU).
+        """
+        gru = self.gru
+        weights = gru._flat_weights
+        L, H, per = gru.num_layers, gru.hidden_size, 4 if gru.bias else 2
+        gates_x = self._input_gates(inputs.T, table)
+        if hidden is None:
+            hidden = gates_x.new_zeros(L, inputs.shape[0], H)
+        elif hidden.shape != (L, inputs.shape[0], H):
+            raise RuntimeError(
+                f"hidden: expected shape {(L, inputs.shape[0], H)}, got {tuple(hidden.shape)}"
+            )
+        output, h_n = functional.scan(
+            gates_x.unsqueeze(2),
+            hidden[:1],
+            weights[1].unsqueeze(0),
+            weights[3].unsqueeze(0) if gru.bias else None,
+            lengths=lengths,
+            cell=gru.cell,
+            recompute=gru.recompute,
+            backend=gru.backend,
+        )
+        if dropout:
+            output = F.dropout(output, dropout)
+        if L == 1:
+            return output, h_n
+        output, above = functional.gru(
+            output, hidden[1:], weights[per:], num_layers=L - 1, bias=gru.bias, dropout=dropout,
+            training=dropout > 0, cell=gru.cell, backend=gru.backend, recompute=gru.recompute,
+            lengths=lengths,
+        )  # fmt: skip
+        if dropout:
+            output = F.dropout(output, dropout)
+        return output, torch.cat([h_n, above])
+
+    def forward(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the token that follows each input.
+
+        Args:
+            inputs: (B, T) int64, 0 <= id < V, or `start` (= V) for the zero vector x<1>.
+            hidden: (L, B, H) state before the first step; None means zeros.
+
+        Returns:
+            logits (B, T, V), and the state (L, B, H) after the last step.
+
+        Raises:
+            RuntimeError: Shapes that do not fit, or a named backend that cannot take the call.
+            IndexError: An id is outside its range (on the CPU).
+        """
+        output, h_n = self.run(inputs, hidden, dropout=self.dropout if self.training else 0.0)
+        return self.head(output).transpose(0, 1), h_n
+
+    def teacher_forcing(self, tokens: Tensor) -> Tensor:
+        """The inputs whose targets are `tokens` (B, T): the zero vector, then the true tokens."""
+        first = tokens.new_full((tokens.shape[0], 1), self.start)
+        return torch.cat([first, tokens[:, :-1].clamp(min=0)], 1)[:, : tokens.shape[1]]
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats, over the real tokens of whole sequences.
+
+        Args:
+            tokens: (B, T) int64, each row from its first token to its EOS, then PADDING (-100).
+
+        Returns:
+            A scalar; NaN without a single real token.
+
+        Raises:
+            IndexError: A token is outside its range (on the CPU).
+        """
+        logits, _ = self(self.teacher_forcing(tokens))
+        # Both time-major, as the logits lie in memory.
+        logits = logits.transpose(0, 1).flatten(0, 1)
+        return F.cross_entropy(logits, tokens.T.flatten(), ignore_index=PADDING)
+
+    @overload
+    def generate(
+        self,
+        input_ids: TokenIds | None = None,
+        *,
+        max_new_tokens: int,
+        num_return_sequences: int = 1,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: TokenIds | None = None,
+        *,
+        max_new_tokens: int,
+        num_return_sequences: int = 1,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[True],
+    ) -> GenerateOutput: ...
+
+    def generate(
+        self, input_ids: TokenIds | None = None, **options: Any
+    ) -> Tensor | GenerateOutput:
+        """Draw tokens until EOS or the limit; dropout is off, no gradient is recorded.
+
+        A seed means the same tokens for ever: token number t of row i depends on the seed, i and
+        its position in the row (the prompt counts) only.
+
+        Args:
+            input_ids: Prompts: a (P,) or (N, P) integer tensor with PADDING (-100) on the right, a
+                list of ids or a list of such lists. None: one empty prompt.
+            **options: By keyword only:
+                max_new_tokens: Tokens to draw at most in each row; required.
+                num_return_sequences: Rows for each prompt, next to each other.
+                do_sample: False takes the most likely token instead, the lowest id among equals.
+                temperature: The logits are divided by it, > 0.
+                top_k: Keep the k most likely tokens.
+                top_p: Keep the shortest prefix of the ranking that holds this share, in (0, 1].
+                min_p: Keep what is at least min_p times as likely as the likeliest.
+                eos_token_id: The token that ends a row. None: nothing does.
+                seed: Any integer. None: drawn from `generator`.
+                generator: A `torch.Generator`; None: the default one. It advances by one draw.
+                streamer: `put(tokens)` for the prompts and after every step, `end()` at the end.
+                return_dict_in_generate: Return a `GenerateOutput`.
+
+        Returns:
+            (N, L) int64: prompt, drawn tokens, PADDING after EOS; or a `GenerateOutput` with
+            these `sequences`, the `log_probs` of the drawn tokens and the `hidden` state.
+
+        Raises:
+            ValueError: An option or an id is outside its range, or the logits hold NaN or +inf.
+            TypeError: An unknown option, or ids that are not integers.
+        """
+        return sampling.generate(self, input_ids, **options)
+
+    def score(self, sequences: TokenIds, *, prompt_lengths: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the tokens under teacher forcing; dropout is off, no gradient.
+
+        `score(out.sequences, prompt_lengths=out.prompt_lengths)` is `out.log_probs` for every
+        `out = generate(..., return_dict_in_generate=True)`.
+
+        Args:
+            sequences: As `input_ids` of `generate`.
+            prompt_lengths: (N,): count only what comes after. None counts all tokens.
+
+        Returns:
+            (N, L), 0 at padding and in prompts: natural logarithm of each token's probability
+            given those before it, in float32 or better.
+
+        Raises:
+            ValueError: An id is outside its range, or a shape does not fit.
+            TypeError: Ids that are not integers.
+        """
+        return sampling.score(self, sequences, prompt_lengths=prompt_lengths)

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights from and to other notations: Keras, and the one that concatenates [c, x].
+
+In each, one array holds what is split or ordered differently here. Arrays are NumPy arrays or
+whatever `numpy.asarray` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gru_fast.modules import GRU
+
+__all__ = ["from_course", "from_keras", "to_course", "to_keras"]
+
+Array = Any
+
+
+def from_keras(
+    *layers: Sequence[Array],
+    reset_after: bool = True,
+    bidirectional: bool = False,
+    batch_first: bool = True,
+) -> GRU:
+    """A GRU with the weights of stacked Keras GRU layers.
+
+    Keras stores the gates in the order z, r, h, as columns: kernel (I, 3H), recurrent kernel
+    (H, 3H) and, with `use_bias`, a bias: (2, 3H) with `reset_after`, else (3H,). Its z has the
+    sense of this library's.
+
+    Args:
+        *layers: `layer.get_weights()` of each, from the first; for `Bidirectional(GRU(...))` that
+            is the forward layer's arrays and then the backward layer's.
+        reset_after: The layers' option: `cell="reset_after"` or `"reset_before"`.
+        bidirectional: Whether the layers are `Bidirectional`, their outputs concatenated.
+        batch_first: As in `gru_fast.GRU`; Keras works on (B, T, features).
+
+    Returns:
+        A `gru_fast.GRU` in the dtype of the first kernel.
+
+    Raises:
+        ValueError: Shapes or the number of arrays do not fit.
+    """
+    if not layers:
+        raise ValueError("layers: expected the weights of one layer at least, got none")
+    D = 2 if bidirectional else 1
+    arrays = [[np.asarray(a) for a in layer] for layer in layers]
+    bias = len(arrays[0]) == 3 * D
+    kernel = arrays[0][0]
+    if kernel.ndim != 2 or kernel.shape[1] % 3:
+        raise ValueError(f"layers: expected a kernel (I, 3H) first, got {kernel.shape}")
+    gru = GRU(
+        kernel.shape[0],
+        kernel.shape[1] // 3,
+        len(layers),
+        bias,
+        batch_first,
+        bidirectional=bidirectional,
+        cell="reset_after" if reset_after else "reset_before",
+        dtype=torch.from_numpy(kernel[:0].copy()).dtype,
+    )
+    per = 3 if bias else 2
+    for k, layer in enumerate(arrays):
+        if len(layer) != per * D:
+            raise ValueError(f"layers[{k}]: expected {per * D} arrays, got {len(layer)}")
+        for d in range(D):
+            kernel, recurrent, *rest = layer[d * per : (d + 1) * per]
+            state = {"weight_ih": kernel.T, "weight_hh": recurrent.T}
+            if bias:
+                expected = (2, kernel.shape[1]) if reset_after else (kernel.shape[1],)
+                if rest[0].shape != expected:
+                    raise ValueError(
+                        f"layers[{k}]: expected a bias {expected} with reset_after={reset_after}, "
+                        f"got {rest[0].shape}"
+                    )
+                both = rest[0] if reset_after else (rest[0], np.zeros_like(rest[0]))
+                state |= {"bias_ih": both[0], "bias_hh": both[1]}
+            for name, value in state.items():
+                parameter = f"{name}_l{k}" + "_reverse" * d
+                _set(gru, parameter, _swap_first_two(value))
+    return gru
+
+
+def to_keras(gru: GRU) -> list[list[np.ndarray]]:
+    """What `set_weights` of the Keras layers takes, one list of arrays for each layer.
+
+    Raises:
+        ValueError: The cell is `no_reset`, which Keras has not.
+    """
+    if gru.cell == "no_reset":
+        raise ValueError("gru: Keras has no GRU without a reset gate, cell='no_reset'")
+    layers = []
+    for k in range(gru.num_layers):
+        arrays = []
+        for suffix in ("", "_reverse") if gru.bidirectional else ("",):
+            end = f"_l{k}{suffix}"
+            arrays += [_swap_first_two(_array(gru, name + end)).T for name in
+                       ("weight_ih", "weight_hh")]  # fmt: skip
+            if gru.bias:
+                both = [_swap_first_two(_array(gru, name + end)) for name in ("bias_ih", "bias_hh")]
+                arrays.append(np.stack(both) if gru.cell == "reset_after" else both[0] + both[1])
+        layers.append([np.ascontiguousarray(a) for a in arrays])
+    return layers
+
+
+def from_course(weights: Mapping[str, Array], batch_first: bool = False) -> GRU:
+    """A GRU with weights in the notation that concatenates the memory cell and the input.
+
+        Gu = sigmoid(Wu [c, x] + bu)      Gr = sigmoid(Wr [c, x] + br)
+        c~ = tanh(Wc [Gr * c, x] + bc)    c  = Gu * c~ + (1 - Gu) * c_prev
+
+    Here z = 1 - Gu, so the rows of z are -Wu and -bu; Gr is r, and c is h.
+
+    Args:
+        weights: "Wu", "Wr", "Wc", each (H, H + I), whose first H columns act on c, and "bu", "br",
+            "bc", each (H,) or (H, 1). Without "Wr" and "br" it is the simplified GRU, Gr = 1.
+        batch_first: As in `gru_fast.GRU`.
+
+    Returns:
+        A `gru_fast.GRU` in the dtype of "Wc": `cell="reset_before"`, or `"no_reset"`.
+
+    Raises:
+        ValueError: Names or shapes are not those.
+    """
+    gates = "ruc" if "Wr" in weights else "uc"
+    names = {kind + gate for gate in gates for kind in "Wb"}
+    if set(weights) != names:
+        raise ValueError(f"weights: expected {sorted(names)}, got {sorted(weights)}")
+    arrays = {name: np.asarray(weights[name]) for name in names}
+    H, width = arrays["Wc"].shape if arrays["Wc"].ndim == 2 else (0, 0)
+    if not 0 < H < width:
+        raise ValueError(f"weights: expected Wc (H, H + I), got {arrays['Wc'].shape}")
+    for name, array in arrays.items():
+        shapes = [(H, width)] if name[0] == "W" else [(H,), (H, 1)]
+        if array.shape not in shapes:
+            raise ValueError(f"weights: expected {name} {shapes[-1]}, got {array.shape}")
+    sign = {"r": 1, "u": -1, "c": 1}
+    W = np.concatenate([sign[g] * arrays["W" + g] for g in gates])
+    b = np.concatenate([sign[g] * arrays["b" + g].reshape(H) for g in gates])
+    gru = GRU(
+        width - H,
+        H,
+        batch_first=batch_first,
+        cell="reset_before" if "r" in gates else "no_reset",
+        dtype=torch.from_numpy(W[:0].copy()).dtype,
+    )
+    _set(gru, "weight_hh_l0", W[:, :H])
+    _set(gru, "weight_ih_l0", W[:, H:])
+    _set(gru, "bias_ih_l0", b)
+    _set(gru, "bias_hh_l0", np.zeros_like(b))
+    return gru
+
+
+def to_course(gru: GRU) -> dict[str, np.ndarray]:
+    """The weights of one layer in the notation of `from_course`, biases (H, 1).
+
+    Raises:
+        ValueError: The GRU has more than one layer or direction, or the cell `reset_after`,
+            which that notation has not.
+    """
+    if gru.num_layers > 1 or gru.bidirectional or gru.cell == "reset_after":
+        raise ValueError(
+            "gru: expected one layer, one direction and cell='reset_before' or 'no_reset', got "
+            f"num_layers={gru.num_layers}, bidirectional={gru.bidirectional}, cell={gru.cell!r}"
+        )
+    W = np.concatenate([_array(gru, "weight_hh_l0"), _array(gru, "weight_ih_l0")], 1)
+    b = np.zeros((len(W), 1), W.dtype)
+    if gru.bias:
+        b = (_array(gru, "bias_ih_l0") + _array(gru, "bias_hh_l0"))[:, None]
+    gates = "uc" if gru.cell == "no_reset" else "ruc"
+    result = {}
+    for k, gate in enumerate(gates):
+        rows = slice(k * gru.hidden_size, (k + 1) * gru.hidden_size)
+        sign = -1 if gate == "u" else 1
+        result["W" + gate], result["b" + gate] = sign * W[rows], sign * b[rows]
+    return result
+
+
+def _swap_first_two(rows: np.ndarray) -> np.ndarray:
+    """(3H, ...) with the first two blocks of H rows exchanged: z, r, n <-> r, z, n."""
+    first, second, third = np.split(rows, 3)
+    return np.concatenate([second, first, third])
+
+
+def _array(gru: nn.Module, name: str) -> np.ndarray:
+    return gru.get_parameter(name).detach().cpu().numpy()
+
+
+@torch.no_grad()
+def _set(gru: nn.Module, name: str, value: np.ndarray) -> None:
+    parameter: Tensor = gru.get_parameter(name)
+    if parameter.shape != value.shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(parameter.shape)} in this library's layout, "
+            f"got {value.shape}"
+        )
+    parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))

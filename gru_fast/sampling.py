@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling from a language model and scoring sequences: `generate`, `score`.
+
+The rules of the draw are those of `gru_fast.reference_sampling`. A sequence begins with the zero
+vector x<1>, then its prompt is fed, then every token that is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gru_fast import reference_sampling
+from gru_fast.modules import GRU
+
+__all__ = [
+    "PADDING",
+    "GenerateOutput",
+    "SamplingOptions",
+    "Streamer",
+    "generate",
+    "generate_loop",
+    "score",
+]
+
+PADDING = -100
+"""What stands after the end of a row of tokens; `torch.nn.functional.cross_entropy` ignores it."""
+
+_UNIFORMS_AT_ONCE = 64
+
+
+class LanguageModel(Protocol):
+    """What sampling needs of a model.
+
+    Attributes:
+        vocab_size: V; tokens are 0 ... V - 1.
+        gru: The weights of the recurrence; layer 0 is entered through the token table.
+        head: (L last layer's H) -> V.
+        start: The input id that stands for the zero vector x<1>, which is V.
+    """
+
+    vocab_size: int
+    gru: GRU
+    head: nn.Linear
+
+    @property
+    def start(self) -> int:
+        """V."""
+
+    def token_table(self) -> Tensor:
+        """(V + 1, N*H): what each input id adds to the gates of layer 0; the last row is x<1>."""
+
+    def run(
+        self,
+        inputs: Tensor,
+        hidden: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        table: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Feed (B, T) input ids: output (T, B, H) of the last layer, and h_n (L, B, H)."""
+
+
+class Streamer(Protocol):
+    """Receives tokens while they are drawn, as in Hugging Face transformers."""
+
+    def put(self, value: Tensor) -> None:
+        """Take the padded prompts (N, P), then (N,) tokens a step, PADDING in ended rows."""
+
+    def end(self) -> None:
+        """Generation is over."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options of one call of `generate`, checked.
+
+    Attributes:
+        max_new_tokens: Tokens to draw at most in each row, >= 0.
+        do_sample: Draw; False takes the most likely token, the lowest id among equals.
+        temperature: Logits are divided by it, > 0.
+        top_k: Keep the k most likely tokens, >= 1, or None.
+        top_p: Keep the shortest prefix of the ranking whose share reaches p, in (0, 1], or None.
+        min_p: Keep what is at least min_p times as likely as the likeliest, in [0, 1], or None.
+        eos_token_id: A row ends with this token; None: with max_new_tokens only.
+        seed: Key of the random stream; its low 64 bits count.
+
+    Raises:
+        ValueError: A value is outside its range.
+        TypeError: A number of tokens or an id is not an integer.
+    """
+
+    max_new_tokens: int
+    do_sample: bool = True
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    eos_token_id: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name in ("max_new_tokens", "top_k", "eos_token_id", "seed"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _integer(name, value))
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: expected >= 0, got {self.max_new_tokens}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature: expected a finite value > 0, got {self.temperature} "
+                "(do_sample=False takes the most likely token)"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected an integer >= 1 or None, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected 0 < top_p <= 1 or None, got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p: expected 0 <= min_p <= 1 or None, got {self.min_p}")
+
+
+@dataclass(frozen=True)
+class GenerateOutput:
+    """What `generate(..., return_dict_in_generate=True)` returns.
+
+    Attributes:
+        sequences: (N, L) int64: the prompt, the drawn tokens with EOS, PADDING after the end.
+        log_probs: (N, L): natural logarithm of the probability that the model itself (temperature
+            1, nothing filtered out) gives to each drawn token; 0 at prompts and padding.
+        hidden: (num_layers, N, H): the state that the last token of each row was drawn from.
+        prompt_lengths: (N,) int64.
+    """
+
+    sequences: Tensor
+    log_probs: Tensor
+    hidden: Tensor
+    prompt_lengths: Tensor
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+
+
+def generate(
+    model: LanguageModel,
+    input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    *,
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    eos_token_id: int | None = None,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+    streamer: Streamer | None = None,
+    return_dict_in_generate: bool = False,
+) -> Tensor | GenerateOutput:
+    """`GRULanguageModel.generate`, which documents it."""
+    if seed is not None and generator is not None:
+        raise ValueError("seed, generator: expected one of them at most, got both")
+    repeats = _integer("num_return_sequences", num_return_sequences)
+    if repeats < 1:
+        raise ValueError(f"num_return_sequences: expected >= 1, got {repeats}")
+    if seed is None:
+        seed = reference_sampling.seed_from_generator(generator) if do_sample else 0
+    options = SamplingOptions(
+        max_new_tokens, do_sample, temperature, top_k, top_p, min_p, eos_token_id, seed
+    )
+    if options.eos_token_id is not None and not 0 <= options.eos_token_id < model.vocab_size:
+        raise ValueError(
+            f"eos_token_id: expected 0 <= id < vocab_size = {model.vocab_size}, "
+            f"got {options.eos_token_id}"
+        )
+    prompts, lengths = _prompts(model, input_ids)
+    prompts = prompts.repeat_interleave(repeats, 0)
+    lengths = lengths.repeat_interleave(repeats)
+    if streamer is not None:
+        streamer.put(prompts)
+    loop = choose_loop(model, options)
+    tokens, log_probs, hidden = loop(
+        model, prompts, lengths, options, None if streamer is None else streamer.put
+    )
+    if streamer is not None:
+        streamer.end()
+    sequences = _append(prompts, lengths, tokens, PADDING)
+    if not return_dict_in_generate:
+        return sequences
+    nothing = torch.zeros(prompts.shape, dtype=log_probs.dtype, device=prompts.device)
+    return GenerateOutput(
+        sequences,
+        _append(nothing, lengths, log_probs, 0)[:, : sequences.shape[1]],
+        hidden,
+        lengths,
+    )
+
+
+Loop = Callable[
+    [LanguageModel, Tensor, Tensor, SamplingOptions, Callable[[Tensor], None] | None],
+    tuple[Tensor, Tensor, Tensor],
+]
+
+
+def choose_loop(model: LanguageModel, options: SamplingOptions) -> Loop:
+    """The function that runs a call of `generate`; all have the interface of `generate_loop`."""
+    return generate_loop
+
+
+@torch.no_grad()
+def generate_loop(
+    model: LanguageModel,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    options: SamplingOptions,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sampler in PyTorch operations: one step of the model and one draw at a time.
+
+    Row i draws its token number t with `uniform(seed, prompt_lengths[i] + t, i)`. Dropout is off.
+
+    Args:
+        model: The model.
+        prompts: (N, P) int64, 0 <= id < V where it is not padding.
+        prompt_lengths: (N,) int64, 0 <= length <= P.
+        options: Checked options.
+        on_tokens: Called with the (N,) tokens of each step.
+
+    Returns:
+        tokens: (N, S) int64, S <= max_new_tokens drawn steps, PADDING after EOS.
+        log_probs: (N, S), `reference_sampling.log_prob` of the tokens, 0 after EOS.
+        hidden: (num_layers, N, H), the state that the last token of each row was drawn from.
+
+    Raises:
+        ValueError: The model gave logits with NaN or +inf.
+    """
+    N = len(prompts)
+    steps = options.max_new_tokens
+    rows = torch.arange(N, device=prompts.device)
+    fed = N * (prompts.shape[1] + 1 + steps)
+    table = model.token_table() if fed >= model.vocab_size else None
+    start = prompts.new_full((N, 1), model.start)
+    inputs = torch.cat([start, prompts.clamp(min=0)], 1)
+    hidden = model.run(inputs, lengths=prompt_lengths + 1, table=table)[1]
+    alive = torch.ones(N, dtype=torch.bool, device=prompts.device)
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    for t in range(steps):
+        logits = model.head(hidden[-1])
+        if options.do_sample:
+            k = t % _UNIFORMS_AT_ONCE
+            if k == 0:
+                ahead = torch.arange(t, min(t + _UNIFORMS_AT_ONCE, steps), device=rows.device)
+                position = prompt_lengths + ahead[:, None]
+                uniforms = reference_sampling.uniform(options.seed, position, rows)
+            drawn = reference_sampling.draw(
+                logits, uniforms[k], options.temperature, options.top_k, options.top_p,
+                options.min_p,
+            )  # fmt: skip
+        else:
+            drawn = reference_sampling.greedy(logits)
+        log_prob = reference_sampling.log_prob(logits, drawn)
+        if options.eos_token_id is None:
+            tokens.append(drawn)
+            log_probs.append(log_prob)
+        else:
+            tokens.append(torch.where(alive, drawn, PADDING))
+            log_probs.append(torch.where(alive, log_prob, 0.0))
+            alive = alive & (drawn != options.eos_token_id)
+        if on_tokens is not None:
+            on_tokens(tokens[-1])
+        if t + 1 == steps or not alive.any():
+            break
+        after = model.run(drawn[:, None], hidden, table=table)[1]
+        if options.eos_token_id is not None:
+            after = torch.where(alive[:, None], after, hidden)
+        hidden = after
+    if not tokens:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return prompts.new_empty(N, 0), hidden.new_empty(N, 0, dtype=dtype), hidden
+    return torch.stack(tokens, 1), torch.stack(log_probs, 1), hidden
+
+
+@torch.no_grad()
+def score(
+    model: LanguageModel,
+    sequences: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    *,
+    prompt_lengths: Tensor | None = None,
+) -> Tensor:
+    """`GRULanguageModel.score`, which documents it."""
+    tokens, lengths = _prompts(model, sequences)
+    N, L = tokens.shape
+    start = tokens.new_full((N, 1), model.start)
+    inputs = torch.cat([start, tokens[:, :-1].clamp(min=0)], 1)[:, :L]
+    output = model.run(inputs)[0]
+    result = reference_sampling.log_prob(model.head(output), tokens.T.clamp(min=0)).T
+    position = torch.arange(L, device=tokens.device)
+    counted = position < lengths[:, None]
+    if prompt_lengths is not None:
+        if prompt_lengths.shape != (N,):
+            raise ValueError(
+                f"prompt_lengths: expected shape {(N,)}, got {tuple(prompt_lengths.shape)}"
+            )
+        counted = counted & (position >= prompt_lengths.to(tokens.device)[:, None])
+    return torch.where(counted, result, 0.0)
+
+
+def _prompts(
+    model: LanguageModel, input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None
+) -> tuple[Tensor, Tensor]:
+    """(N, P) int64 on the model's device with PADDING on the right only, and the (N,) lengths."""
+    device = model.head.weight.device
+    if input_ids is None:
+        ids = torch.empty(1, 0, dtype=torch.int64)
+    elif isinstance(input_ids, Tensor):
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+            raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
+        ids = input_ids if input_ids.dim() != 1 else input_ids[None]
+    else:
+        nested = [row for row in input_ids if not isinstance(row, int)]
+        if nested and len(nested) < len(input_ids):
+            raise TypeError("input_ids: expected integers or sequences of integers, got both")
+        lists = nested if nested or not input_ids else [input_ids]
+        rows = [torch.tensor([_integer("input_ids", i) for i in row]).long() for row in lists]
+        ids = torch.empty(0, 0, dtype=torch.int64)
+        if rows:
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids: expected 1 or 2 dimensions, got {ids.dim()}")
+    ids = ids.to(device, torch.int64)
+    real = ids != PADDING
+    lengths = real.sum(1)
+    bad = real & ((ids < 0) | (ids >= model.vocab_size))
+    if bad.any():
+        raise ValueError(
+            f"input_ids: expected 0 <= id < vocab_size = {model.vocab_size}, or {PADDING} after "
+            f"the end of a row, got {int(ids[bad][0])}"
+        )
+    if (real != (torch.arange(ids.shape[1], device=device) < lengths[:, None])).any():
+        raise ValueError(f"input_ids: expected padding ({PADDING}) on the right, got it before ids")
+    return ids, lengths
+
+
+def _append(prompts: Tensor, lengths: Tensor, new: Tensor, padding: int) -> Tensor:
+    """Row i of `new` from column lengths[i] of row i of `prompts` on, cut after the longest row."""
+    N, P = prompts.shape
+    S = new.shape[1]
+    result = prompts.new_full((N, P + S), padding)
+    result[:, :P] = prompts
+    columns = lengths[:, None] + torch.arange(S, device=prompts.device)
+    result.scatter_(1, columns, new)
+    if padding == PADDING and N:
+        return result[:, : int((result != PADDING).sum(1).max())]
+    return result

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`generate` and `score`: one network, two ways to feed it."""
+
+import pytest
+import torch
+
+from gru_fast import GRULanguageModel, sampling
+from gru_fast.reference_sampling import draw, greedy, seed_from_generator, uniform
+from gru_fast.sampling import PADDING, SamplingOptions, generate
+
+V = 6
+PROMPTS = [[1, 2, 5], [3], [], [4, 4]]
+
+
+@pytest.fixture
+def model():
+    """Sharp enough that a wrong input shows."""
+    lm = GRULanguageModel(V, 4, 11, 2)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(3)
+    return lm
+
+
+def detailed(model, *args, **options):
+    return model.generate(*args, return_dict_in_generate=True, **options)
+
+
+@pytest.mark.parametrize("cell", ["reset_after", "reset_before", "no_reset"])
+@pytest.mark.parametrize("embedding_size", [None, 4])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.5, "top_k": 3}, {"do_sample": False}, {"top_p": 0.7}], ids=str
+)
+def test_score_gives_back_the_samplers_own_log_probabilities(cell, embedding_size, options):
+    lm = GRULanguageModel(V, embedding_size, 11, 2, cell=cell, dropout=0.5)
+    out = detailed(
+        lm, PROMPTS, max_new_tokens=12, num_return_sequences=5, eos_token_id=0, seed=1, **options
+    )
+    scores = lm.score(out.sequences, prompt_lengths=out.prompt_lengths)
+    torch.testing.assert_close(scores, out.log_probs, rtol=0, atol=1e-5)
+    assert out.log_probs.shape == out.sequences.shape
+    assert out.prompt_lengths.tolist() == [3] * 5 + [1] * 5 + [0] * 5 + [2] * 5
+    for row, log_probs, P in zip(
+        out.sequences.tolist(), out.log_probs.tolist(), out.prompt_lengths.tolist(), strict=True
+    ):
+        assert row[:P] in PROMPTS and log_probs[:P] == [0.0] * P
+        new = row[P:]
+        end = new.index(0) + 1 if 0 in new else 12
+        assert PADDING not in new[:end] and set(new[end:]) <= {PADDING}
+        assert all(v < 0 for v in log_probs[P : P + end])
+        assert not any(log_probs[P + end :])
+    whole = lm.score(out.sequences)
+    assert (whole[out.sequences == PADDING] == 0).all()
+    assert (whole[out.sequences != PADDING] < 0).all()
+
+
+def test_every_token_is_the_draw_from_its_own_prefix(model):
+    """Against the rules written out: forward over the whole prefix, one draw, no state kept."""
+    out = detailed(
+        model, PROMPTS, max_new_tokens=8, eos_token_id=0, seed=7, temperature=0.8, top_p=0.9
+    )
+    for i, prompt in enumerate(PROMPTS):
+        row = list(prompt)
+        for _ in range(8):
+            inputs = torch.tensor([[V, *row]])
+            logits = model(inputs)[0][0, -1]
+            u = uniform(7, torch.tensor(len(row)), torch.tensor(i))
+            row.append(int(draw(logits, u, temperature=0.8, top_p=0.9)))
+            hidden = model(inputs)[1]
+            if row[-1] == 0:
+                break
+        assert [t for t in out.sequences[i].tolist() if t != PADDING] == row
+        torch.testing.assert_close(out.hidden[:, i], hidden[:, 0])
+
+
+def test_greedy_takes_the_most_likely(model):
+    tokens = model.generate([2], max_new_tokens=6, do_sample=False)[0].tolist()
+    for t in range(1, 7):
+        logits = model(torch.tensor([[V, *tokens[:t]]]))[0][0, -1]
+        assert tokens[t] == int(greedy(logits)) == int(logits.argmax())
+
+
+def test_a_seed_gives_the_same_tokens_whatever_stands_beside(model):
+    many = model.generate(PROMPTS, max_new_tokens=9, seed=5)
+    assert torch.equal(model.generate(PROMPTS, max_new_tokens=9, seed=5), many)
+    assert torch.equal(model.generate(PROMPTS[:2], max_new_tokens=9, seed=5), many[:2])
+    assert torch.equal(model.generate(PROMPTS, max_new_tokens=4, seed=5)[2, :4], many[2, :4])
+    assert not torch.equal(model.generate(PROMPTS, max_new_tokens=9, seed=6), many)
+    empty = model.generate(max_new_tokens=100, num_return_sequences=3, seed=5)
+    assert torch.equal(model.generate(max_new_tokens=100, seed=5), empty[:1])
+    assert len(set(map(tuple, empty.tolist()))) == 3
+
+
+def test_generators(model):
+    calls = [
+        model.generate(max_new_tokens=20, generator=torch.Generator().manual_seed(3))
+        for _ in range(2)
+    ]
+    seed = seed_from_generator(torch.Generator().manual_seed(3))
+    assert torch.equal(calls[0], calls[1])
+    assert torch.equal(calls[0], model.generate(max_new_tokens=20, seed=seed))
+    torch.manual_seed(4)
+    first = [model.generate(max_new_tokens=20) for _ in range(2)]
+    torch.manual_seed(4)
+    again = [model.generate(max_new_tokens=20) for _ in range(2)]
+    assert torch.equal(torch.cat(first), torch.cat(again)) and not torch.equal(*first)
+    state = torch.get_rng_state()
+    model.generate(max_new_tokens=3, do_sample=False)
+    model.generate(max_new_tokens=3, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_forms_of_prompts(model):
+    expected = model.generate([[1, 2], [3]], max_new_tokens=5, seed=0)
+    padded = torch.tensor([[1, 2], [3, PADDING]])
+    wide = torch.tensor([[1, 2, PADDING], [3, PADDING, PADDING]], dtype=torch.int32)
+    assert torch.equal(model.generate(padded, max_new_tokens=5, seed=0), expected)
+    assert torch.equal(model.generate(wide, max_new_tokens=5, seed=0), expected)
+    one = model.generate([1, 2], max_new_tokens=5, seed=0)
+    assert torch.equal(one, expected[:1])
+    assert torch.equal(model.generate(torch.tensor([1, 2]), max_new_tokens=5, seed=0), one)
+    assert model.generate([1, 2], max_new_tokens=0).tolist() == [[1, 2]]
+    nothing = detailed(model, max_new_tokens=0, num_return_sequences=2)
+    assert nothing.sequences.shape == nothing.log_probs.shape == (2, 0)
+    none = detailed(model, torch.empty(0, 3, dtype=torch.long), max_new_tokens=2)
+    assert len(none.sequences) == 0 and none.hidden.shape == (2, 0, 11)
+    assert model.score([]).shape == (0, 0) and model.score([[], [1]]).shape == (2, 1)
+
+
+def test_training_mode_and_gradients_are_left_alone():
+    lm = GRULanguageModel(V, None, 8, dropout=0.9)
+    out = detailed(lm, max_new_tokens=30, seed=0)
+    assert lm.training and not out.log_probs.requires_grad and not out.hidden.is_inference()
+    assert torch.equal(lm.eval().generate(max_new_tokens=30, seed=0), out.sequences)
+    lm.train()
+    logits, _ = lm(out.sequences[:, -1:], out.hidden)
+    logits.sum().backward()
+
+
+def test_streamer_sees_every_token(model):
+    class Collect:
+        def __init__(self):
+            self.values, self.ended = [], 0
+
+        def put(self, value):
+            assert not self.ended
+            self.values.append(value.clone())
+
+        def end(self):
+            self.ended += 1
+
+    streamer = Collect()
+    options = {"max_new_tokens": 7, "seed": 3, "eos_token_id": 0}
+    sequences = model.generate([[5], [1]], streamer=streamer, **options)
+    assert streamer.ended == 1 and streamer.values[0].tolist() == [[5], [1]]
+    seen = torch.cat([streamer.values[0], *(v[:, None] for v in streamer.values[1:])], 1)
+    assert torch.equal(seen, sequences)
+
+
+def test_dtypes(model):
+    reference = detailed(model, max_new_tokens=9, seed=1)
+    assert reference.log_probs.dtype == torch.float32
+    assert detailed(model.double(), max_new_tokens=9, seed=1).log_probs.dtype == torch.float64
+    half = detailed(model.bfloat16(), max_new_tokens=9, seed=1)
+    assert half.log_probs.dtype == torch.float32
+    scores = model.score(half.sequences)
+    torch.testing.assert_close(scores, half.log_probs, rtol=0, atol=0.2)
+
+
+def test_one_place_chooses_the_loop(model, monkeypatch):
+    calls = []
+
+    def loop(*args):
+        calls.append(args)
+        return sampling.generate_loop(*args)
+
+    monkeypatch.setattr(sampling, "choose_loop", lambda model, options: loop)
+    model.generate(PROMPTS, max_new_tokens=3, num_return_sequences=2, seed=2**64 + 9, top_k=4)
+    ((got, prompts, lengths, options, on_tokens),) = calls
+    assert got is model and on_tokens is None
+    assert prompts.shape == (8, 3) and lengths.tolist() == [3, 3, 1, 1, 0, 0, 2, 2]
+    assert options == SamplingOptions(3, True, 1.0, 4, None, None, None, 2**64 + 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens: expected >= 0, got -1"),
+        ({"temperature": 0.0}, "temperature: expected .*> 0, got 0.0.*do_sample=False"),
+        ({"temperature": float("nan")}, "temperature: expected"),
+        ({"top_k": 0}, "top_k: expected an integer >= 1 or None, got 0"),
+        ({"top_p": 0.0}, "top_p: expected"),
+        ({"min_p": 1.1}, "min_p: expected"),
+        ({"num_return_sequences": 0}, "num_return_sequences: expected >= 1, got 0"),
+        ({"eos_token_id": V}, f"eos_token_id: expected 0 <= id < vocab_size = {V}, got {V}"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed, generator: .*got both"),
+        ({"input_ids": [[1], [V]]}, f"input_ids: expected 0 <= id < vocab_size = {V}.*got {V}"),
+        ({"input_ids": [-1]}, "input_ids: expected 0 <= id.*got -1"),
+        ({"input_ids": [[PADDING, 1]]}, "input_ids: expected padding .* on the right"),
+        ({"input_ids": torch.zeros(1, 1, 1).long()}, "input_ids: expected 1 or 2 dimensions"),
+    ],
+    ids=str,
+)
+def test_bad_values(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 1.5}, {"top_k": 2.0}, {"input_ids": torch.zeros(2)}, {"input_ids": [1.0]},
+     {"input_ids": [1, [2]]}, {"top": 3}, {"seed": "x"}],
+    ids=str,
+)  # fmt: skip
+def test_bad_types(model, options):
+    with pytest.raises(TypeError):
+        model.generate(**{"max_new_tokens": 2, **options})
+
+
+def test_bad_logits_stop_it(model):
+    with torch.no_grad():
+        model.head.bias[2] = torch.nan
+    with pytest.raises(ValueError, match="logits"):
+        model.generate(max_new_tokens=2)
+
+
+def test_method_and_function_are_one(model):
+    options = {"max_new_tokens": 5, "seed": 1}
+    assert torch.equal(generate(model, [1], **options), model.generate([1], **options))
+    with pytest.raises(ValueError, match=r"prompt_lengths: expected shape \(1,\), got \(2,\)"):
+        model.score([1, 2], prompt_lengths=torch.tensor([1, 2]))
