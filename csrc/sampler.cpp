@@ -323,7 +323,8 @@ class Stream {
     } else {
       const Floats frame = Floats::ensure(input);
       if (!frame) throw py::error_already_set();
-      check_shape("frame", frame, {shape.I});
+      // Only a complaint may allocate.
+      if (frame.ndim() != 1 || frame.shape(0) != shape.I) check_shape("frame", frame, {shape.I});
       push_unlocked(1, nullptr, frame.data(), output_.mutable_data());
     }
     return output_;
@@ -357,6 +358,8 @@ class Stream {
                   shape.tokens > 0 ? nullptr : frames.data(), output->mutable_data());
     return *output;
   }
+
+  const Floats& output() const { return output_; }
 
   void reset() {
     const Use use(busy_);
@@ -470,6 +473,7 @@ void bind_sampler(py::module_& m) {
              return std::make_unique<Stream>(std::move(stack));
            }),
            py::arg("stack"))
+      .def_property_readonly("output", &Stream::output)
       .def("step", &Stream::step, py::arg("input"))
       .def("push", &Stream::push, py::arg("inputs"), py::arg("out") = py::none())
       .def("reset", &Stream::reset)
