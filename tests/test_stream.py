@@ -100,7 +100,7 @@ def test_narrow_weights_are_the_layer_with_rounded_products(sampler_isa, weights
     # Values within float32 rounding of the middle of two steps may be rounded the other way.
     one_step = {"bfloat16": 2**-8, "int8": 1 / 127}[weights] * float(frames.abs().max())
     assert error.max() < 4 * one_step * float(gru.weight_ih_l0.detach().abs().max())
-    assert (error < 2e-6).double().mean() > 0.95
+    assert (error < 2e-6).double().mean() > 0.85
 
 
 def test_tokens(sampler_isa):
