@@ -308,6 +308,44 @@ constexpr uint32_t zero_word() {
   return P == Weights::kInt8 && kBiasedBytes ? 0x80808080u : 0;
 }
 
+// The low 8 bits of each lane, and the low 16. Compilers extract lane by lane what __builtin_
+// convertvector asks for.
+GRU_INLINE void store_low_bytes(void* to, Words value) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(value)));
+#elif defined(__SSE2__)
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  for (int i = 0; i < kVecBytes / 16; ++i) {
+    Four four;
+    std::memcpy(&four, reinterpret_cast<const char*>(&value) + 16 * i, sizeof four);
+    const __m128i low = reinterpret_cast<__m128i>(four & 0xff);
+    const __m128i pairs = _mm_packs_epi32(low, low);
+    const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+    std::memcpy(static_cast<char*>(to) + 4 * i, &bytes, sizeof bytes);
+  }
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kVecBytes / 4)));
+  const Bytes bytes = __builtin_convertvector(value, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+#endif
+}
+GRU_INLINE void store_low_halves(void* to, Words value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(to),
+                      _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(value)));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(value & 0xffff),
+                                            reinterpret_cast<__m256i>(value & 0xffff));
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kVecBytes / 2)));
+  const Halves halves = __builtin_convertvector(value, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+#endif
+}
+
 // A register of a row, as the left operand of a product: |value * multiple| <= 127 for int8.
 template <Weights P>
 GRU_INLINE void store_row(uint32_t* row, int64_t tile, Vec<float> value, float multiple) {
@@ -315,19 +353,19 @@ GRU_INLINE void store_row(uint32_t* row, int64_t tile, Vec<float> value, float m
   if constexpr (P == Weights::kFloat32) {
     store(reinterpret_cast<float*>(row) + tile * W, value);
   } else if constexpr (P == Weights::kBFloat16) {
-    typedef uint16_t Half __attribute__((vector_size(kVecBytes / 2)));
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+    std::memcpy(row + tile * (W / 2), &halves, sizeof halves);
+#else
     const Words bits = reinterpret_cast<Words>(value);
     const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const Half half =
-        __builtin_convertvector(value == value ? rounded : rounded * 0 + 0x7fc0, Half);
-    std::memcpy(row + tile * (W / 2), &half, sizeof half);
+    const Words quiet_nan = Words{} + 0x7fc0;
+    store_low_halves(row + tile * (W / 2), value == value ? rounded : quiet_nan);
+#endif
   } else {
-    typedef uint8_t Bytes __attribute__((vector_size(kVecBytes / 4)));
     // The low bits of the sum hold the rounded integer, as in scaled_exp().
-    const Vec<float> shifted = value * multiple + ExpConstants<float>::magic;
-    const Bytes bytes = __builtin_convertvector(reinterpret_cast<Words>(shifted), Bytes);
-    const Bytes biased = kBiasedBytes ? bytes ^ 0x80 : bytes;
-    std::memcpy(row + tile * (W / 4), &biased, sizeof biased);
+    const Words bits = reinterpret_cast<Words>(value * multiple + ExpConstants<float>::magic);
+    store_low_bytes(row + tile * (W / 4), kBiasedBytes ? bits ^ 0x80 : bits);
   }
 }
 

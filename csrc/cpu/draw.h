@@ -67,15 +67,24 @@ class Draw {
     float top;
     if (!maximum(logits, &top)) return -1;
     int64_t token;
+    double total = 0;
     if (rules.greedy) {
       for (token = 0; logits[token] != top;) ++token;
     } else {
       const float most = top / rules.temperature;
       if (!(most - most == 0.0f)) return -1;
-      token = sample(rules, logits, most, uniform(seed, position, stream));
+      const float u = uniform(seed, position, stream);
+      const bool ranked = (rules.top_k > 0 && rules.top_k < V_) || rules.top_p < 1;
+      if (ranked) {
+        token = sample_ranked(rules, logits, most, u);
+      } else {
+        const double sum = weigh(logits, rules.temperature, most, rules.min_p);
+        token = invert(weights_, u, sum);
+        if (rules.temperature == 1 && rules.min_p == 0) total = sum;
+      }
     }
     if (log_prob != nullptr) {
-      const double total = weigh(logits, 1, top, 0);
+      if (total == 0) total = weigh(logits, 1, top, 0);
       *log_prob =
           static_cast<float>(static_cast<double>(logits[token] - top) - __builtin_log(total));
     }
@@ -118,12 +127,8 @@ class Draw {
     return total;
   }
 
-  int64_t sample(const DrawRules& rules, const float* logits, float most, float u) {
+  int64_t sample_ranked(const DrawRules& rules, const float* logits, float most, float u) {
     const bool top_k = rules.top_k > 0 && rules.top_k < V_;
-    if (!top_k && rules.top_p >= 1) {
-      const double total = weigh(logits, rules.temperature, most, rules.min_p);
-      return invert(weights_, u, total);
-    }
     double total = weigh(logits, rules.temperature, most, 0);
     fill_heap(logits, rules.temperature);
     const int64_t candidates = top_k ? rules.top_k : V_;
