@@ -125,7 +125,10 @@ class Stream:
             ValueError: The shape does not fit, or the id is outside 0 ... V.
             RuntimeError: Another thread is using the stream.
         """
-        self._step(x.detach().numpy() if isinstance(x, Tensor) else x)
+        # detach() costs as much as a small step.
+        if isinstance(x, Tensor):
+            x = x.detach().numpy() if x.requires_grad else x.numpy()
+        self._step(x)
         return self.output
 
     def push(self, x: Any) -> Tensor:
