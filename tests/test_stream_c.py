@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/stream.c: the samplers below Python and torch, compiled and run."""
+"""The samplers below Python and torch: examples/stream.c, and the kernels under sanitizers."""
 
 import os
 import shutil
@@ -49,3 +49,22 @@ def test_the_c_program_gives_the_layers_bits(tmp_path):
     finally:
         _C.set_cpu_isa(before)
     assert subprocess.run([program, weights, "10", "38", "2"], capture_output=True).returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
+def test_samplers_under_sanitizers(sanitizer, tmp_path):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", "-Wno-psabi", f"-fsanitize={sanitizer}"]
+    program = tmp_path / "sampler_test"
+    empty = tmp_path / "empty.cpp"
+    empty.write_text("int main() {}\n")
+    if subprocess.run([compiler, *flags, empty, "-o", program]).returncode:
+        pytest.skip(f"the compiler has no {sanitizer} sanitizer")
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in SOURCES[1:]]
+    sources.append(ROOT / "tests" / "cpp" / "sampler_test.cpp")
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True)
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr

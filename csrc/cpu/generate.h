@@ -33,7 +33,8 @@ class Generator {
         slots_(mine.take<Slot>(most_rows_)),
         stack_(s, most_rows_, split ? shared : mine, mine),
         draw_(s.shape.outputs, mine),
-        logits_((split ? shared : mine).take<float>(logit_rows_ * s.padded_outputs())),
+        logits_((split && splits_head(s) ? shared : mine)
+                    .take<float>(logit_rows_ * s.padded_outputs())),
         products_(products(s)),
         shared_bytes_(shared.used()),
         bytes_(mine.used()) {}
@@ -47,7 +48,7 @@ class Generator {
     writes_ = !split_ || member == 0;
     crew_ = {split_ ? &team : nullptr, member,
              split_ ? part_of(s_.tiles, member, members) : Range{0, s_.tiles}};
-    split_head_ = split_ && s_.shape.outputs * s_.shape.H >= kSplitHead;
+    split_head_ = split_ && splits_head(s_);
     head_ = split_head_ ? part_of(s_.head.tiles, member, members) : Range{0, s_.head.tiles};
     if (!split_) {
       const int64_t share = (g_.B + members - 1) / members;
@@ -82,6 +83,7 @@ class Generator {
     const int64_t rows = kMostLogits / (s.padded_outputs() + 1) / kRowBlock * kRowBlock;
     return rows < kRowBlock ? kRowBlock : rows < most_rows ? rows : most_rows;
   }
+  static bool splits_head(const Snapshot& s) { return s.shape.outputs * s.shape.H >= kSplitHead; }
   static int64_t products(const Snapshot& s) {
     return s.shape.H * s.gates * s.shape.H * (2 * s.shape.layers - 1) + s.shape.H * s.shape.outputs;
   }
