@@ -32,7 +32,15 @@ SKIP_HINT = (
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-X86_KERNELS = {"kernels_avx2.cpp": AVX2, "kernels_avx512.cpp": AVX2 + AVX512}
+AVX512_DOT = ["-mavx512vnni", "-mavx512bf16"]
+X86_KERNELS = {
+    "kernels_avx2.cpp": AVX2,
+    "kernels_avx512.cpp": AVX2 + AVX512,
+    "sampler_avx2.cpp": AVX2,
+    "sampler_avx512.cpp": AVX2 + AVX512,
+    "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
+}
+PYBIND11 = {"module.cpp", "sampler.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),
@@ -67,8 +75,8 @@ def find_compiler() -> str:
 
 
 def flags_of(source: Path, torch: Path) -> list[str]:
-    """Return what a file is compiled with beyond COMMON; only the two edges see foreign headers."""
-    if source.name == "module.cpp":
+    """Return what a file is compiled with beyond COMMON; only the edges see foreign headers."""
+    if source.name in PYBIND11:
         import pybind11
 
         includes = [pybind11.get_include(), sysconfig.get_path("include")]

@@ -35,6 +35,10 @@ def main() -> int:
     if wrong is not None:
         print(f"python -m benchmarks: {wrong}", file=sys.stderr)
         return 2
+    if arguments[:1] == ["sample"]:
+        from benchmarks import sample
+
+        return sample.main(arguments[1:])
     from benchmarks import cli
 
     return cli.main(arguments)

@@ -25,8 +25,9 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=f"gru_fast beside its peers, in one run.\n\nsuites:\n{suites}\n"
+        "  sample tokens drawn one after the other: python -m benchmarks sample --help\n"
         "  gpu    everything a GPU can tell: python -m benchmarks gpu --help\n\n"
-        "without a suite: all but gpu, --quick",
+        "without a suite: all but sample and gpu, --quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("suites", nargs="*", type=_suite, metavar="SUITE")
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _suite(name: str) -> str:
     if name not in cases.SUITES:
-        known = ", ".join([*cases.SUITES, "gpu (as the first argument)"])
+        known = ", ".join([*cases.SUITES, "sample or gpu (as the first argument)"])
         raise argparse.ArgumentTypeError(f"expected one of {known}, got {name!r}")
     return name
 

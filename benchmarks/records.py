@@ -27,7 +27,7 @@ class Record:
         provider: for example "gru_fast.cpu".
         version: of the package that provides it.
         device: "cpu" or "cuda".
-        dtype: a name of `cases.DTYPES`.
+        dtype: a name of `cases.DTYPES`; of a sampler that of its packed weights, also "int8".
         threads: CPU threads that every provider of the run was given.
         case: the sizes, as `cases.Case`.
         parity: "ok"; "wrong", then there is no number; "none" where it was not judged.

@@ -7,6 +7,7 @@
 #include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "cpu/stats.h"
+#include "sampler.h"
 
 namespace py = pybind11;
 
@@ -35,4 +36,5 @@ PYBIND11_MODULE(_C, m) {
         return info;
       },
       "Compiler, C++ standard and instruction sets this module was built with.");
+  gru_fast::bind_sampler(m);
 }

@@ -1,4 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+_Floats = NDArray[Any]
+_Layer = tuple[_Floats | None, _Floats, _Floats | None, _Floats | None]
+
+class PackedStack:
+    def __init__(
+        self,
+        cell: str,
+        weights: str,
+        table: _Floats | None,
+        layers: Sequence[_Layer],
+        head_weight: _Floats | None,
+        head_bias: _Floats | None,
+        *,
+        plain: bool = False,
+    ) -> None: ...
+    @property
+    def kernel(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+    def generate(
+        self,
+        *,
+        inputs: NDArray[Any],
+        input_begin: NDArray[Any],
+        position: NDArray[Any],
+        limit: NDArray[Any],
+        eos: Sequence[int],
+        seed: int,
+        do_sample: bool,
+        temperature: float,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+        h0: _Floats | None,
+        log_probs: bool,
+        threads: int,
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+
+class Stream:
+    def __init__(self, stack: PackedStack) -> None: ...
+    @property
+    def output(self) -> NDArray[Any]: ...
+    def step(self, input: Any) -> NDArray[Any]: ...
+    def push(self, inputs: Any, out: NDArray[Any] | None = None) -> NDArray[Any]: ...
+    def reset(self) -> None: ...
+    state: bytes
+
+def draw(
+    logits: NDArray[Any],
+    seed: int,
+    position: NDArray[Any],
+    stream: NDArray[Any],
+    *,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> tuple[NDArray[Any], NDArray[Any]]: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def set_cpu_isa(name: str) -> None: ...

@@ -8,6 +8,7 @@ from gru_fast.convert import ConvertReport, convert, revert
 from gru_fast.explain import Explanation, explain
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.modules import GRU, GRUCell
+from gru_fast.sampler import Sampler, Stream
 
 __all__ = [
     "GRU",
@@ -15,6 +16,8 @@ __all__ = [
     "Explanation",
     "GRUCell",
     "GRULanguageModel",
+    "Sampler",
+    "Stream",
     "__version__",
     "available_backends",
     "convert",

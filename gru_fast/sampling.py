@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gru_fast import reference_sampling
+from gru_fast import packed, reference_sampling
 from gru_fast.modules import GRU
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Streamer",
     "generate",
     "generate_loop",
+    "native_loop",
     "score",
 ]
 
@@ -145,6 +146,12 @@ class GenerateOutput:
     prompt_lengths: Tensor
 
 
+Loop = Callable[
+    [LanguageModel, Tensor, Tensor, SamplingOptions, Callable[[Tensor], None] | None],
+    tuple[Tensor, Tensor, Tensor],
+]
+
+
 def _integer(name: str, value: Any) -> int:
     try:
         return operator.index(value)
@@ -168,8 +175,9 @@ def generate(
     generator: torch.Generator | None = None,
     streamer: Streamer | None = None,
     return_dict_in_generate: bool = False,
+    loop: Loop | None = None,
 ) -> Tensor | GenerateOutput:
-    """`GRULanguageModel.generate`, which documents it."""
+    """`GRULanguageModel.generate`, which documents it; `loop` replaces `choose_loop`."""
     if seed is not None and generator is not None:
         raise ValueError("seed, generator: expected one of them at most, got both")
     repeats = _integer("num_return_sequences", num_return_sequences)
@@ -190,7 +198,8 @@ def generate(
     lengths = lengths.repeat_interleave(repeats)
     if streamer is not None:
         streamer.put(prompts)
-    loop = choose_loop(model, options)
+    if loop is None:
+        loop = choose_loop(model, options)
     tokens, log_probs, hidden = loop(
         model, prompts, lengths, options, None if streamer is None else streamer.put
     )
@@ -208,15 +217,54 @@ def generate(
     )
 
 
-Loop = Callable[
-    [LanguageModel, Tensor, Tensor, SamplingOptions, Callable[[Tensor], None] | None],
-    tuple[Tensor, Tensor, Tensor],
-]
-
-
 def choose_loop(model: LanguageModel, options: SamplingOptions) -> Loop:
     """The function that runs a call of `generate`; all have the interface of `generate_loop`."""
+    if model.gru.backend in ("auto", "cpu") and packed.why_not(model.gru, model.head) is None:
+        return native_loop
     return generate_loop
+
+
+def native_loop(
+    model: LanguageModel,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    options: SamplingOptions,
+    on_tokens: Callable[[Tensor], None] | None = None,
+    *,
+    stack: Any = None,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`generate_loop` in one native call on the CPU, computed in float32.
+
+    Tokens that are to be seen while they are drawn, and none at all, are left to `generate_loop`.
+
+    Args:
+        model: As the other arguments, see `generate_loop`.
+        prompts: See there.
+        prompt_lengths: See there.
+        options: See there.
+        on_tokens: See there.
+        stack: The packed weights; None: those of the model as it is now.
+        threads: At most so many; 0: torch's number.
+    """
+    if on_tokens is not None or options.max_new_tokens == 0:
+        return generate_loop(model, prompts, prompt_lengths, options, on_tokens)
+    eos = options.eos_token_id
+    tokens, log_probs, hidden = packed.generate(
+        packed.pack_model(model) if stack is None else stack,
+        [row[:n] for row, n in zip(prompts.numpy(), prompt_lengths.tolist(), strict=True)],
+        model.start,
+        max_new_tokens=options.max_new_tokens,
+        eos=[] if eos is None else [eos],
+        seed=options.seed,
+        do_sample=options.do_sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        threads=threads,
+    )
+    return tokens, log_probs, hidden.to(model.head.weight.dtype)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 """Fixtures for all tests."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -48,3 +49,19 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+SAMPLER_ISAS = ops._C.cpu_isas() if ops.HAS_CPU_KERNELS else []
+# Where the processor has dot products, AVX-512 means these unless told otherwise.
+NO_DOT = ["avx512 without dot products"] if "avx512" in SAMPLER_ISAS else []
+
+
+@pytest.fixture(params=[*SAMPLER_ISAS, *NO_DOT])
+def sampler_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each set of instructions that the samplers can use here."""
+    before = ops._C.cpu_isa()
+    ops._C.set_cpu_isa(request.param.split()[0])
+    if request.param in NO_DOT:
+        monkeypatch.setattr(ops._C, "PackedStack", partial(ops._C.PackedStack, plain=True))
+    yield request.param
+    ops._C.set_cpu_isa(before)

@@ -59,6 +59,8 @@ def test_every_public_name_exists_and_is_documented():
         "GRU",
         "GRUCell",
         "GRULanguageModel",
+        "Sampler",
+        "Stream",
         "ConvertReport",
         "Explanation",
         "__version__",

@@ -1,0 +1,418 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of few rows with packed weights of 32, 16 or 8 bits. Weights and the rows they meet
+// lie in 32-bit words of 1, 2 or 4 neighbouring k, so one loop serves all three. float32 is
+// product() of tile.h, and keeps its order of summation; bfloat16 adds k in order too, in one
+// chain; int8 adds integers, exactly. So neither rows, tiles abreast nor threads change a bit.
+#pragma once
+#include "panels.h"
+#include "sampler_problem.h"
+#include "schedule.h"
+#include "tile.h"
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+typedef uint32_t Words __attribute__((vector_size(kVecBytes)));
+typedef uint32_t WordsUnaligned __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kVecBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kVecBytes)));
+
+GRU_INLINE Words load_words(const uint32_t* p) {
+  return *reinterpret_cast<const WordsUnaligned*>(p);
+}
+
+#if defined(__AVX512VNNI__)
+constexpr bool kBiasedBytes = true;  // vpdpbusd: the bytes of a row are unsigned, 128 too large
+#else
+constexpr bool kBiasedBytes = false;
+#endif
+
+// What one word of weights adds to a sum. `Row` is a word of the left operand, made ready once for
+// all the weights that it meets.
+template <Weights P>
+struct Dot;
+
+template <>
+struct Dot<Weights::kFloat32> {
+  static constexpr int kPack = 1;
+  using Sum = Vec<float>;
+};
+
+// Without the instruction: products of the two halves, each a float32 with 16 zero bits.
+template <>
+struct Dot<Weights::kBFloat16> {
+  static constexpr int kPack = 2;
+  using Sum = Vec<float>;
+#if defined(__AVX512BF16__)
+  using Row = Words;
+  GRU_INLINE Row ready(uint32_t word) { return word - Words{}; }
+  GRU_INLINE void add(Sum& sum, Words weight, Row row) {
+    sum = reinterpret_cast<Sum>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                 reinterpret_cast<__m512bh>(weight),
+                                                 reinterpret_cast<__m512bh>(row)));
+  }
+#else
+  struct Row {
+    Vec<float> even, odd;
+  };
+  GRU_INLINE Row ready(uint32_t word) {
+    const Words both = word - Words{};
+    return {reinterpret_cast<Vec<float> >(both << 16), reinterpret_cast<Vec<float> >(both & kHigh)};
+  }
+  GRU_INLINE void add(Sum& sum, Words weight, Row row) {
+    sum += reinterpret_cast<Vec<float> >(weight << 16) * row.even;
+    sum += reinterpret_cast<Vec<float> >(weight & kHigh) * row.odd;
+  }
+  static constexpr uint32_t kHigh = 0xffff0000u;
+#endif
+};
+
+template <>
+struct Dot<Weights::kInt8> {
+  static constexpr int kPack = 4;
+  using Sum = Ints;
+#if defined(__AVX512VNNI__)
+  using Row = Words;
+  GRU_INLINE Row ready(uint32_t word) { return word - Words{}; }
+  GRU_INLINE void add(Sum& sum, Words weight, Row row) {
+    sum = reinterpret_cast<Sum>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
+                                                    reinterpret_cast<__m512i>(row),
+                                                    reinterpret_cast<__m512i>(weight)));
+  }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  // vpmaddubsw adds pairs in 16 bits with saturation: |row| * sign(weight) stays below
+  // 2 * 127 * 127 = 32258, because neither ever holds -128.
+  struct Row {
+    __m256i value, magnitude;
+  };
+  GRU_INLINE Row ready(uint32_t word) {
+    const __m256i value = _mm256_set1_epi32(static_cast<int>(word));
+    return {value, _mm256_abs_epi8(value)};
+  }
+  GRU_INLINE void add(Sum& sum, Words weight, Row row) {
+    const __m256i turned = _mm256_sign_epi8(reinterpret_cast<__m256i>(weight), row.value);
+    const __m256i pairs = _mm256_maddubs_epi16(row.magnitude, turned);
+    sum += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+#else
+  // 16-bit products of the even and of the odd bytes.
+  struct Row {
+    Shorts even, odd;
+  };
+  GRU_INLINE Row ready(uint32_t word) { return halves(word - Words{}); }
+  GRU_INLINE void add(Sum& sum, Words weight, Row row) {
+    const Row w = halves(weight);
+    sum += multiply_pairs(w.even, row.even) + multiply_pairs(w.odd, row.odd);
+  }
+  GRU_INLINE Row halves(Words bytes) {
+    const Shorts both = reinterpret_cast<Shorts>(bytes);
+    return {(both << 8) >> 8, both >> 8};
+  }
+  GRU_INLINE Ints multiply_pairs(Shorts a, Shorts b) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Ints>(
+        _mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__SSE2__)
+    return reinterpret_cast<Ints>(
+        _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#else
+    const Ints x = reinterpret_cast<Ints>(a), y = reinterpret_cast<Ints>(b);
+    return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+  }
+#endif
+};
+
+template <Weights P>
+using Sum = typename Dot<P>::Sum;
+
+// out[(i * NT + tile) * NV + v], as product() of tile.h.
+template <Weights P, int ROWS, int NT, int NV>
+void dot_tiles(const uint32_t* a, int64_t row_stride, const uint32_t* panels, int64_t words,
+               Sum<P>* out) {
+  if constexpr (P == Weights::kFloat32) {
+    product<float, ROWS, NT, NV>({reinterpret_cast<const float*>(a), row_stride}, 0,
+                                 reinterpret_cast<const float*>(panels), words, out);
+  } else {
+    constexpr int W = kLanes<float>;
+    constexpr int N = NT * NV;
+    const int64_t panel_stride = words * NV * W;
+    Sum<P> sum[ROWS][N] = {};
+    for (int64_t k = 0; k < words; ++k) {
+      const uint32_t* at = panels + k * (NV * W);
+      Words weight[N];
+#pragma GCC unroll 12
+      for (int n = 0; n < N; ++n) {
+        weight[n] = load_words(at + (n / NV) * panel_stride + (n % NV) * W);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        const auto row = Dot<P>::ready(a[i * row_stride + k]);
+#pragma GCC unroll 12
+        for (int n = 0; n < N; ++n) Dot<P>::add(sum[i][n], weight[n], row);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 12
+      for (int n = 0; n < N; ++n) out[i * N + n] = sum[i][n];
+    }
+  }
+}
+
+template <Weights P>
+using DotTiles = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, Sum<P>*);
+
+template <Weights P, int ROWS, int NV, int NT>
+DotTiles<P> pick_tiles(int tiles) {
+  if constexpr (NT > 1) {
+    if (tiles < NT) return pick_tiles<P, ROWS, NV, NT - 1>(tiles);
+  }
+  return dot_tiles<P, ROWS, NT, NV>;
+}
+
+// Few rows need several tiles abreast to hide the latency of the sums.
+constexpr int most_abreast(int rows, int vectors) {
+  const int sums = rows >= 4 ? 3 : rows >= 2 ? 6 : 12;
+  return sums / vectors < 8 ? sums / vectors : 8;
+}
+
+template <Weights P, int ROWS>
+DotTiles<P> pick_vectors(int tiles, int vectors) {
+  if (vectors == 3) return pick_tiles<P, ROWS, 3, most_abreast(ROWS, 3)>(tiles);
+  if (vectors == 2) return pick_tiles<P, ROWS, 2, most_abreast(ROWS, 2)>(tiles);
+  return pick_tiles<P, ROWS, 1, most_abreast(ROWS, 1)>(tiles);
+}
+
+template <Weights P>
+DotTiles<P> pick_dot(int rows, int tiles, int vectors) {
+  if constexpr (kRowBlock == 8) {
+    if (rows == 8) return pick_vectors<P, 8>(tiles, vectors);
+  }
+  if (rows == 4) return pick_vectors<P, 4>(tiles, vectors);
+  if (rows == 2) return pick_vectors<P, 2>(tiles, vectors);
+  return pick_vectors<P, 1>(tiles, vectors);
+}
+
+// The packed weights of `tiles` unit tiles, `count` gates side by side: [tile][k word][gate][lane].
+struct Panels {
+  uint32_t* words;
+  float* scale;     // int8: [tile][gate][lane], what one unit of the integer sum is worth
+  int32_t* offset;  // int8 with biased bytes: [tile][gate][lane], to be taken off the sum
+  int64_t K;        // in words
+  int64_t tiles;
+  int count;
+};
+
+constexpr int pack_of(Weights weights) {
+  return weights == Weights::kInt8 ? 4 : weights == Weights::kBFloat16 ? 2 : 1;
+}
+
+GRU_INLINE Panels take_panels(Weights weights, int64_t units, int64_t K, int count,
+                              Layout& layout) {
+  const int64_t tiles = tiles_of<float>(units), lanes = tiles * count * kLanes<float>;
+  const int64_t words = (K + pack_of(weights) - 1) / pack_of(weights);
+  const bool scaled = weights == Weights::kInt8;
+  Panels panels{nullptr, nullptr, nullptr, words, tiles, count};
+  panels.words = layout.take<uint32_t>(lanes * words);
+  panels.scale = layout.take<float>(scaled ? lanes : 0);
+  panels.offset = layout.take<int32_t>(scaled && kBiasedBytes ? lanes : 0);
+  return panels;
+}
+
+// float32 to bfloat16, to the nearest, ties to even.
+GRU_INLINE uint32_t bfloat16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return 0x7fc0;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+constexpr float kInt8Most = 127.0f;
+
+GRU_INLINE int32_t nearest(float value) {
+  const float magic = ExpConstants<float>::magic;
+  const float shifted = value + magic;
+  int32_t bits, zero;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  std::memcpy(&zero, &magic, sizeof zero);
+  return bits - zero;
+}
+
+// One row of weights, stride `step` words from k word to k word. Returns the int8 scale and offset.
+template <Weights P>
+void pack_row(const float* row, int64_t K, int64_t words, uint32_t* to, int64_t step, float* scale,
+              int32_t* offset) {
+  constexpr int pack = Dot<P>::kPack;
+  float per_value = 0;
+  if (P == Weights::kInt8) {
+    float most = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const float size = row[k] < 0 ? -row[k] : row[k];
+      most = size > most ? size : most;
+    }
+    // The rows that it meets are 127 times what they stand for.
+    *scale = most / kInt8Most / kInt8Most;
+    per_value = most > 0 ? kInt8Most / most : 0;
+  }
+  int32_t total = 0;
+  for (int64_t word = 0; word < words; ++word) {
+    uint32_t bits = 0;
+    for (int i = 0; i < pack && word * pack + i < K; ++i) {
+      const float value = row[word * pack + i];
+      if (P == Weights::kBFloat16) {
+        bits |= bfloat16_bits(value) << (16 * i);
+      } else {
+        const int32_t byte = nearest(value * per_value);
+        total += byte;
+        bits |= (static_cast<uint32_t>(byte) & 0xff) << (8 * i);
+      }
+    }
+    to[word * step] = bits;
+  }
+  if (P == Weights::kInt8 && kBiasedBytes) *offset = 128 * total;
+}
+
+// Rows gates[i] * units + unit of a row-major weight with K columns; zero from `units` on.
+template <Weights P>
+void pack_panels(const float* weight, int64_t units, int64_t K, const int* gates,
+                 const Panels& panels) {
+  constexpr int W = kLanes<float>;
+  const int64_t step = panels.count * W;
+  for (int64_t tile = 0; tile < panels.tiles; ++tile) {
+    const int left = lanes_of<float>(tile, units);
+    const int n = left > 0 ? left : 0;
+    for (int i = 0; i < panels.count; ++i) {
+      const float* rows = weight + (gates[i] * units + tile * W) * K;
+      uint32_t* to = panels.words + tile * panels.K * step + i * W;
+      if constexpr (P == Weights::kFloat32) {
+        pack_transposed(rows, K, n, K, reinterpret_cast<float*>(to), step);
+      } else {
+        for (int lane = 0; lane < W; ++lane) {
+          const int64_t at = tile * step + i * W + lane;
+          pack_row<P>(rows + lane * K, lane < n ? K : 0, panels.K, to + lane, step,
+                      panels.scale + at, panels.offset + at);
+        }
+      }
+    }
+  }
+}
+
+// The word that stands for zeros.
+template <Weights P>
+constexpr uint32_t zero_word() {
+  return P == Weights::kInt8 && kBiasedBytes ? 0x80808080u : 0;
+}
+
+// The low 8 bits of each lane, and the low 16. Compilers extract lane by lane what __builtin_
+// convertvector asks for.
+GRU_INLINE void store_low_bytes(void* to, Words value) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm512_maskz_cvtepi32_epi8(0xffff, reinterpret_cast<__m512i>(value)));
+#elif defined(__SSE2__)
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  for (int i = 0; i < kVecBytes / 16; ++i) {
+    Four four;
+    std::memcpy(&four, reinterpret_cast<const char*>(&value) + 16 * i, sizeof four);
+    const __m128i low = reinterpret_cast<__m128i>(four & 0xff);
+    const __m128i pairs = _mm_packs_epi32(low, low);
+    const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+    std::memcpy(static_cast<char*>(to) + 4 * i, &bytes, sizeof bytes);
+  }
+#else
+  typedef uint8_t Bytes __attribute__((vector_size(kVecBytes / 4)));
+  const Bytes bytes = __builtin_convertvector(value, Bytes);
+  std::memcpy(to, &bytes, sizeof bytes);
+#endif
+}
+GRU_INLINE void store_low_halves(void* to, Words value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(to),
+                      _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(value)));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_packus_epi32(reinterpret_cast<__m256i>(value & 0xffff),
+                                            reinterpret_cast<__m256i>(value & 0xffff));
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kVecBytes / 2)));
+  const Halves halves = __builtin_convertvector(value, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+#endif
+}
+
+// A register of a row, as the left operand of a product: |value * multiple| <= 127 for int8.
+template <Weights P>
+GRU_INLINE void store_row(uint32_t* row, int64_t tile, Vec<float> value, float multiple) {
+  constexpr int W = kLanes<float>;
+  if constexpr (P == Weights::kFloat32) {
+    store(reinterpret_cast<float*>(row) + tile * W, value);
+  } else if constexpr (P == Weights::kBFloat16) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+    std::memcpy(row + tile * (W / 2), &halves, sizeof halves);
+#else
+    const Words bits = reinterpret_cast<Words>(value);
+    const Words rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Words quiet_nan = Words{} + 0x7fc0;
+    store_low_halves(row + tile * (W / 2), value == value ? rounded : quiet_nan);
+#endif
+  } else {
+    // The low bits of the sum hold the rounded integer, as in scaled_exp().
+    const Words bits = reinterpret_cast<Words>(value * multiple + ExpConstants<float>::magic);
+    store_low_bytes(row + tile * (W / 4), kBiasedBytes ? bits ^ 0x80 : bits);
+  }
+}
+
+// Multiplies `rows` rows by the tiles of a range; epilogue(row, tile, sums) gets the `count` sums
+// of one row and tile. Tiles are the outer loop: a panel is read once from afar.
+template <Weights P, class Epilogue>
+GRU_INLINE void multiply(const Panels& panels, const uint32_t* a, int64_t row_stride, int64_t rows,
+                         Range range, Epilogue epilogue) {
+  constexpr int W = kLanes<float>;
+  Sum<P> sums[kMaxTileVectors];
+  const int block_most = rows_in_block(rows);
+  for (int64_t tile = range.begin; tile < range.end;) {
+    const int64_t left = range.end - tile;
+    const int most = most_abreast(block_most, panels.count);
+    const int64_t calls = (left + most - 1) / most;
+    const int tiles = static_cast<int>((left + calls - 1) / calls);
+    const uint32_t* words = panels.words + tile * panels.K * panels.count * W;
+    for (int64_t row = 0; row < rows;) {
+      const int block = rows_in_block(rows - row);
+      pick_dot<P>(block, tiles, panels.count)(a + row * row_stride, row_stride, words, panels.K,
+                                              sums);
+      for (int i = 0; i < block; ++i) {
+        for (int j = 0; j < tiles; ++j) {
+          const Sum<P>* of_tile = sums + (i * tiles + j) * panels.count;
+          if constexpr (P == Weights::kInt8) {
+            Vec<float> values[3];
+            for (int v = 0; v < panels.count; ++v) {
+              const int64_t at = ((tile + j) * panels.count + v) * W;
+              Ints sum = of_tile[v];
+              if (kBiasedBytes) {
+                sum -= reinterpret_cast<Ints>(
+                    load_words(reinterpret_cast<const uint32_t*>(panels.offset + at)));
+              }
+              values[v] = __builtin_convertvector(sum, Vec<float>) * load(panels.scale + at);
+            }
+            epilogue(row + i, tile + j, values);
+          } else {
+            epilogue(row + i, tile + j, of_tile);
+          }
+        }
+      }
+      row += block;
+    }
+    tile += tiles;
+  }
+}
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// A token from logits by the rules of gru_fast/reference_sampling.py: Philox4x32-10, softmax with
+// temperature, top_k, top_p, min_p, inversion of the cumulative distribution.
+#pragma once
+#include "gate_math.h"
+#include "panels.h"
+#include "sampler_problem.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+// Partial sums cover 16 tokens on every instruction set.
+constexpr int64_t kDrawBlock = 16;
+
+// A uniform in [0, 1), a multiple of 2**-24: the top 24 bits of the first Philox4x32-10 word.
+GRU_INLINE float uniform(uint64_t seed, uint64_t position, uint64_t stream) {
+  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
+  uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return static_cast<float>(c0 >> 8) * 0x1p-24f;
+}
+
+// exp(x) for x <= 0; zero where float32 has no normal number left, as for a masked logit.
+GRU_INLINE Vec<float> exp_negative(Vec<float> x) {
+  const ScaledExp<float> e = scaled_exp<float>(x);
+  return x < -ExpConstants<float>::limit ? Vec<float>{} : e.scale * e.fraction + e.scale;
+}
+
+typedef float Float8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double Double8 __attribute__((vector_size(64)));
+
+GRU_INLINE double block_sum(const float* weights) {
+  const Double8 low = __builtin_convertvector(*reinterpret_cast<const Float8*>(weights), Double8);
+  const Double8 high =
+      __builtin_convertvector(*reinterpret_cast<const Float8*>(weights + 8), Double8);
+  const Double8 sum = low + high;
+  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+class Draw {
+ public:
+  static constexpr int W = kLanes<float>;
+
+  GRU_MEMBER Draw(int64_t V, Layout& layout)
+      : V_(V),
+        padded_(round_up(V, kDrawBlock)),
+        weights_(layout.take<float>(padded_)),
+        kept_(layout.take<float>(padded_)),
+        sums_(layout.take<double>(padded_ / kDrawBlock)),
+        heap_(layout.take<uint64_t>(V)) {}
+
+  // `logits` hold -inf from V on up to the next multiple of 16. Returns -1 where they hold NaN or
+  // +inf, or nothing above -inf, also after the division by the temperature. *log_prob, unless
+  // null, gets the logarithm of the token's share in the softmax of the logits as they are.
+  int64_t operator()(const DrawRules& rules, const float* logits, uint64_t seed, uint64_t position,
+                     uint64_t stream, float* log_prob) {
+    float top;
+    if (!maximum(logits, &top)) return -1;
+    int64_t token;
+    double total = 0;
+    if (rules.greedy) {
+      for (token = 0; logits[token] != top;) ++token;
+    } else {
+      const float most = top / rules.temperature;
+      if (!(most - most == 0.0f)) return -1;
+      const float u = uniform(seed, position, stream);
+      const bool ranked = (rules.top_k > 0 && rules.top_k < V_) || rules.top_p < 1;
+      if (ranked) {
+        token = sample_ranked(rules, logits, most, u);
+      } else {
+        const double sum = weigh(logits, rules.temperature, most, rules.min_p);
+        token = invert(weights_, u, sum);
+        if (rules.temperature == 1 && rules.min_p == 0) total = sum;
+      }
+    }
+    if (log_prob != nullptr) {
+      if (total == 0) total = weigh(logits, 1, top, 0);
+      *log_prob =
+          static_cast<float>(static_cast<double>(logits[token] - top) - __builtin_log(total));
+    }
+    return token;
+  }
+
+ private:
+  // False if a value is NaN or the largest is not finite.
+  GRU_MEMBER bool maximum(const float* logits, float* top) const {
+    Vec<float> most = load(logits);
+    VecBits<float> odd = most != most;
+    for (int64_t i = W; i < padded_; i += W) {
+      const Vec<float> v = load(logits + i);
+      odd |= v != v;
+      most = v > most ? v : most;
+    }
+    float lane[W];
+    store(lane, most);
+#pragma GCC unroll 4
+    for (int d = W / 2; d > 0; d /= 2) {
+#pragma GCC unroll 8
+      for (int i = 0; i < d; ++i) lane[i] = lane[i + d] > lane[i] ? lane[i + d] : lane[i];
+    }
+    *top = lane[0];
+    bool nan = false;
+    for (int i = 0; i < W; ++i) nan |= odd[i] != 0;
+    return !nan && lane[0] - lane[0] == 0.0f;
+  }
+
+  // weights_ = exp(logits / temperature - most), or 0 below `least`; returns their sum.
+  GRU_MEMBER double weigh(const float* logits, float temperature, float most, float least) {
+    double total = 0;
+    for (int64_t i = 0; i < padded_; i += kDrawBlock) {
+      for (int64_t j = i; j < i + kDrawBlock; j += W) {
+        const Vec<float> w = exp_negative(load(logits + j) / temperature - most);
+        store(weights_ + j, w >= least ? w : Vec<float>{});
+      }
+      total += sums_[i / kDrawBlock] = block_sum(weights_ + i);
+    }
+    return total;
+  }
+
+  int64_t sample_ranked(const DrawRules& rules, const float* logits, float most, float u) {
+    const bool top_k = rules.top_k > 0 && rules.top_k < V_;
+    double total = weigh(logits, rules.temperature, most, 0);
+    fill_heap(logits, rules.temperature);
+    const int64_t candidates = top_k ? rules.top_k : V_;
+    if (top_k) {
+      total = 0;
+      for (int64_t rank = 0; rank < candidates; ++rank) total += weights_[pop(V_ - rank)];
+    }
+    fill_zero(kept_, padded_);
+    double below = 0;
+    for (int64_t rank = 0; rank < candidates; ++rank) {
+      if (rules.top_p < 1 && !(below < rules.top_p * total)) break;
+      // What pop() took lies at the end of the heap.
+      const int64_t id = top_k ? id_of(heap_[V_ - 1 - rank]) : pop(V_ - rank);
+      below += weights_[id];
+      if (weights_[id] >= rules.min_p) kept_[id] = weights_[id];
+    }
+    total = 0;
+    for (int64_t i = 0; i < padded_; i += kDrawBlock) {
+      total += sums_[i / kDrawBlock] = block_sum(kept_ + i);
+    }
+    return invert(kept_, u, total);
+  }
+
+  // The first token whose running sum exceeds u * total; sums_ are those of its blocks.
+  GRU_MEMBER int64_t invert(const float* weights, float u, double total) const {
+    const double target = static_cast<double>(u) * total;
+    double before = 0;
+    int64_t block = 0;
+    while (!(before + sums_[block] > target)) before += sums_[block++];
+    int64_t token = block * kDrawBlock, last = token;
+    for (int i = 0; i < kDrawBlock; ++i, ++token) {
+      before += weights[token];
+      if (before > target) return token;
+      if (weights[token] > 0) last = token;
+    }
+    return last;  // the block added in another order fell short by a rounding
+  }
+
+  // A max-heap of keys that rank by (-logit, id).
+  GRU_MEMBER static int64_t id_of(uint64_t key) {
+    return static_cast<int64_t>(~static_cast<uint32_t>(key));
+  }
+  void fill_heap(const float* logits, float temperature) {
+    for (int64_t i = 0; i < V_; ++i) {
+      const float scaled = logits[i] / temperature + 0.0f;  // -0 ties with 0
+      uint32_t bits;
+      std::memcpy(&bits, &scaled, sizeof bits);
+      bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+      heap_[i] = uint64_t{bits} << 32 | static_cast<uint32_t>(~i);
+    }
+    for (int64_t i = V_ / 2 - 1; i >= 0; --i) sink(i, V_);
+  }
+  GRU_MEMBER void sink(int64_t at, int64_t size) {
+    const uint64_t key = heap_[at];
+    for (int64_t child; (child = 2 * at + 1) < size; at = child) {
+      if (child + 1 < size && heap_[child + 1] > heap_[child]) ++child;
+      if (heap_[child] <= key) break;
+      heap_[at] = heap_[child];
+    }
+    heap_[at] = key;
+  }
+  // Moves the top of a heap of `size` behind its end; returns its token.
+  GRU_MEMBER int64_t pop(int64_t size) {
+    const uint64_t key = heap_[0];
+    heap_[0] = heap_[size - 1];
+    sink(0, size - 1);
+    heap_[size - 1] = key;
+    return id_of(key);
+  }
+
+  const int64_t V_, padded_;
+  float *weights_, *kept_;
+  double* sums_;
+  uint64_t* heap_;
+};
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <string>
+
+#include "isa.h"
+#include "sampler_problem.h"
+
+namespace gru_fast {
+
+namespace baseline {
+const SamplerKernels& sampler_table();
+}
+#ifdef GRU_FAST_X86
+namespace avx2 {
+const SamplerKernels& sampler_table();
+}
+namespace avx512 {
+const SamplerKernels& sampler_table();
+}
+namespace avx512_dot {
+const SamplerKernels& sampler_table();
+}
+#endif
+
+const SamplerKernels& sampler_kernels([[maybe_unused]] bool plain) {
+#ifdef GRU_FAST_X86
+  const std::string isa = current_isa();
+  if (isa == "avx512") {
+    const bool dot = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+    return dot && !plain ? avx512_dot::sampler_table() : avx512::sampler_table();
+  }
+  if (isa == "avx2") return avx2::sampler_table();
+#endif
+  return baseline::sampler_table();
+}
+
+}  // namespace gru_fast

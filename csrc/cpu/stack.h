@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: Apache-2.0
+// A stack of GRU layers that is stepped: packed weights that any number of callers read, and the
+// rows of state that one caller advances. The arithmetic of a step is that of forward.h, operation
+// by operation, so float32 gives the same bits as the layer.
+#pragma once
+#include "dot.h"
+#include "gate_math.h"
+#include "team.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+// Inputs that are projected together: of several rows, or of several steps of few rows.
+constexpr int64_t kStepRows = 64;
+
+// Where everything lies in the memory of a snapshot, of which it is the first piece.
+struct Snapshot {
+  static constexpr int W = kLanes<float>;
+
+  // Without memory: only `bytes` is of use.
+  Snapshot(const StackShape& shape, void* memory)
+      : shape(shape),
+        gates(gate_count(shape.cell)),
+        tiles(tiles_of<float>(shape.H)),
+        row(tiles * gates * W) {
+    Layout layout(memory);
+    layout.take<Snapshot>(1);
+    layers = layout.take<Layer>(shape.layers);
+    table = layout.take<float>(table_rows() * row);
+    Layer counted{};
+    for (int64_t l = 0; l < shape.layers; ++l) {
+      Layer& to = memory == nullptr ? counted : layers[l];
+      const bool two = shape.cell == Cell::kResetBefore;
+      const int first = shape.cell == Cell::kResetAfter ? 3 : 2;
+      to.first = take_panels(shape.weights, shape.H, shape.H, first, layout);
+      to.second = take_panels(shape.weights, two ? shape.H : 0, shape.H, 1, layout);
+      const bool projects = l > 0 || shape.tokens == 0;
+      to.input = take_panels(shape.weights, projects ? shape.H : 0, l > 0 ? shape.H : shape.I,
+                             gates, layout);
+      to.bias = layout.take<float>(row);
+      to.bias_q = layout.take<float>(tiles * W);
+    }
+    head = take_panels(shape.weights, padded_outputs(), shape.H, 1, layout);
+    head_bias = layout.take<float>(padded_outputs());
+    bytes = layout.used();
+  }
+
+  struct Layer {
+    Panels first, second, input;
+    float* bias;    // [tile][gate][lane], input and recurrent where those only add
+    float* bias_q;  // reset_after: the recurrent bias of the candidate
+  };
+
+  int64_t table_rows() const { return shape.tokens > 0 ? shape.tokens + 1 : 0; }
+  int64_t padded_outputs() const { return round_up(shape.outputs, kUnitPad); }
+
+  StackShape shape;
+  int gates;
+  int64_t tiles, row;  // floats of a row of projected gates: [tile][gate][lane]
+  Layer* layers;
+  float* table;  // the caller's, and the biases
+  Panels head;
+  float* head_bias;
+  int64_t bytes;
+};
+
+template <Weights P>
+void pack_stack(const Snapshot& s, const StackWeights& from) {
+  constexpr int W = kLanes<float>;
+  const StackShape& shape = s.shape;
+  const int all[3] = {0, 1, 2}, candidate = 2;
+  for (int64_t l = 0; l < shape.layers; ++l) {
+    const LayerWeights& weights = from.layers[l];
+    const Snapshot::Layer& to = s.layers[l];
+    pack_panels<P>(weights.weight_hh, shape.H, shape.H, all, to.first);
+    if (to.second.tiles > 0) {
+      pack_panels<P>(weights.weight_hh, shape.H, shape.H, &candidate, to.second);
+    }
+    if (to.input.tiles > 0) {
+      pack_panels<P>(weights.weight_ih, shape.H, l > 0 ? shape.H : shape.I, all, to.input);
+    }
+    for (int64_t tile = 0; tile < s.tiles; ++tile) {
+      const int n = lanes_of<float>(tile, shape.H);
+      for (int gate = 0; gate < s.gates; ++gate) {
+        const int64_t at = gate * shape.H + tile * W;
+        const bool separate = shape.cell == Cell::kResetAfter && gate == 2;
+        store(to.bias + (tile * s.gates + gate) * W,
+              load_or_zero(weights.bias_ih, at, n) +
+                  load_or_zero(separate ? nullptr : weights.bias_hh, at, n));
+        if (separate) store(to.bias_q + tile * W, load_or_zero(weights.bias_hh, at, n));
+        for (int64_t token = 0; l == 0 && token < s.table_rows(); ++token) {
+          const float* row = from.table + token * s.gates * shape.H;
+          store(s.table + token * s.row + (tile * s.gates + gate) * W,
+                load_n(row + at, n) + load(to.bias + (tile * s.gates + gate) * W));
+        }
+      }
+    }
+  }
+  if (shape.outputs > 0) pack_panels<P>(from.head_weight, shape.outputs, shape.H, all, s.head);
+  for (int64_t v = 0; v < s.padded_outputs(); ++v) {
+    const bool real = v < shape.outputs;
+    s.head_bias[v] = !real ? -__builtin_inff() : from.head_bias != nullptr ? from.head_bias[v] : 0;
+  }
+}
+
+// The part of a step that falls to one member of a team that splits hidden units.
+struct Crew {
+  Team* team;  // null: alone
+  int member;
+  Range tiles;
+  GRU_MEMBER void wait() const {
+    if (team != nullptr) team->barrier(member);
+  }
+};
+
+// Up to `capacity` rows that are stepped together. The members of a crew share what `shared` hands
+// out and call the same methods in the same order.
+template <Weights P>
+class Stack {
+ public:
+  static constexpr int W = kLanes<float>;
+  static constexpr int kPack = Dot<P>::kPack;
+  using V = Vec<float>;
+
+  Stack(const Snapshot& s, int64_t capacity, Layout& shared, Layout& mine)
+      : s_(s),
+        capacity_(capacity),
+        ld_(round_up(s.tiles * W, kUnitPad) + kUnitPad),
+        ldw_(round_up(s.tiles * W / kPack, kUnitPad) + kUnitPad),
+        ldx_(s.shape.tokens == 0 ? round_up(tiles_of<float>(s.shape.I) * W / kPack, kUnitPad) : 0) {
+    const int64_t L = s.shape.layers;
+    h_ = shared.take<float>(2 * L * capacity * ld_);
+    row_ = P == Weights::kFloat32 ? reinterpret_cast<uint32_t*>(h_)
+                                  : shared.take<uint32_t>(2 * L * capacity * ldw_);
+    gated_ = shared.take<uint32_t>(two_phases() ? capacity * ldw_ : 0);
+    update_ = shared.take<float>(two_phases() ? capacity * ld_ : 0);
+    const int64_t chunk = capacity > kStepRows ? capacity : kStepRows;
+    gates_ = shared.take<float>(L > 1 || s.shape.tokens == 0 ? chunk * s.row : 0);
+    between_ = shared.take<uint32_t>(chunk * ldw_);
+    frames_ = shared.take<uint32_t>(kStepRows * ldx_);
+    frame_scale_ = shared.take<float>(ldx_ > 0 ? kStepRows : 0);
+    gates_of_ = mine.take<const float*>(chunk);
+  }
+
+  // Steps of R rows that fit into one advance().
+  GRU_MEMBER int64_t most_steps(int64_t rows) const {
+    return rows >= kStepRows ? 1 : kStepRows / rows;
+  }
+
+  // The state of one row of one layer; the lanes behind H must be and stay zero.
+  GRU_MEMBER float* state(int64_t layer, int64_t row) const { return h(layer, parity_, row); }
+  // To be called once a state has been written from outside.
+  GRU_MEMBER void state_written(int64_t layer, int64_t row, Range tiles) const {
+    if (P == Weights::kFloat32) return;
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      store_row<P>(operand(layer, parity_, row), tile, load(state(layer, row) + tile * W),
+                   kInt8Most);
+    }
+  }
+  void swap_rows(int64_t a, int64_t b, Range tiles) const {
+    for (int64_t l = 0; l < s_.shape.layers; ++l) {
+      float *x = state(l, a), *y = state(l, b);
+      for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+        const V was = load(x + tile * W);
+        store(x + tile * W, load(y + tile * W));
+        store(y + tile * W, was);
+      }
+      state_written(l, a, tiles);
+      state_written(l, b, tiles);
+    }
+  }
+
+  // Which row of the token table `row` is fed at step `t` of the next advance() of `rows` rows.
+  GRU_MEMBER void feed(int64_t t, int64_t rows, int64_t row, int64_t token) const {
+    gates_of_[t * rows + row] = s_.table + token * s_.row;
+  }
+
+  // Projects T frames (T, I) that one row is fed at the next advance().
+  void feed_frames(const float* frames, int64_t T, const Crew& crew) const {
+    const int64_t I = s_.shape.I;
+    for (int64_t t = 0; t < T; ++t) {
+      const float* x = frames + t * I;
+      float most = 0;
+      if (P == Weights::kInt8) {
+        for (int64_t i = 0; i < I; ++i) {
+          const float size = x[i] < 0 ? -x[i] : x[i];
+          most = size > most ? size : most;
+        }
+        frame_scale_[t] = most;
+      }
+      for (int64_t tile = 0; tile < tiles_of<float>(I); ++tile) {
+        store_row<P>(frames_ + t * ldx_, tile, load_n(x + tile * W, lanes_of<float>(tile, I)),
+                     most > 0 ? kInt8Most / most : 0);
+      }
+    }
+    project(0, frames_, ldx_, T, frame_scale_, crew);
+    for (int64_t t = 0; t < T; ++t) gates_of_[t] = gates_ + t * s_.row;
+  }
+
+  // Feeds T inputs to each of the first `rows` rows, T <= most_steps(rows). `states`, unless null,
+  // gets the top layer's state after every step: (T, rows, H).
+  void advance(int64_t T, int64_t rows, const Crew& crew, float* states = nullptr) {
+    const int64_t L = s_.shape.layers;
+    const int parity = parity_;
+    for (int64_t l = 0; l < L; ++l) {
+      if (l > 0) {
+        const bool chunk = T > 1;
+        project(l, chunk ? between_ : operand(l - 1, parity ^ 1, 0), ldw_, T * rows, nullptr, crew);
+        // Every member has to be done with the rows below before they are written again.
+        if (chunk) crew.wait();
+        for (int64_t i = 0; i < T * rows; ++i) gates_of_[i] = gates_ + i * s_.row;
+      }
+      for (int64_t t = 0; t < T; ++t) {
+        step(l, static_cast<int>((parity + t) & 1), rows, gates_of_ + t * rows,
+             T > 1 ? between_ + t * rows * ldw_ : nullptr, crew);
+        if (states != nullptr && l + 1 == L) {
+          for (int64_t row = 0; row < rows; ++row) {
+            std::memcpy(states + (t * rows + row) * s_.shape.H,
+                        h(l, static_cast<int>((parity + t + 1) & 1), row),
+                        static_cast<size_t>(s_.shape.H) * sizeof(float));
+          }
+        }
+      }
+    }
+    parity_ = static_cast<int>((parity + T) & 1);
+  }
+
+  // The top layer's operands, for logits(): of a row, where the last advance() made one step, or of
+  // step * rows + row, where it made several.
+  GRU_MEMBER const uint32_t* top(int64_t row) const {
+    return operand(s_.shape.layers - 1, parity_, row);
+  }
+  GRU_MEMBER const uint32_t* top_of_steps(int64_t index) const { return between_ + index * ldw_; }
+
+  // Logits of `rows` rows from top(), each padded_outputs() long; -inf behind the last.
+  void logits(const uint32_t* top, int64_t rows, float* to, Range tiles) const {
+    const int64_t ld = s_.padded_outputs();
+    multiply<P>(s_.head, top, ldw_, rows, tiles,
+                [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                  store(to + row * ld + tile * W, sums[0] + load(s_.head_bias + tile * W));
+                });
+  }
+  // Which of the two states is the current one: kept by who keeps the memory of a stack.
+  GRU_MEMBER int parity() const { return parity_; }
+  GRU_MEMBER void set_parity(int parity) { parity_ = parity; }
+
+ private:
+  GRU_MEMBER bool two_phases() const { return s_.shape.cell == Cell::kResetBefore; }
+  GRU_MEMBER float* h(int64_t layer, int parity, int64_t row) const {
+    return h_ + ((layer * 2 + parity) * capacity_ + row) * ld_;
+  }
+  GRU_MEMBER uint32_t* operand(int64_t layer, int parity, int64_t row) const {
+    return row_ + ((layer * 2 + parity) * capacity_ + row) * ldw_;
+  }
+
+  // gates_ = W_ih x + b of `count` rows.
+  void project(int64_t layer, const uint32_t* x, int64_t stride, int64_t count, const float* scale,
+               const Crew& crew) const {
+    const Snapshot::Layer& weights = s_.layers[layer];
+    multiply<P>(
+        weights.input, x, stride, count, crew.tiles,
+        [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+          const int64_t at = tile * s_.gates * W;
+          for (int gate = 0; gate < s_.gates; ++gate) {
+            const V sum =
+                P == Weights::kInt8 && scale != nullptr ? sums[gate] * scale[row] : sums[gate];
+            store(gates_ + row * s_.row + at + gate * W, sum + load(weights.bias + at + gate * W));
+          }
+        });
+  }
+
+  // Equation (8): the new state of a row and tile.
+  GRU_MEMBER void finish(int64_t layer, int parity, int64_t row, int64_t tile, V z, V n,
+                         uint32_t* copy) const {
+    const V previous = load(h(layer, parity, row) + tile * W);
+    const V next = n + z * (previous - n);
+    store(h(layer, parity ^ 1, row) + tile * W, next);
+    if (P != Weights::kFloat32)
+      store_row<P>(operand(layer, parity ^ 1, row), tile, next, kInt8Most);
+    if (copy != nullptr) store_row<P>(copy + row * ldw_, tile, next, kInt8Most);
+  }
+
+  void step(int64_t layer, int parity, int64_t rows, const float* const* gates, uint32_t* copy,
+            const Crew& crew) const {
+    const Snapshot::Layer& weights = s_.layers[layer];
+    const uint32_t* previous = operand(layer, parity, 0);
+    if (s_.shape.cell == Cell::kResetAfter) {
+      multiply<P>(weights.first, previous, ldw_, rows, crew.tiles,
+                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                    const float* gx = gates[row] + tile * 3 * W;
+                    const V r = sigmoid<float>(sums[0] + load(gx));
+                    const V z = sigmoid<float>(sums[1] + load(gx + W));
+                    const V q = sums[2] + load(weights.bias_q + tile * W);
+                    const V n = tanh<float>(load(gx + 2 * W) + r * q);
+                    finish(layer, parity, row, tile, z, n, copy);
+                  });
+    } else if (s_.shape.cell == Cell::kNoReset) {
+      multiply<P>(weights.first, previous, ldw_, rows, crew.tiles,
+                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                    const float* gx = gates[row] + tile * 2 * W;
+                    const V z = sigmoid<float>(sums[0] + load(gx));
+                    const V n = tanh<float>(sums[1] + load(gx + W));
+                    finish(layer, parity, row, tile, z, n, copy);
+                  });
+    } else {
+      multiply<P>(weights.first, previous, ldw_, rows, crew.tiles,
+                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                    const float* gx = gates[row] + tile * 3 * W;
+                    const V r = sigmoid<float>(sums[0] + load(gx));
+                    const V z = sigmoid<float>(sums[1] + load(gx + W));
+                    store_row<P>(gated_ + row * ldw_, tile,
+                                 r * load(h(layer, parity, row) + tile * W), kInt8Most);
+                    store(update_ + row * ld_ + tile * W, z);
+                  });
+      crew.wait();
+      multiply<P>(weights.second, gated_, ldw_, rows, crew.tiles,
+                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                    const V n = tanh<float>(sums[0] + load(gates[row] + (tile * 3 + 2) * W));
+                    finish(layer, parity, row, tile, load(update_ + row * ld_ + tile * W), n, copy);
+                  });
+    }
+    crew.wait();
+  }
+
+  const Snapshot& s_;
+  const int64_t capacity_, ld_, ldw_, ldx_;
+  float *h_, *update_, *gates_, *frame_scale_;
+  uint32_t *row_, *gated_, *between_, *frames_;
+  const float** gates_of_;
+  int parity_ = 0;
+};
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights packed for the samplers of `csrc/sampler.cpp`, and their generation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gru_fast import ops
+from gru_fast.modules import GRU
+
+if TYPE_CHECKING:
+    from gru_fast._C import PackedStack, Stream
+
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""How packed weights are kept; states and logits are float32 throughout."""
+
+PADDING = -100
+
+
+class TokenModel(Protocol):
+    """What packing needs of a language model: see `gru_fast.sampling.LanguageModel`."""
+
+    vocab_size: int
+    gru: GRU
+    head: nn.Linear
+
+    def token_table(self) -> Tensor:
+        """(V + 1, N*H)."""
+
+
+def why_not(gru: GRU, head: nn.Linear | None = None) -> str | None:
+    """Why the native samplers cannot take these layers; None if they can."""
+    if not ops.HAS_CPU_KERNELS:
+        return "gru_fast was built without its CPU kernels"
+    if gru.bidirectional:
+        return "bidirectional layers need the whole sequence before its first output"
+    if head is not None and type(head) is not nn.Linear:
+        return f"the head is a {type(head).__name__}, not an nn.Linear"
+    tensors = [*gru._flat_weights, *([] if head is None else head.parameters())]
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"weights are on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"weights are {tensor.dtype}: states and logits would only be float32"
+    return None
+
+
+def pack(
+    gru: GRU,
+    weights: str = "float32",
+    *,
+    table: Tensor | None = None,
+    head: nn.Linear | None = None,
+) -> PackedStack:
+    """A snapshot of the layers, of the table before them and of the head behind them.
+
+    Args:
+        gru: One direction, any cell and number of layers. Its dropout is not used.
+        weights: One of `WEIGHTS`. bfloat16 also rounds the states that enter a product; int8 has
+            one scale for each row of weights, and states in 127 steps.
+        table: (V + 1, N*H), what each token adds to the gates of the first layer, the last row
+            being that of the zero vector. None: the input is a frame of `gru.input_size` features.
+        head: From H to logits. None: the output is the last layer's state.
+
+    Raises:
+        RuntimeError: `why_not` has a reason.
+        ValueError: `weights` is not in `WEIGHTS`, or int8 weights with NaN or infinity.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+    reason = why_not(gru, head)
+    if reason is not None:
+        raise RuntimeError(f"the native sampler cannot take this model: {reason}")
+    flat, per = gru._flat_weights, 4 if gru.bias else 2
+    layers = []
+    for layer in range(gru.num_layers):
+        weight_ih, weight_hh, *biases = flat[layer * per : (layer + 1) * per]
+        biases = biases or [None, None]
+        layers.append((_array(weight_ih), _array(weight_hh), *map(_array, biases)))
+    head_weight, head_bias = (None, None) if head is None else (head.weight, head.bias)
+    products = [*flat[0::per], *flat[1::per], *([] if head_weight is None else [head_weight])]
+    if weights == "int8" and not all(bool(torch.isfinite(w).all()) for w in products):
+        raise ValueError("weights: expected finite values for int8, got NaN or infinity")
+    from gru_fast import _C
+
+    return _C.PackedStack(
+        gru.cell, weights, _array(table), layers, _array(head_weight), _array(head_bias)
+    )
+
+
+def stream(stack: PackedStack) -> Stream:
+    """A stream at the zero state."""
+    from gru_fast import _C
+
+    return _C.Stream(stack)
+
+
+def pack_model(model: TokenModel, weights: str = "float32") -> PackedStack:
+    """`pack` for a language model."""
+    with torch.no_grad():
+        return pack(model.gru, weights, table=model.token_table(), head=model.head)
+
+
+def _array(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+
+
+def generate(
+    stack: PackedStack,
+    prompts: Sequence[np.ndarray[Any, Any]],
+    start: int,
+    *,
+    max_new_tokens: int,
+    eos: Iterable[int],
+    seed: int,
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the whole loop in one native call.
+
+    Args:
+        stack: With a table and a head.
+        prompts: N arrays of token ids, each within the table.
+        start: The row of the table that is fed before each prompt.
+        max_new_tokens: >= 1.
+        eos: Tokens that end a row.
+        seed: Its low 64 bits key the random stream of `gru_fast.reference_sampling`.
+        do_sample: As in `SamplingOptions`, and so are those that follow.
+        temperature: > 0.
+        top_k: >= 1 or None.
+        top_p: In (0, 1] or None.
+        min_p: In [0, 1] or None.
+        threads: At most so many; 0: torch's number.
+
+    Returns:
+        tokens: (N, S) int64, S <= max_new_tokens, PADDING after a row's end.
+        log_probs: (N, S) float32, of the softmax at temperature 1, 0 after a row's end.
+        hidden: (L, N, H) float32, the state that the last token of each row was drawn from.
+
+    Raises:
+        ValueError: An id is outside the table, or a row of logits holds NaN or +inf.
+        KeyboardInterrupt: Within a tenth of a second of the signal.
+    """
+    N = len(prompts)
+    lengths = np.fromiter((len(prompt) for prompt in prompts), np.int64, N)
+    begin = np.zeros(N + 1, np.int64)
+    np.cumsum(lengths + 1, out=begin[1:])
+    inputs = np.empty(begin[-1], np.int32)
+    inputs[begin[:-1]] = start
+    for first, prompt in zip(begin, prompts, strict=False):
+        inputs[first + 1 : first + 1 + len(prompt)] = prompt
+    tokens, made, log_probs, hidden = stack.generate(
+        inputs=inputs, input_begin=begin, position=lengths,
+        limit=np.full(N, max_new_tokens, np.int64), eos=list(eos), seed=seed & (1 << 64) - 1,
+        do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        h0=None, log_probs=True, threads=threads,
+    )  # fmt: skip
+    steps = int(made.max(initial=0))
+    over = np.arange(steps) >= made[:, None]
+    tokens, log_probs = tokens[:, :steps], log_probs[:, :steps]
+    tokens[over] = PADDING
+    log_probs[over] = 0
+    return torch.from_numpy(tokens), torch.from_numpy(log_probs), torch.from_numpy(hidden)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling and streaming on the CPU with weights that were packed once: `Sampler`, `Stream`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gru_fast import packed, sampling
+from gru_fast.modules import GRU
+from gru_fast.sampling import GenerateOutput, LanguageModel
+
+__all__ = ["Sampler", "Stream"]
+
+
+class Sampler:
+    """A snapshot of a language model's weights, packed for generation on the CPU.
+
+    `model.generate` packs the weights in every call; a sampler does it once. It does not see what
+    happens to the model later: call `refresh()` after training goes on. Threads may share one.
+
+    Args:
+        model: A `GRULanguageModel` on the CPU, float32 or narrower.
+        weights: "float32"; "bfloat16", half the bytes; or "int8", a quarter, with one scale a row.
+            States are carried and logits computed in float32; what enters a product is rounded
+            as the weights are.
+        threads: At most so many threads a call; 0: torch's number.
+
+    Raises:
+        RuntimeError: The kernels cannot take the model; the text says why.
+        ValueError: `weights` is unknown, or int8 with NaN or infinity among the weights.
+
+    Example:
+        >>> sampler = Sampler(model, weights="int8")
+        >>> tokens = sampler.generate(max_new_tokens=100, num_return_sequences=64, seed=1)
+    """
+
+    def __init__(self, model: LanguageModel, weights: str = "float32", *, threads: int = 0) -> None:
+        """See the class."""
+        self._model, self._weights, self._threads = model, weights, threads
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the model's weights as they are now; calls that are running keep the old ones."""
+        self._stack = packed.pack_model(self._model, self._weights)
+
+    @property
+    def kernel(self) -> str:
+        """Name of the instruction set that serves it."""
+        return self._stack.kernel
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights and the token table."""
+        return self._stack.nbytes
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateOutput:
+        """`GRULanguageModel.generate` with the packed weights; `streamer` is not taken.
+
+        With float32 weights the same seed gives the same tokens as `model.generate`.
+
+        Raises:
+            ValueError: As `GRULanguageModel.generate`; or a streamer, which needs the model.
+            TypeError: As `GRULanguageModel.generate`.
+        """
+        if options.get("streamer") is not None:
+            raise ValueError("streamer: expected None for a Sampler; model.generate takes one")
+        loop = partial(sampling.native_loop, stack=self._stack, threads=self._threads)
+        return sampling.generate(self._model, input_ids, loop=loop, **options)
+
+
+class Stream:
+    """One sequence that is fed from outside, one input at a time or several.
+
+    Keeps the state between calls and a snapshot of the weights. Steps allocate nothing; `push`
+    only its result. One thread at a time may use a stream, any number of streams may run.
+
+    Args:
+        model: A `gru_fast.GRU`: inputs are frames (I,), outputs the last layer's state (H,).
+            A `GRULanguageModel`: inputs are token ids, V for the zero vector, outputs logits (V,).
+            A `Sampler`: as its model, sharing its snapshot.
+        weights: As in `Sampler`, float32 by default; None for a `Sampler`, which has its own.
+
+    Attributes:
+        output: The tensor that `step` writes and returns.
+
+    Raises:
+        RuntimeError: The kernels cannot take the model; the text says why.
+        ValueError: `weights` is unknown, or given with a `Sampler`.
+
+    Example:
+        >>> stream = Stream(gru_fast.GRU(40, 128), weights="int8")
+        >>> state = stream.step(torch.zeros(40))
+    """
+
+    def __init__(self, model: GRU | LanguageModel | Sampler, weights: str | None = None) -> None:
+        """See the class."""
+        if isinstance(model, Sampler):
+            if weights is not None:
+                raise ValueError(f"weights: expected None with a Sampler, got {weights!r}")
+            stack = model._stack
+        elif isinstance(model, GRU):
+            stack = packed.pack(model, weights or "float32")
+        else:
+            stack = packed.pack_model(model, weights or "float32")
+        self._native = packed.stream(stack)
+        self._step = self._native.step
+        self.output: Tensor = torch.from_numpy(self._native.output)
+
+    def step(self, x: Any) -> Tensor:
+        """Feed one input; returns `output`, which the next step overwrites.
+
+        Args:
+            x: A frame (I,) of float32, tensor or array; or a token id.
+
+        Raises:
+            ValueError: The shape does not fit, or the id is outside 0 ... V.
+            RuntimeError: Another thread is using the stream.
+        """
+        # detach() costs as much as a small step.
+        if isinstance(x, Tensor):
+            x = x.detach().numpy() if x.requires_grad else x.numpy()
+        self._step(x)
+        return self.output
+
+    def push(self, x: Any) -> Tensor:
+        """Feed n inputs in one call; bitwise what n steps give.
+
+        Args:
+            x: Frames (n, I) of float32, or n token ids; a tensor, an array or a list.
+
+        Returns:
+            (n, H) or (n, V) outputs, a new tensor.
+
+        Raises:
+            ValueError: The shape does not fit, or an id is outside 0 ... V.
+            RuntimeError: Another thread is using the stream.
+        """
+        return torch.from_numpy(
+            self._native.push(x.detach().numpy() if isinstance(x, Tensor) else x)
+        )
+
+    def reset(self) -> None:
+        """Make the state zero."""
+        self._native.reset()
+
+    @property
+    def state(self) -> bytes:
+        """The state (L, H) as float32 in the machine's byte order; may be set.
+
+        Raises:
+            ValueError: Another number of bytes; with int8 weights also values outside [-1, 1].
+        """
+        state: bytes = self._native.state
+        return state
+
+    @state.setter
+    def state(self, value: bytes) -> None:
+        self._native.state = value

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// Generation and streams over many shapes, for sanitizers: every block of memory is as large as the
+// kernels asked for, and filled with NaN. One thread and two must agree. Exits non-zero on a fault.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/sampler_problem.h"
+#include "cpu/team.h"
+
+using namespace gru_fast;
+
+namespace {
+
+std::mt19937 generator(1);
+
+std::vector<float> normal(int64_t count) {
+  std::normal_distribution<float> draw(0, 0.4f);
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) value = draw(generator);
+  return values;
+}
+
+struct Block {
+  explicit Block(int64_t bytes) : bytes(static_cast<size_t>((bytes + 63) / 64 * 64)) {
+    data = std::aligned_alloc(64, this->bytes);
+    std::memset(data, 0xff, this->bytes);
+  }
+  ~Block() { std::free(data); }
+  Block(const Block&) = delete;
+  size_t bytes;
+  void* data;
+};
+
+struct Result {
+  std::vector<int64_t> tokens, lengths;
+  std::vector<float> log_probs, h_n;
+  bool operator==(const Result&) const = default;
+};
+
+constexpr int64_t kMostTokens = 12;
+
+struct Prompts {
+  std::vector<int32_t> inputs;
+  std::vector<int64_t> begin{0}, position, limit;
+
+  Prompts(int64_t B, int64_t V) {
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t length = b == 0 ? 70 : generator() % 9;
+      inputs.push_back(static_cast<int32_t>(V));
+      for (int64_t i = 0; i < length; ++i) inputs.push_back(static_cast<int32_t>(generator() % V));
+      begin.push_back(static_cast<int64_t>(inputs.size()));
+      position.push_back(length);
+      limit.push_back(1 + generator() % kMostTokens);
+    }
+  }
+};
+
+Result run(const StackShape& shape, const void* snapshot, const Prompts& prompts,
+           const DrawRules& rules, int threads) {
+  const SamplerKernels& kernels = sampler_kernels();
+  const auto B = static_cast<int64_t>(prompts.limit.size());
+  const int64_t eos = 0;
+  Result result{std::vector<int64_t>(B * kMostTokens, -1), std::vector<int64_t>(B, -1),
+                std::vector<float>(B * kMostTokens),
+                std::vector<float>(shape.layers * B * shape.H)};
+  Generation g{};
+  g.B = B;
+  g.inputs = prompts.inputs.data();
+  g.input_begin = prompts.begin.data();
+  g.position = prompts.position.data();
+  g.limit = prompts.limit.data();
+  g.eos = &eos;
+  g.eos_count = 1;
+  g.seed = 3;
+  g.rules = rules;
+  g.capacity = kMostTokens;
+  g.tokens = result.tokens.data();
+  g.lengths = result.lengths.data();
+  g.log_probs = result.log_probs.data();
+  g.h_n = result.h_n.data();
+  g.poll = [](void*) { return false; };
+  GenerationState state{};
+  const Block scratch(kernels.generate_scratch_bytes(shape, g, threads));
+  Team team(threads);
+  auto part = [&] {
+    const int member = team.join(1);
+    if (member >= 0) kernels.generate(snapshot, g, state, team, threads, member, scratch.data);
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(part);
+  part();
+  for (std::thread& other : others) other.join();
+  return result;
+}
+
+bool generates(Cell cell, Weights weights, int64_t B, int64_t H, int64_t V) {
+  StackShape shape{cell, weights, 2, H, 0, V, V};
+  const int64_t rows = gate_count(cell) * H;
+  const auto table = normal((V + 1) * rows), hh = normal(2 * rows * H), ih = normal(rows * H);
+  const auto bias = normal(3 * rows), head = normal(V * H), head_bias = normal(V);
+  const LayerWeights layers[] = {
+      {nullptr, hh.data(), nullptr, bias.data()},
+      {ih.data(), hh.data() + rows * H, bias.data() + rows, bias.data() + 2 * rows}};
+  const Block snapshot(sampler_kernels().snapshot_bytes(shape));
+  sampler_kernels().pack(shape, {layers, table.data(), head.data(), head_bias.data()},
+                         snapshot.data);
+  const Prompts prompts(B, V);
+  const DrawRules rules{false, 0.8f, B % 2 ? 4 : 0, B == 5 ? 0.7 : 1.0, 0};
+  return run(shape, snapshot.data, prompts, rules, 1) ==
+         run(shape, snapshot.data, prompts, rules, 2);
+}
+
+void streams(Cell cell, Weights weights, int64_t H, int64_t I) {
+  const SamplerKernels& kernels = sampler_kernels();
+  const StackShape shape{cell, weights, 1, H, I, 0, 0};
+  const int64_t rows = gate_count(cell) * H, n = 70;
+  const auto ih = normal(rows * I), hh = normal(rows * H), frames = normal(n * I);
+  const LayerWeights layer{ih.data(), hh.data(), nullptr, nullptr};
+  const Block snapshot(kernels.snapshot_bytes(shape)), stream(kernels.stream_bytes(shape));
+  kernels.pack(shape, {&layer, nullptr, nullptr, nullptr}, snapshot.data);
+  std::memset(stream.data, 0, stream.bytes);
+  std::vector<float> state(static_cast<size_t>(H)), output(static_cast<size_t>(n * H));
+  kernels.write_state(snapshot.data, stream.data, state.data());
+  kernels.push(snapshot.data, stream.data, n, nullptr, frames.data(), output.data());
+  kernels.read_state(snapshot.data, stream.data, state.data());
+}
+
+}  // namespace
+
+int main() {
+  for (Cell cell : {Cell::kResetAfter, Cell::kResetBefore, Cell::kNoReset}) {
+    for (Weights weights : {Weights::kFloat32, Weights::kBFloat16, Weights::kInt8}) {
+      for (int64_t B : {1, 2, 5, 70}) {
+        for (int64_t V : {7, 65}) {
+          // One row is split by hidden units, and a large head with it.
+          const bool same = generates(cell, weights, B, B == 1 ? 45 : 19, B * V == 65 ? 1500 : V);
+          if (!same) return std::fprintf(stderr, "fault: threads show\n"), 1;
+        }
+      }
+      streams(cell, weights, 19, 5);
+    }
+  }
+  std::puts("ok");
+}
