@@ -20,8 +20,8 @@ FORWARD = (False,)
 
 _BelowAutograd: type = torch._C._AutoDispatchBelowAutograd
 
-_layer_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = ops.layer
-_scan_op: Callable[..., tuple[Tensor, Tensor, Tensor]] = ops.scan
+_layer_op = ops.layer
+_scan_op = ops.scan
 
 
 def _takes_ops(steps: Tensor, backend: str, cell: str, **features: bool) -> bool:
@@ -48,15 +48,13 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     )
 
 
-def _without_grad(
-    op: Callable[..., tuple[Tensor, Tensor, Tensor]], *args: Any
-) -> tuple[Tensor, Tensor]:
+def _without_grad(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
     """The op with nothing saved, past its autograd formula: that costs as much as a small call."""
     if torch.compiler.is_compiling():
         output, h_n, _ = op(*args, True)
     else:
         with _BelowAutograd():
-            output, h_n, _ = op(*args, True)
+            output, h_n, _ = op._op(*args, True)  # OpOverload.__call__, less its own frame
     return output, h_n
 
 
