@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
-from . import tiling
+from . import tables, tiling
 from .problem import Problem
 from .tiling import Config, Device, device_of
 
@@ -34,9 +35,7 @@ class Kernel:
         getattr(module, f"launch_backward_{self.name}")(*args)
 
 
-KERNELS = {
-    "step": Kernel("step", tiling.step_config),
-}
+KERNELS = {name: Kernel(name, partial(tables.config, name)) for name in ("cta", "grid", "step")}
 """Every kernel, the one to prefer where nothing is measured first."""
 
 

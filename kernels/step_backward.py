@@ -25,6 +25,7 @@ from .tile import (
 from .tile_backward import (
     chunk_begin,
     gate_gradients,
+    load_gate_gradients,
     load_gates,
     pass_back,
     previous_state,
@@ -147,6 +148,7 @@ def backward_step(
                 h0_ptr, output_ptr, reset_mask_ptr, reset_state_ptr, t_after, length, first_row,
                 g, units, lane, in_rows, inside, B, G, backwards, H,
             )  # fmt: skip
+            p = p.to(tl.float32)
             ds = ds * p + tl.load(grad_scale_ptr + state_at, mask=inside, other=0.0)
             tl.store(grad_scale_ptr + state_at, ds, mask=inside)
     elif PART == "gates":
@@ -160,13 +162,14 @@ def backward_step(
         if lengths_ptr is not None:
             live = inside & (t < length)[None, :]
         row = ((t - base) * B + first_row) * G + g
-        q, r, z, n, q0, r0, z0, n0 = load_gates(
-            workspace_ptr, grad_workspace_ptr, row, units, lane, live, G, CELL, H
-        )
+        q, r, z, n = load_gates(workspace_ptr, row, units, lane, live, G, CELL, H)
+        q0, r0, z0, n0 = load_gate_gradients(grad_workspace_ptr, row, units, lane, live, G, CELL, H)
         p = previous_state(
             h0_ptr, output_ptr, reset_mask_ptr, reset_state_ptr, t, length, first_row, g, units,
             lane, in_rows, inside, B, G, backwards, H,
         )  # fmt: skip
+        p, q, r = p.to(tl.float32), q.to(tl.float32), r.to(tl.float32)
+        z, n = z.to(tl.float32), n.to(tl.float32)
         if PART == "gates":
             dh = dp
             if grad_output_ptr is not None:
@@ -223,7 +226,7 @@ def launch_backward_step(
         if before:
             plan.append((step, False, "reset"))
     plan.append((begin - 1, True, "none"))
-    for first_group, groups, reverse_bits in problem.launches:
+    for first_group, groups, reverse_bits in problem.launches():
         grid = (
             triton.cdiv(problem.B, config.BLOCK_B),
             triton.cdiv(problem.H, config.BLOCK_H),

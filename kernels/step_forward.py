@@ -15,14 +15,15 @@ from torch import Tensor
 from .problem import Problem
 from .tile import (
     enter,
-    finish,
     is_backwards,
     load_bias,
     load_gate,
     load_scale,
+    next_state,
     row_lengths,
     save_gates,
     scaled,
+    store_step,
     tanh,
     time_of,
 )
@@ -189,9 +190,10 @@ def forward_step(
             n = tanh(a_n + r * q)
         else:
             n = tanh(a_n + q)
-        state = finish(
-            output_ptr, workspace_ptr, p, q, r, z, n, t, length, first_row, g, units, lane, inside,
-            B, G, CELL, H, lengths_ptr is not None, PART == "all",
+        state = next_state(p, z, n, t, length, lengths_ptr is not None)
+        store_step(
+            output_ptr, workspace_ptr, state, q, r, z, n, t, length, first_row, g, units, lane,
+            inside, B, G, CELL, H, lengths_ptr is not None, PART == "all",
         )  # fmt: skip
         if step + 1 == T:
             state_out = state.to(h_n_ptr.dtype.element_ty)
@@ -221,7 +223,7 @@ def launch_forward_step(
     if problem.cell == "reset_before":
         gated, update = torch.empty_like(h0), torch.empty_like(h0, dtype=torch.float32)
         parts = ("gates", "candidate")
-    for first_group, groups, reverse_bits in problem.launches:
+    for first_group, groups, reverse_bits in problem.launches():
         grid = (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_H), groups)
         for step in range(problem.T):
             for part in parts:

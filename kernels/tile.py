@@ -12,7 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def tanh(a):
-    return 2.0 * tl.sigmoid(2.0 * a) - 1.0
+    e = tl.exp(-2.0 * tl.abs(a))
+    magnitude = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -133,6 +135,30 @@ def load_bias(
 
 
 @triton.jit
+def load_weight(
+    weight_ptr,  # (H, H), one gate
+    rows,
+    columns,
+    H: tl.constexpr,
+):
+    """weight[rows, columns], 0 beyond H."""
+    at = weight_ptr + rows[:, None] * H + columns[None, :]
+    return tl.load(at, mask=(rows[:, None] < H) & (columns[None, :] < H), other=0.0)
+
+
+@triton.jit
+def load_weight_transposed(
+    weight_ptr,  # (H, H), one gate
+    rows,
+    columns,
+    H: tl.constexpr,
+):
+    """weight[columns, rows] as (rows, columns), 0 beyond H."""
+    at = weight_ptr + columns[None, :] * H + rows[:, None]
+    return tl.load(at, mask=(rows[:, None] < H) & (columns[None, :] < H), other=0.0)
+
+
+@triton.jit
 def load_gate(
     gates_ptr,  # (..., B, G, K*H): gates_x, a workspace, or gradients of either
     at,
@@ -158,10 +184,19 @@ def store_gate(
 
 
 @triton.jit
-def finish(
+def next_state(p, z, n, t, length, LENGTHS: tl.constexpr):
+    """Equation (6), or p where the row is not valid."""
+    state = n + z * (p - n)
+    if LENGTHS:
+        state = tl.where((t < length)[None, :], state, p)
+    return state
+
+
+@triton.jit
+def store_step(
     output_ptr,  # (T, B, G*H)
     workspace_ptr,  # (T, B, G, S*H) or None
-    p,
+    state,
     q,
     r,
     z,
@@ -180,13 +215,10 @@ def finish(
     LENGTHS: tl.constexpr,
     GATES: tl.constexpr,  # whether r and z are still to be saved
 ):
-    """Equation (6): writes output and workspace at time t, returns the state after it."""
-    h = n + z * (p - n)
-    state = h
+    """Output and workspace at time t, 0 where the row is not valid."""
+    h = state
     if LENGTHS:
-        valid = (t < length)[None, :]
-        state = tl.where(valid, h, p)
-        h = tl.where(valid, h, 0.0)
+        h = tl.where((t < length)[None, :], state, 0.0)
     row = (t * B + first_row) * G + g
     tile = lane[None, :] * (G * H) + units[:, None]
     tl.store(output_ptr + row * H + tile, h.to(output_ptr.dtype.element_ty), mask=inside)
@@ -194,7 +226,6 @@ def finish(
         workspace_ptr, q, r, z, n, t, length, row, units, lane, inside, G,
         CELL, H, LENGTHS, GATES, True,
     )  # fmt: skip
-    return state
 
 
 @triton.jit
