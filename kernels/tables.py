@@ -53,11 +53,20 @@ class Row:
             and -(-sizes.H // self.config.BLOCK_H) <= device.processors
         )
 
-    def waves(self, device: Device, sizes: Sizes) -> int:
-        """How often the device has to be filled with programs."""
-        units = -(-sizes.H // self.config.BLOCK_H)
-        programs = -(-sizes.B // self.config.BLOCK_B) * sizes.G * units
-        return -(-programs // device.processors)
+
+def waves(config: Config, device: Device, sizes: Sizes) -> int:
+    """How often a kernel has to fill the device with programs."""
+    units = -(-sizes.H // config.BLOCK_H)
+    programs = -(-sizes.B // config.BLOCK_B) * sizes.G * units
+    return -(-programs // device.processors)
+
+
+def unfit(device: Device, sizes: Sizes) -> str:
+    """A sentence for a call that no row of a kernel holds for."""
+    return (
+        f"no tiles for H={sizes.H} in {sizes.numbers} fit a device with "
+        f"{device.shared_bytes // 1024} KiB of shared memory and {device.processors} processors"
+    )
 
 
 def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config | None:
@@ -69,8 +78,8 @@ def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config 
         return _step(device, sizes)
     fitting = [r for r in ROWS if r.kernel == kernel and r.takes(device, sizes, direction)]
     nearest = min((row.H for row in fitting), default=0)
-    group = [row for row in fitting if row.H == nearest]
-    return min(group, key=lambda row: row.waves(device, sizes)).config if group else None
+    configs = [row.config for row in fitting if row.H == nearest]
+    return min(configs, key=lambda c: waves(c, device, sizes), default=None)
 
 
 def _step(device: Device, sizes: Sizes) -> Config:
