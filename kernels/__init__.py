@@ -14,11 +14,11 @@ from typing import Any
 
 from . import measured
 from .problem import DTYPES
-from .registry import KERNELS, chosen, why_cudnn
+from .registry import KERNELS, chosen, why_cudnn, why_not
 
 __all__ = [
     "DTYPES", "KERNELS", "chosen", "layer", "layer_backward", "measured", "scan", "scan_backward",
-    "why_cudnn",
+    "why_cudnn", "why_not",
 ]  # fmt: skip
 
 _OPS = ("layer", "scan", "layer_backward", "scan_backward")

@@ -15,7 +15,6 @@ from .tile import (
     load_scale,
     load_weight_transposed,
     row_lengths,
-    scaled,
     store_gate,
     time_of,
 )
@@ -164,7 +163,7 @@ def backward_cta(
         ds = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
         if CELL == "reset_before":
             e = tl.dot(v_n, an.to(dtype), input_precision=PRECISION)
-            ar = (e * scaled(p, scale) + r0) * r * (1.0 - r)
+            ar = (e * (p * scale) + r0) * r * (1.0 - r)
             tile = lane[None, :] * (G * 3 * H) + units[:, None]
             store_gate(grad_gates_ptr, row * (3 * H), tile, 0, ar, inside, H)
             ds = e * r

@@ -18,7 +18,6 @@ from .tile import (
     load_weight,
     next_state,
     row_lengths,
-    scaled,
     store_step,
     tanh,
     time_of,
@@ -115,7 +114,7 @@ def forward_cta(
             gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
         )
 
-        s = scaled(p, scale)
+        s = p * scale
         operand = s.to(dtype)
         z = tl.sigmoid(
             tl.dot(w_z, operand, acc=a_z.to(tl.float32) + b_z, input_precision=PRECISION)

@@ -18,7 +18,6 @@ from .tile import (
     load_scale,
     load_weight_transposed,
     row_lengths,
-    scaled,
     store_gate,
     time_of,
 )
@@ -176,7 +175,7 @@ def backward_grid(
                 ds, v_n, grad_gates_ptr, at + 2 * H, stride, weight_n, units, lane, in_rows,
                 H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
-            ar = (e * scaled(p, scale) + r0) * r * (1.0 - r)
+            ar = (e * (p * scale) + r0) * r * (1.0 - r)
             tile = lane[None, :] * stride + units[:, None]
             store_gate(grad_gates_ptr, at, tile, 0, ar, inside, H)
             arrive(counter_ptr)

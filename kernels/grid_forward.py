@@ -24,7 +24,6 @@ from .tile import (
     load_weight,
     next_state,
     row_lengths,
-    scaled,
     store_step,
     tanh,
     time_of,
@@ -175,7 +174,7 @@ def forward_grid(
         p, t, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row, lane,
         in_rows, inside, B, backwards,
     )  # fmt: skip
-    s = scaled(p, scale)
+    s = p * scale
     tl.store(operand_ptr + state_at + state_tile, s.to(dtype), mask=inside)
     arrive(counter_ptr)
     live = inside & (t < length)[None, :]
@@ -225,7 +224,7 @@ def forward_grid(
             state, t_next, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile,
             first_row, lane, in_rows, inside, B, backwards,
         )  # fmt: skip
-        s = scaled(p, scale)
+        s = p * scale
         next_at = ((step + 1) % 2) * states + state_at
         tl.store(operand_ptr + next_at + state_tile, s.to(dtype), mask=inside)
         arrive(counter_ptr)

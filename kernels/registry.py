@@ -124,6 +124,30 @@ def chosen(
     return kernel.name, nearest(found, call, suite) is not None
 
 
+def why_not(
+    kernel: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    cell: str,
+    plain: bool,
+) -> str | None:
+    """Why a kernel cannot run a call, forward or backward; None if it can.
+
+    Args:
+        kernel: A name of `KERNELS`.
+        device: As in `chosen`, like the arguments after it.
+        dtype: Of the input.
+        sizes: T, B, G, H.
+        cell: The kind of cell.
+        plain: As in `Sizes`.
+    """
+    found, call = _call(device, dtype, sizes, cell)
+    call = replace(call, plain=plain)
+    configs = [KERNELS[kernel].config(found, call, way) for way in ("forward", "backward")]
+    return tables.unfit(found, call) if None in configs else None
+
+
 def take(kernel: str | None, problem: Problem, direction: str, suite: str) -> tuple[Kernel, Config]:
     """The kernel of that name, or the one to choose, with its tiles.
 

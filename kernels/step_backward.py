@@ -18,7 +18,6 @@ from .tile import (
     load_gate,
     load_scale,
     row_lengths,
-    scaled,
     store_gate,
     time_of,
 )
@@ -191,7 +190,7 @@ def backward_step(
                 zeros, grad_gates_ptr, row * (3 * H) + 2 * H, G * 3 * H,
                 weight_at + 2 * H * H, units, lane, in_rows, H, BLOCK_K, PRECISION,
             )  # fmt: skip
-            ar = (e * scaled(p, scale) + r0) * r * (1.0 - r)
+            ar = (e * (p * scale) + r0) * r * (1.0 - r)
             tile = lane[None, :] * (G * 3 * H) + units[:, None]
             store_gate(grad_gates_ptr, row * (3 * H), tile, 0, ar, inside, H)
             tl.store(extra_ptr + state_at, e * r, mask=inside)

@@ -22,7 +22,6 @@ from .tile import (
     next_state,
     row_lengths,
     save_gates,
-    scaled,
     store_step,
     tanh,
     time_of,
@@ -62,7 +61,7 @@ def _operand(
             h, t, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row, lane,
             in_rows, inside, B, backwards,
         )  # fmt: skip
-        s = scaled(h, load_scale(h_scale_ptr, first_row, g, k, lane, inside, G, H))
+        s = h * load_scale(h_scale_ptr, first_row, g, k, lane, inside, G, H)
         return s.to(h0_ptr.dtype.element_ty)
     else:
         return tl.load(operand_ptr + state_at + state_tile, mask=inside, other=0.0)
@@ -172,7 +171,7 @@ def forward_step(
             a_r = load_gate(gates_x_ptr, gates_at, gates_tile, 0, live, H)
             r = tl.sigmoid(a_r + acc_r + load_bias(bias_ptr, g, 0, units, N, H))
     if PART == "gates":
-        gated = (r * scaled(p, scale)).to(gated_ptr.dtype.element_ty)
+        gated = (r * (p * scale)).to(gated_ptr.dtype.element_ty)
         tl.store(gated_ptr + state_at + state_tile, gated, mask=inside)
         tl.store(update_ptr + state_at + state_tile, z, mask=inside)
         row = (t * B + first_row) * G + g
@@ -205,7 +204,7 @@ def forward_step(
                 first_row, lane, in_rows, inside, B, backwards,
             )  # fmt: skip
             tl.store(carry_ptr + state_at + state_tile, state, mask=inside)
-            s = scaled(state, scale).to(operand_ptr.dtype.element_ty)
+            s = (state * scale).to(operand_ptr.dtype.element_ty)
             target_ptr = operand_ptr + ((step + 1) % 2) * states
             tl.store(target_ptr + state_at + state_tile, s, mask=inside)
 

@@ -113,9 +113,9 @@ ROWS = (
     Row("cta", "tf32", 128, 227, Config(16, 128, 0, 8), BLACKWELL, ("forward",)),
     Row("cta", "tf32x3", 32, 64, Config(8, 32, 0, 4), AMPERE),
     Row("cta", "tf32x3", 64, 163, Config(8, 64, 0, 8), AMPERE),
-    Row("cta", "ieee", 32, 64, Config(8, 32, 0, 4), TURING),
-    Row("cta", "ieee", 32, 64, Config(16, 32, 0, 4), TURING),
-    Row("cta", "ieee", 64, 64, Config(8, 64, 0, 8), TURING),
+    Row("cta", "ieee", 32, 64, Config(8, 32, 0, 4), TURING_ONLY),
+    Row("cta", "ieee", 32, 64, Config(16, 32, 0, 4), TURING_ONLY),
+    Row("cta", "ieee", 64, 64, Config(8, 64, 0, 8), TURING_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 4), HOPPER),
     Row("grid", "16", 256, 163, _resident(16, 64, 128, 4), HOPPER_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 8), AMPERE_ONLY),
@@ -133,6 +133,6 @@ ROWS = (
     Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY),
     Row("grid", "tf32", ANY, 64, _streamed(16, 64, 32, 8), AMPERE),
     Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 4), AMPERE),
-    Row("grid", "ieee", ANY, 64, _streamed(16, 16, 16, 4), TURING),
+    Row("grid", "ieee", ANY, 64, _streamed(16, 16, 16, 4), TURING_ONLY),
 )
 """For one kernel, numbers and H the row to prefer first; what none holds for goes elsewhere."""

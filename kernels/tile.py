@@ -91,15 +91,6 @@ def enter(
 
 
 @triton.jit
-def scaled(p, scale):
-    """s, what enters the recurrent product: equation (1). scale is a tile or None."""
-    if scale is None:
-        return p
-    else:
-        return p * scale
-
-
-@triton.jit
 def load_scale(
     h_scale_ptr,  # (B, G*H) or None
     first_row,
@@ -110,8 +101,9 @@ def load_scale(
     G,
     H: tl.constexpr,
 ):
+    """What the state is multiplied by before the recurrent product, equation (1); 1 if nothing."""
     if h_scale_ptr is None:
-        return None
+        return 1.0
     else:
         at = (first_row * G + g) * H + lane[None, :] * (G * H) + units[:, None]
         return tl.load(h_scale_ptr + at, mask=inside, other=0.0).to(tl.float32)

@@ -164,9 +164,7 @@ def pass_back(
 
     kept is Dh * z, or in a row that is not valid what the step was given; ds is 0 there.
     """
-    dp = kept + ds
-    if scale is not None:
-        dp = kept + ds * scale
+    dp = kept + ds * scale
     if reset_mask_ptr is None:
         return dp, dp
     else:

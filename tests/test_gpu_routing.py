@@ -96,6 +96,9 @@ class TestTables:
         assert tables.config("grid", HOPPER, sizes(**call, plain=False), "forward").BLOCK_B == 8
 
     def test_a_named_kernel_that_does_not_fit(self):
+        call = (torch.device("cpu"), torch.float32, (2, 2, 1, 300), "reset_after", True)
+        assert kernels.why_not("cta", *call).startswith("no tiles for H=300 in tf32 fit a device")
+        assert kernels.why_not("grid", *call) is None
         inputs = layer_inputs(Case(T=2, B=2, H=300), torch.float32)
         with pytest.raises(RuntimeError, match="kernel='cta': no tiles for H=300 in tf32"):
             problem = kernels.problem.problem_of(
