@@ -20,6 +20,9 @@ KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Those of them with Triton kernels."""
 
+HAS_TRITON = find_spec("triton") is not None
+"""Whether Triton is installed; it is imported on first use only."""
+
 _VMAP = torch._C._functorch.TransformType.Vmap
 
 
@@ -84,7 +87,7 @@ def why_not(
         return reasons | dict.fromkeys(
             ("triton", "cudnn"), f"the input is on {device_type}, not on cuda"
         )
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         reasons["triton"] = "triton is not installed: pip install triton"
     elif dtype not in TRITON_DTYPES:
         reasons["triton"] = f"there is no kernel for {dtype}"
@@ -106,7 +109,7 @@ def available_backends() -> tuple[str, ...]:
     """Names of the backends that this installation and machine can run, best first."""
     found = []
     if torch.cuda.is_available():
-        found += ["triton"] if find_spec("triton") else []
+        found += ["triton"] if HAS_TRITON else []
         found += ["cudnn"] if torch.backends.cudnn.is_available() else []  # type: ignore[no-untyped-call]
     if ops.HAS_CPU_KERNELS:
         found.append("cpu")

@@ -8,6 +8,7 @@ range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from .tiling import Config, Device, Sizes
 
@@ -41,17 +42,28 @@ class Row:
     directions: tuple[str, ...] = ("forward", "backward")
     plain: bool = False
 
-    def takes(self, device: Device, sizes: Sizes, direction: str) -> bool:
-        """Whether the row holds for a call."""
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether the row holds for a call on a device that it fits."""
         return (
-            direction in self.directions
-            and (sizes.plain or not self.plain)
-            and self.numbers == sizes.numbers
-            and sizes.H <= self.H
-            and self.shared_kib * 1024 <= device.shared_bytes
-            and self.arch[0] <= device.arch <= self.arch[1]
-            and -(-sizes.H // self.config.BLOCK_H) <= device.processors
+            (sizes.plain or not self.plain) and self.numbers == sizes.numbers and sizes.H <= self.H
         )
+
+
+@cache
+def offered(device: Device, direction: str) -> tuple[Row, ...]:
+    """The rows for a device: of those for one kernel, numbers and H the ones with most memory."""
+    fitting = [
+        row
+        for row in ROWS
+        if direction in row.directions
+        and row.shared_kib * 1024 <= device.shared_bytes
+        and row.arch[0] <= device.arch <= row.arch[1]
+    ]
+    most: dict[tuple[str, str, int], int] = {}
+    for row in fitting:
+        key = (row.kernel, row.numbers, row.H)
+        most[key] = max(row.shared_kib, most.get(key, 0))
+    return tuple(row for row in fitting if row.shared_kib == most[row.kernel, row.numbers, row.H])
 
 
 def waves(config: Config, device: Device, sizes: Sizes) -> int:
@@ -76,7 +88,13 @@ def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config 
     """
     if kernel == "step":
         return _step(device, sizes)
-    fitting = [r for r in ROWS if r.kernel == kernel and r.takes(device, sizes, direction)]
+    fitting = [
+        row
+        for row in offered(device, direction)
+        if row.kernel == kernel
+        and row.holds(sizes)
+        and -(-sizes.H // row.config.BLOCK_H) <= device.processors
+    ]
     nearest = min((row.H for row in fitting), default=0)
     configs = [row.config for row in fitting if row.H == nearest]
     return min(configs, key=lambda c: waves(c, device, sizes), default=None)

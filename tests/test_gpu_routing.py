@@ -266,5 +266,22 @@ def test_without_triton_or_in_float64_the_reference_serves_cuda(cell, monkeypatc
             torch.testing.assert_close(results, expected, check_dtype=False)
 
 
+@needs_triton
+@pytest.mark.parametrize("cell, expected", [("reset_after", "cudnn"), ("no_reset", "triton")])
+def test_the_choice_can_be_compiled(cell, expected, fresh_compiler):
+    """What a CUDA call asks, in one graph; the tensor itself is on the CPU."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def choice(x):
+        name = backends.select(
+            "auto", "cuda", x.dtype, cell, lengths=False,
+            grouped=recurrence._is_grouped(x, None, None, (False,)),
+            composed=backends.needs_composition(), prefer_cudnn=backends.nothing_measured(),
+        )  # fmt: skip
+        return x + 1 if name == expected else x
+
+    assert choice(torch.zeros(2, 2, 2)).all()
+
+
 def test_triton_dtypes_are_those_of_the_kernels():
     assert backends.TRITON_DTYPES == kernels.DTYPES

@@ -27,6 +27,9 @@ from triton_support.mutants import GRID_MUTANTS, installed
 
 interpreter.install_numerics()
 
+# Triton 3.6's interpreter under NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
+
 KERNELS = tuple(kernels.KERNELS)
 RESULTS = (
     "output", "h_n", "workspace", "grad_x", "grad_h0", "grad_weight_ih", "grad_weight_hh",
