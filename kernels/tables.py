@@ -87,7 +87,7 @@ def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config 
     Of the rows that hold for the smallest H, the first with the fewest waves.
     """
     if kernel == "step":
-        return _step(device, sizes)
+        return _step(device, sizes, direction)
     fitting = [
         row
         for row in offered(device, direction)
@@ -100,11 +100,15 @@ def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config 
     return min(configs, key=lambda c: waves(c, device, sizes), default=None)
 
 
-def _step(device: Device, sizes: Sizes) -> Config:
+def _step(device: Device, sizes: Sizes, direction: str) -> Config:
     """Tiles of `step`: they fit 64 KiB whatever the sizes are."""
     if device.arch < AMPERE[0]:
         return Config(16, 32, 16, 4)
-    return Config(16, 32, 64 if sizes.itemsize == 2 else 32, 4, 3)
+    if sizes.itemsize == 4:
+        return Config(16, 32, 32, 4, 3)
+    # With three stages backward spills 8 bytes there.
+    stages = 2 if direction == "backward" and device.arch >= HOPPER[0] else 3
+    return Config(16, 32, 64, 4, stages)
 
 
 def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
@@ -147,7 +151,8 @@ ROWS = (
     Row("grid", "16", ANY, 64, _streamed(16, 32, 32, 4), TURING_ONLY),
     Row("grid", "tf32", 256, 227, _resident(8, 64, 64, 4), HOPPER_ONLY),
     Row("grid", "tf32", 256, 163, _resident(8, 32, 64, 8), AMPERE),
-    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), AMPERE),
+    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), AMPERE_ONLY),
+    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), BLACKWELL, ("forward",)),
     Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY),
     Row("grid", "tf32", ANY, 64, _streamed(16, 64, 32, 8), AMPERE),
     Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 4), AMPERE),
