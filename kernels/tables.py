@@ -43,9 +43,16 @@ class Row:
     plain: bool = False
 
     def holds(self, sizes: Sizes) -> bool:
-        """Whether the row holds for a call on a device that it fits."""
+        """Whether the row holds for a call on a device that it fits.
+
+        `grid` with weights on chip has no registers left for addresses that are not aligned.
+        """
+        aligned = sizes.H % 16 == 0 or self.kernel != "grid" or not self.config.RESIDENT
         return (
-            (sizes.plain or not self.plain) and self.numbers == sizes.numbers and sizes.H <= self.H
+            aligned
+            and (sizes.plain or not self.plain)
+            and self.numbers == sizes.numbers
+            and sizes.H <= self.H
         )
 
 

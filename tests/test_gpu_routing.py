@@ -80,6 +80,10 @@ class TestTables:
         streamed = tables.config("grid", Device(90, 64 * KIB, 132), sizes(H=512), "forward")
         assert resident.RESIDENT and not streamed.RESIDENT
 
+    def test_odd_sizes_stream_their_weights(self):
+        assert tables.config("grid", HOPPER, sizes(H=496), "forward").RESIDENT
+        assert not tables.config("grid", HOPPER, sizes(H=497), "forward").RESIDENT
+
     def test_one_step_and_crowds(self):
         assert name(HOPPER, sizes(T=1)) == "step"
         assert name(HOPPER, sizes(H=1024, B=16)) == "grid"
