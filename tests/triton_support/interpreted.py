@@ -153,7 +153,7 @@ class TestParityWidely:
     @pytest.mark.parametrize("features", FEATURES)
     @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False, False)], ids=str)
     def test_float32(self, kernel, cell, features, reverse):
-        compare(kernel, Case(cell, features, reverse), draws=2)
+        compare(kernel, Case(cell, features, reverse), draws=6)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_sixteen_bits(self, kernel, cell, dtype):
