@@ -10,6 +10,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One stamp per value of TORCH, so that another version is installed when it is asked for.
 TORCH_STAMP := .venv/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 STAMP := .venv/.gru_fast
+# The oldest Triton that the kernels support, beside the one in .venv; it exists for Linux only.
+OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6.0)
+TRITON_TESTS := tests/test_triton_interpreter.py tests/test_triton_compiled.py
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: help demo test test-all lint format bench wheel clean
@@ -17,7 +20,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 help:
 	@echo 'make demo      train a character model on real names and sample novel ones'
 	@echo 'make test      all tests but the slow ones'
-	@echo 'make test-all  all tests'
+	@echo 'make test-all  all tests, those of the Triton kernels also on the oldest Triton'
 	@echo 'make bench     speed beside nn.GRU and other peers on this machine, under a minute; ARGS=... for more'
 	@echo 'make lint      ruff, mypy, clang-format: check only'
 	@echo 'make format    ruff and clang-format: rewrite'
@@ -35,6 +38,9 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py gru_fast/_version.py $(CSRC)
 	$(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
+.venv/triton-%: $(TORCH_STAMP)
+	$(PIP) install --quiet --no-deps --target $@ triton==$* 'numpy<2.4'
+
 demo: $(STAMP)
 	rm -rf build/demo
 	$(BIN)/gru-fast train builtin:names --out build/demo --beside-torch
@@ -43,8 +49,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -m 'not slow'
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(OLD_TRITON)
 	$(BIN)/pytest
+	$(if $(OLD_TRITON),PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(TRITON_TESTS))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import DTYPES
+from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider
 from benchmarks.providers_gru_fast import Layer
@@ -85,10 +87,19 @@ class Kernel(Layer):
         self.name = f"gru_fast.triton.{kernel}"
 
     def why_not(self, problem: Problem) -> str | None:
-        return None
+        kernels: ModuleType = importlib.import_module("gru_fast.kernels")
+        case = problem.case
+        device, dtype = torch.device(problem.device), DTYPES[problem.dtype]
+        sizes = (case.T, case.B, 1, case.H)
+        with float32_as(problem.dtype):
+            reason: str | None = kernels.why_not(
+                self.kernel, device, dtype, sizes, "reset_after", not case.resets
+            )
+        return reason
 
     def prepare(self, problem: Problem, threads: int) -> Prepared:
-        plain = super().prepare(problem, threads)
+        # On a GPU "auto" may take cuDNN; on a CPU no name but "auto" reaches the operators.
+        plain = Layer("auto" if problem.device == "cpu" else "triton").prepare(problem, threads)
 
         def call() -> Any:
             _selection.kernel = self.kernel

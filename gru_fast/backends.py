@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import torch
 from torch.autograd import forward_ad
 
@@ -13,6 +16,12 @@ NAMES = ("auto", "reference", "cpu", "triton", "cudnn")
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that the ops take; others run on the reference."""
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Those of them with Triton kernels."""
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether Triton is installed; it is imported on first use only."""
 
 _VMAP = torch._C._functorch.TransformType.Vmap
 
@@ -45,6 +54,7 @@ def why_not(
     lengths: bool = False,
     resets: bool = False,
     h_scale: bool = False,
+    grouped: bool = False,
     composed: bool = False,
 ) -> dict[str, str]:
     """The backends that cannot take a call, with the reason of each.
@@ -56,6 +66,8 @@ def why_not(
         lengths: whether the call has lengths (a packed sequence has).
         resets: whether it has a reset_mask.
         h_scale: whether it has a recurrent dropout scale.
+        grouped: whether it is anything but one layer in one or both directions: a call of `scan`,
+            other groups, a batch of layers under `torch.vmap`, one bias of two.
         composed: whether `needs_composition()` holds.
 
     Returns:
@@ -71,20 +83,72 @@ def why_not(
         reasons["cpu"] = "gru_fast._C was not built (GRU_FAST_SKIP_CPU_KERNELS, or no compiler)"
     elif dtype not in KERNEL_DTYPES:
         reasons["cpu"] = f"there is no kernel for {dtype}"
-    for name in ("triton", "cudnn"):
-        if device_type != "cuda":
-            reasons[name] = f"the input is on {device_type}, not on cuda"
-        else:
-            reasons[name] = "this version of gru_fast has no such kernel yet"
+    if device_type != "cuda":
+        return reasons | dict.fromkeys(
+            ("triton", "cudnn"), f"the input is on {device_type}, not on cuda"
+        )
+    if not HAS_TRITON:
+        reasons["triton"] = "triton is not installed: pip install triton"
+    elif dtype not in TRITON_DTYPES:
+        reasons["triton"] = f"there is no kernel for {dtype}"
+    cannot = {
+        f"cell={cell!r}": cell != "reset_after",
+        "lengths": lengths,
+        "resets": resets,
+        "recurrent dropout": h_scale,
+        "other groups than the directions of one layer": grouped,
+        f"{dtype}": dtype not in KERNEL_DTYPES,
+    }
+    missing = [what for what, asked in cannot.items() if asked]
+    if missing:
+        reasons["cudnn"] = f"it does not have {missing[0]}"
     return reasons
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends that this installation and machine can run, best first."""
     found = []
+    if torch.cuda.is_available():
+        found += ["triton"] if HAS_TRITON else []
+        found += ["cudnn"] if torch.backends.cudnn.is_available() else []  # type: ignore[no-untyped-call]
     if ops.HAS_CPU_KERNELS:
         found.append("cpu")
     return (*found, "reference")
+
+
+def nothing_measured() -> bool:
+    """Whether the table of what was measured on GPUs is empty."""
+    kernels = import_module("gru_fast.kernels")
+    return not kernels.measured.POINTS
+
+
+nothing_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_cudnn(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    cell: str,
+    training: bool,
+) -> str | None:
+    """Why "auto" gives a call to cuDNN that it can take; None: a Triton kernel was faster.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the input.
+        sizes: T, B, G, H.
+        cell: the kind of cell.
+        training: whether a backward pass follows.
+    """
+    if nothing_measured():
+        return "no Triton kernel has been measured on a GPU yet"
+    if dtype not in TRITON_DTYPES or 0 in sizes:
+        return None
+    kernels = import_module("gru_fast.kernels")
+    suite = "train" if training else "infer"
+    reason: str | None = kernels.why_cudnn(device, dtype, sizes, cell, suite)
+    return reason
 
 
 def select(
@@ -96,7 +160,9 @@ def select(
     lengths: bool = False,
     resets: bool = False,
     h_scale: bool = False,
+    grouped: bool = False,
     composed: bool = False,
+    prefer_cudnn: bool = True,
 ) -> str:
     """The backend that takes a call.
 
@@ -108,7 +174,9 @@ def select(
         lengths: as in `why_not`.
         resets: as in `why_not`.
         h_scale: as in `why_not`.
+        grouped: as in `why_not`.
         composed: as in `why_not`.
+        prefer_cudnn: whether "auto" takes cuDNN before Triton, see `why_cudnn`.
 
     Raises:
         ValueError: backend is not a known name.
@@ -125,10 +193,12 @@ def select(
         lengths=lengths,
         resets=resets,
         h_scale=h_scale,
+        grouped=grouped,
         composed=composed,
     )
     if backend == "auto":
-        return next((n for n in ("triton", "cudnn", "cpu") if n not in reasons), "reference")
+        gpu = ("cudnn", "triton") if prefer_cudnn else ("triton", "cudnn")
+        return next((n for n in (*gpu, "cpu") if n not in reasons), "reference")
     if backend in reasons:
         raise RuntimeError(f"backend={backend!r} cannot take this call: {reasons[backend]}")
     return backend

@@ -2,6 +2,7 @@
 """`explain`: which kernel takes a call, why the others do not, and what the call costs at least."""
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -125,20 +126,30 @@ def explain(
         "composed": backends.needs_composition(),
     }
     place = (data.device.type, data.dtype, module.cell)
+    T, B, steps = _sizes(module, input, lengths)
+    tensors = (data, hx, reset_state, *module._flat_weights)
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     why_not = backends.why_not(*place, **facts)
+    sizes = (T, B, 2 if getattr(module, "bidirectional", False) else 1, module.hidden_size)
+    preferred = None
+    if data.is_cuda and module.backend == "auto":
+        preferred = backends.why_cudnn(data.device, data.dtype, sizes, module.cell, training)
     error = backend = None
     try:
-        backend = backends.select(module.backend, *place, **facts)
+        backend = backends.select(
+            module.backend, *place, **facts, prefer_cudnn=preferred is not None
+        )
     except RuntimeError as raised:
         error = str(raised)
     if backend is not None and module.backend != "auto":
         named = f"backend={module.backend!r} was asked for"
         why_not = dict.fromkeys((*backends.available_backends(), *why_not), named) | why_not
+    elif backend == "cudnn" and preferred is not None:
+        why_not.setdefault("triton", f"cuDNN takes this call: {preferred}")
+    elif backend == "triton":
+        why_not.setdefault("cudnn", "a Triton kernel was measured faster near this size")
     why_not.pop(backend or "", None)
 
-    T, B, steps = _sizes(module, input, lengths)
-    tensors = (data, hx, reset_state, *module._flat_weights)
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     flops, moved, saved = _cost(module, data, hx, T, B, steps, training)
     first = 2 * steps * module.weight_ih.numel() if isinstance(module, GRUCell) else 0
     if isinstance(module, GRU):
@@ -153,7 +164,7 @@ def explain(
         call=f"{module}, {'training' if training else 'inference'}, input T={T} B={B} "
         f"I={data.shape[-1]} {dtype} {data.device}",
         backend=backend,
-        kernel=_kernel(backend),
+        kernel=_kernel(backend, module, data, sizes, training, facts),
         why_not=why_not,
         error=error,
         flops=flops,
@@ -165,13 +176,31 @@ def explain(
     )
 
 
-def _kernel(backend: str | None) -> str:
+def _kernel(
+    backend: str | None,
+    module: GRU | GRUCell,
+    data: Tensor,
+    sizes: tuple[int, int, int, int],
+    training: bool,
+    facts: dict[str, Any],
+) -> str:
     if backend is None:
         return "none"
     if backend == "cpu":
         from gru_fast import _C
 
         return f"C++, {_C.cpu_isa()}"
+    if backend == "cudnn":
+        return "cuDNN, through PyTorch"
+    if backend == "triton":
+        if 0 in sizes:
+            return "none: the call is empty"
+        kernels = import_module("gru_fast.kernels")
+        suite = "train" if training else "infer"
+        plain = not (facts["lengths"] or facts["resets"])
+        name, measured = kernels.chosen(data.device, data.dtype, sizes, module.cell, suite, plain)
+        how = "as measured" if measured else "because it fits; not measured at this size"
+        return f"Triton, {name}, {how}"
     return "PyTorch operations"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -205,13 +206,15 @@ def _cpu_fallback(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
 def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
     chosen: Callable[..., tuple[Tensor, ...]] | None = None
+    fallback, first = _reference_kernel(name), _PLACES[name][0]
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         nonlocal chosen
         if chosen is None:
-            kernels = importlib.import_module("gru_fast.kernels")
-            chosen = getattr(kernels, name, None) or _reference_kernel(name)
-        return chosen(*args)
+            chosen = fallback
+            if find_spec("triton") is not None:
+                chosen = getattr(importlib.import_module("gru_fast.kernels"), name)
+        return (fallback if args[first].dtype == torch.float64 else chosen)(*args)
 
     return kernel
 

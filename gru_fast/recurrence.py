@@ -24,20 +24,84 @@ _layer_op = ops.layer
 _scan_op = ops.scan
 
 
-def _takes_ops(steps: Tensor, backend: str, cell: str, **features: bool) -> bool:
-    """Whether the op takes the call, or else the reference composed of plain operations."""
-    composed = needs_composition()
-    if (
+def _takes_ops(steps: Tensor, backend: str) -> bool:
+    """Whether that is plain without looking further: the usual call on a CPU."""
+    return (
         backend == "auto"
-        and not composed
-        and (steps.is_cpu or steps.is_cuda or steps.is_meta)
+        and (steps.is_cpu or steps.is_meta)
         and steps.dtype in KERNEL_DTYPES
-    ):
-        return True
-    name = backends.select(
-        backend, steps.device.type, steps.dtype, cell, composed=composed, **features
+        and not needs_composition()
     )
-    return name != "reference"
+
+
+def _route(
+    steps: Tensor, h0: Tensor, backend: str, cell: str, training: bool, **features: bool
+) -> str:
+    """What takes the call: "ops", "cudnn", or "reference" for it composed of plain operations."""
+    prefer_cudnn = True
+    if backend == "auto" and steps.is_cuda:
+        prefer_cudnn = backends.nothing_measured()
+        # Compiled code does not choose by T and B, which would compile it again for others.
+        if not torch.compiler.is_compiling():
+            T, B = steps.shape[:2]
+            sizes = (T, B, h0.shape[0], h0.shape[2])
+            reason = backends.why_cudnn(steps.device, steps.dtype, sizes, cell, training)
+            prefer_cudnn = reason is not None and T > 0 and B > 0
+    name = backends.select(
+        backend,
+        steps.device.type,
+        steps.dtype,
+        cell,
+        composed=needs_composition(),
+        prefer_cudnn=prefer_cudnn,
+        **features,
+    )
+    return name if name in ("reference", "cudnn") else "ops"
+
+
+def _is_grouped(
+    x: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, reverse: Sequence[bool]
+) -> bool:
+    """Whether the call is anything but one layer in one or both directions."""
+    return (
+        x.dim() != 3
+        or tuple(reverse) not in ((False,), (False, True))
+        or (bias_ih is None) != (bias_hh is None)
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _cudnn(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own operator for cuDNN; training also in `eval()`, where backward may follow."""
+    every = (weight_ih, weight_hh, bias_ih, bias_hh)
+    parts = [t.unbind(0) for t in every if t is not None]
+    output, h_n, *_ = torch._cudnn_rnn(
+        x,
+        [t for group in zip(*parts, strict=True) for t in group],
+        len(parts),
+        None,
+        h0,
+        None,
+        3,  # CUDNN_GRU
+        weight_hh.shape[2],
+        0,
+        1,
+        False,
+        0.0,
+        training,
+        weight_hh.shape[0] == 2,
+        [],
+        None,
+    )
+    return output, h_n
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -128,25 +192,34 @@ def layer(
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
-    if not _takes_ops(
-        x,
-        backend,
-        cell,
-        lengths=lengths is not None,
-        resets=reset_mask is not None,
-        h_scale=h_scale is not None,
-    ):
+    training = _needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale)
+    route = "ops"
+    if not _takes_ops(x, backend):
+        route = _route(
+            x,
+            h0,
+            backend,
+            cell,
+            training,
+            lengths=lengths is not None,
+            resets=reset_mask is not None,
+            h_scale=h_scale is not None,
+            grouped=_is_grouped(x, bias_ih, bias_hh, reverse),
+        )
+    if route != "ops":
         tensors = (
             x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state,
             h_scale,
         )  # fmt: skip
         check_layer(*tensors, cell, reverse)
+        if route == "cudnn":
+            return _cudnn(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, training)
         return _compose(reference.layer, tensors, cell, reverse)
     arguments = (
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state, h_scale,
         cell, reverse,
     )  # fmt: skip
-    if not _needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale):
+    if not training:
         return _without_grad(_layer_op, *arguments)
     output, h_n, _ = _layer_op(*arguments, recompute)
     return output, h_n
@@ -190,14 +263,21 @@ def scan(
         RuntimeError: as `layer`.
         ValueError: as `layer`.
     """
-    if not _takes_ops(
-        gates_x,
-        backend,
-        cell,
-        lengths=lengths is not None,
-        resets=reset_mask is not None,
-        h_scale=h_scale is not None,
-    ):
+    training = _needs_grad(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale)
+    route = "ops"
+    if not _takes_ops(gates_x, backend):
+        route = _route(
+            gates_x,
+            h0,
+            backend,
+            cell,
+            training,
+            lengths=lengths is not None,
+            resets=reset_mask is not None,
+            h_scale=h_scale is not None,
+            grouped=True,
+        )
+    if route == "reference":
         tensors = (
             gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale,
         )  # fmt: skip
@@ -206,7 +286,7 @@ def scan(
     arguments = (
         gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse,
     )  # fmt: skip
-    if not _needs_grad(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale):
+    if not training:
         return _without_grad(_scan_op, *arguments)
     output, h_n, _ = _scan_op(*arguments, recompute)
     return output, h_n

@@ -12,10 +12,14 @@ launch: `gru_fast` works without it. How the kernels work: docs/gpu-kernels.md.
 from importlib import import_module
 from typing import Any
 
+from . import measured
 from .problem import DTYPES
-from .registry import KERNELS
+from .registry import KERNELS, chosen, why_cudnn, why_not
 
-__all__ = ["DTYPES", "KERNELS", "layer", "layer_backward", "scan", "scan_backward"]
+__all__ = [
+    "DTYPES", "KERNELS", "chosen", "layer", "layer_backward", "measured", "scan", "scan_backward",
+    "why_cudnn", "why_not",
+]  # fmt: skip
 
 _OPS = ("layer", "scan", "layer_backward", "scan_backward")
 

@@ -74,7 +74,7 @@ def scan(
         return output, h0.clone(memory_format=torch.contiguous_format), workspace
     h_n = torch.empty_like(problem.h0)
     with on_device(gates_x):
-        chosen, config = take(kernel, problem, "forward")
+        chosen, config = take(kernel, problem, "forward", "infer" if recompute else "train")
         saved = None if recompute else workspace
         chosen.launch_forward(problem, output, h_n, saved, config)
     return output, h_n, workspace
@@ -249,7 +249,7 @@ def _backward(
     grad_scale = torch.zeros_like(zeros) if need_scale else None
     weight, bias = products.Total(), products.Total()
     if T > 0 and B > 0:
-        chosen, config = take(kernel, problem, "backward")
+        chosen, config = take(kernel, problem, "backward", "train")
         output = output.contiguous()
         grad_output = None if grad_output is None else grad_output.contiguous()
         grad_workspace = None if grad_workspace is None else grad_workspace.contiguous()

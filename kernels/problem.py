@@ -20,8 +20,6 @@ SLOTS = {"reset_after": 4, "reset_before": 3, "no_reset": 2}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes that the kernels take."""
 
-_MIXED_GROUPS = 31
-_MOST_GROUPS = 65535
 _MOST_TILE_STRIDE = 2**31 // 256
 
 
@@ -60,19 +58,18 @@ class Problem:
     def H(self) -> int:
         return self.h0.shape[2]
 
-    @property
-    def launches(self) -> list[tuple[int, int, int]]:
-        """(first group, groups, direction bits): one launch, or one per 31 groups if mixed.
+    def launches(self, most: int = 65535) -> list[tuple[int, int, int]]:
+        """(first group, groups, direction bits): at most so many groups, 31 if directions mix.
 
         Bit i is the direction of the i-th group of the launch, and bit 31 that of all after it.
         """
-        if len(set(self.reverse)) == 1:
-            size, bits = _MOST_GROUPS, [-1 if self.reverse[0] else 0]
-            return [(g, min(size, self.G - g), bits[0]) for g in range(0, self.G, size)]
+        uniform = len(set(self.reverse)) == 1
+        size = most if uniform else min(most, 31)
         result = []
-        for first in range(0, self.G, _MIXED_GROUPS):
-            part = self.reverse[first : first + _MIXED_GROUPS]
-            result.append((first, len(part), sum(1 << i for i, r in enumerate(part) if r)))
+        for first in range(0, self.G, size):
+            part = self.reverse[first : first + size]
+            bits = sum(1 << i for i, r in enumerate(part) if r)
+            result.append((first, len(part), -int(self.reverse[0]) if uniform else bits))
         return result
 
     def shared_arguments(self) -> dict[str, Any]:

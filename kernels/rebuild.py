@@ -19,7 +19,6 @@ from .tile import (
     load_scale,
     row_lengths,
     save_gates,
-    scaled,
     tanh,
 )
 from .tile_backward import chunk_begin, previous_state
@@ -75,7 +74,7 @@ def entering_states(
         h0_ptr, output_ptr, reset_mask_ptr, reset_state_ptr, t, length, first_row, g, units, lane,
         in_rows, inside, B, G, backwards, H,
     )  # fmt: skip
-    s = scaled(p, load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H))
+    s = p.to(tl.float32) * load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
     row = (here * B + first_row) * G + g
     at = row * H + lane[None, :] * (G * H) + units[:, None]
     tl.store(entering_ptr + at, s.to(entering_ptr.dtype.element_ty), mask=inside)
@@ -163,7 +162,7 @@ def rebuild_gates(
 
 def _launch(kernel, problem: Problem, steps: tuple[int, int], **arguments) -> None:
     tiles = triton.cdiv(problem.H, _BLOCK_H)
-    for first_group, groups, reverse_bits in problem.launches:
+    for first_group, groups, reverse_bits in problem.launches():
         grid = ((steps[1] - steps[0]) * tiles, triton.cdiv(problem.B, _BLOCK_B), groups)
         kernel[grid](
             **arguments,

@@ -18,13 +18,13 @@ from .tile import (
     load_gate,
     load_scale,
     row_lengths,
-    scaled,
     store_gate,
     time_of,
 )
 from .tile_backward import (
     chunk_begin,
     gate_gradients,
+    load_gate_gradients,
     load_gates,
     pass_back,
     previous_state,
@@ -147,6 +147,7 @@ def backward_step(
                 h0_ptr, output_ptr, reset_mask_ptr, reset_state_ptr, t_after, length, first_row,
                 g, units, lane, in_rows, inside, B, G, backwards, H,
             )  # fmt: skip
+            p = p.to(tl.float32)
             ds = ds * p + tl.load(grad_scale_ptr + state_at, mask=inside, other=0.0)
             tl.store(grad_scale_ptr + state_at, ds, mask=inside)
     elif PART == "gates":
@@ -160,13 +161,14 @@ def backward_step(
         if lengths_ptr is not None:
             live = inside & (t < length)[None, :]
         row = ((t - base) * B + first_row) * G + g
-        q, r, z, n, q0, r0, z0, n0 = load_gates(
-            workspace_ptr, grad_workspace_ptr, row, units, lane, live, G, CELL, H
-        )
+        q, r, z, n = load_gates(workspace_ptr, row, units, lane, live, G, CELL, H)
+        q0, r0, z0, n0 = load_gate_gradients(grad_workspace_ptr, row, units, lane, live, G, CELL, H)
         p = previous_state(
             h0_ptr, output_ptr, reset_mask_ptr, reset_state_ptr, t, length, first_row, g, units,
             lane, in_rows, inside, B, G, backwards, H,
         )  # fmt: skip
+        p, q, r = p.to(tl.float32), q.to(tl.float32), r.to(tl.float32)
+        z, n = z.to(tl.float32), n.to(tl.float32)
         if PART == "gates":
             dh = dp
             if grad_output_ptr is not None:
@@ -188,7 +190,7 @@ def backward_step(
                 zeros, grad_gates_ptr, row * (3 * H) + 2 * H, G * 3 * H,
                 weight_at + 2 * H * H, units, lane, in_rows, H, BLOCK_K, PRECISION,
             )  # fmt: skip
-            ar = (e * scaled(p, scale) + r0) * r * (1.0 - r)
+            ar = (e * (p * scale) + r0) * r * (1.0 - r)
             tile = lane[None, :] * (G * 3 * H) + units[:, None]
             store_gate(grad_gates_ptr, row * (3 * H), tile, 0, ar, inside, H)
             tl.store(extra_ptr + state_at, e * r, mask=inside)
@@ -223,7 +225,7 @@ def launch_backward_step(
         if before:
             plan.append((step, False, "reset"))
     plan.append((begin - 1, True, "none"))
-    for first_group, groups, reverse_bits in problem.launches:
+    for first_group, groups, reverse_bits in problem.launches():
         grid = (
             triton.cdiv(problem.B, config.BLOCK_B),
             triton.cdiv(problem.H, config.BLOCK_H),

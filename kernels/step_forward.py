@@ -15,14 +15,14 @@ from torch import Tensor
 from .problem import Problem
 from .tile import (
     enter,
-    finish,
     is_backwards,
     load_bias,
     load_gate,
     load_scale,
+    next_state,
     row_lengths,
     save_gates,
-    scaled,
+    store_step,
     tanh,
     time_of,
 )
@@ -61,7 +61,7 @@ def _operand(
             h, t, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row, lane,
             in_rows, inside, B, backwards,
         )  # fmt: skip
-        s = scaled(h, load_scale(h_scale_ptr, first_row, g, k, lane, inside, G, H))
+        s = h * load_scale(h_scale_ptr, first_row, g, k, lane, inside, G, H)
         return s.to(h0_ptr.dtype.element_ty)
     else:
         return tl.load(operand_ptr + state_at + state_tile, mask=inside, other=0.0)
@@ -171,7 +171,7 @@ def forward_step(
             a_r = load_gate(gates_x_ptr, gates_at, gates_tile, 0, live, H)
             r = tl.sigmoid(a_r + acc_r + load_bias(bias_ptr, g, 0, units, N, H))
     if PART == "gates":
-        gated = (r * scaled(p, scale)).to(gated_ptr.dtype.element_ty)
+        gated = (r * (p * scale)).to(gated_ptr.dtype.element_ty)
         tl.store(gated_ptr + state_at + state_tile, gated, mask=inside)
         tl.store(update_ptr + state_at + state_tile, z, mask=inside)
         row = (t * B + first_row) * G + g
@@ -189,9 +189,10 @@ def forward_step(
             n = tanh(a_n + r * q)
         else:
             n = tanh(a_n + q)
-        state = finish(
-            output_ptr, workspace_ptr, p, q, r, z, n, t, length, first_row, g, units, lane, inside,
-            B, G, CELL, H, lengths_ptr is not None, PART == "all",
+        state = next_state(p, z, n, t, length, lengths_ptr is not None)
+        store_step(
+            output_ptr, workspace_ptr, state, q, r, z, n, t, length, first_row, g, units, lane,
+            inside, B, G, CELL, H, lengths_ptr is not None, PART == "all",
         )  # fmt: skip
         if step + 1 == T:
             state_out = state.to(h_n_ptr.dtype.element_ty)
@@ -203,7 +204,7 @@ def forward_step(
                 first_row, lane, in_rows, inside, B, backwards,
             )  # fmt: skip
             tl.store(carry_ptr + state_at + state_tile, state, mask=inside)
-            s = scaled(state, scale).to(operand_ptr.dtype.element_ty)
+            s = (state * scale).to(operand_ptr.dtype.element_ty)
             target_ptr = operand_ptr + ((step + 1) % 2) * states
             tl.store(target_ptr + state_at + state_tile, s, mask=inside)
 
@@ -221,7 +222,7 @@ def launch_forward_step(
     if problem.cell == "reset_before":
         gated, update = torch.empty_like(h0), torch.empty_like(h0, dtype=torch.float32)
         parts = ("gates", "candidate")
-    for first_group, groups, reverse_bits in problem.launches:
+    for first_group, groups, reverse_bits in problem.launches():
         grid = (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_H), groups)
         for step in range(problem.T):
             for part in parts:

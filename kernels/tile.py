@@ -12,7 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def tanh(a):
-    return 2.0 * tl.sigmoid(2.0 * a) - 1.0
+    e = tl.exp(-2.0 * tl.abs(a))
+    magnitude = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0, -magnitude, magnitude)
 
 
 @triton.jit
@@ -89,15 +91,6 @@ def enter(
 
 
 @triton.jit
-def scaled(p, scale):
-    """s, what enters the recurrent product: equation (1). scale is a tile or None."""
-    if scale is None:
-        return p
-    else:
-        return p * scale
-
-
-@triton.jit
 def load_scale(
     h_scale_ptr,  # (B, G*H) or None
     first_row,
@@ -108,8 +101,9 @@ def load_scale(
     G,
     H: tl.constexpr,
 ):
+    """What the state is multiplied by before the recurrent product, equation (1); 1 if nothing."""
     if h_scale_ptr is None:
-        return None
+        return 1.0
     else:
         at = (first_row * G + g) * H + lane[None, :] * (G * H) + units[:, None]
         return tl.load(h_scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
@@ -130,6 +124,30 @@ def load_bias(
     else:
         at = bias_ptr + g * (N * H) + gate * H + units
         return tl.load(at, mask=units < H, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_weight(
+    weight_ptr,  # (H, H), one gate
+    rows,
+    columns,
+    H: tl.constexpr,
+):
+    """weight[rows, columns], 0 beyond H."""
+    at = weight_ptr + rows[:, None] * H + columns[None, :]
+    return tl.load(at, mask=(rows[:, None] < H) & (columns[None, :] < H), other=0.0)
+
+
+@triton.jit
+def load_weight_transposed(
+    weight_ptr,  # (H, H), one gate
+    rows,
+    columns,
+    H: tl.constexpr,
+):
+    """weight[columns, rows] as (rows, columns), 0 beyond H."""
+    at = weight_ptr + columns[None, :] * H + rows[:, None]
+    return tl.load(at, mask=(rows[:, None] < H) & (columns[None, :] < H), other=0.0)
 
 
 @triton.jit
@@ -158,10 +176,19 @@ def store_gate(
 
 
 @triton.jit
-def finish(
+def next_state(p, z, n, t, length, LENGTHS: tl.constexpr):
+    """Equation (6), or p where the row is not valid."""
+    state = n + z * (p - n)
+    if LENGTHS:
+        state = tl.where((t < length)[None, :], state, p)
+    return state
+
+
+@triton.jit
+def store_step(
     output_ptr,  # (T, B, G*H)
     workspace_ptr,  # (T, B, G, S*H) or None
-    p,
+    state,
     q,
     r,
     z,
@@ -180,13 +207,10 @@ def finish(
     LENGTHS: tl.constexpr,
     GATES: tl.constexpr,  # whether r and z are still to be saved
 ):
-    """Equation (6): writes output and workspace at time t, returns the state after it."""
-    h = n + z * (p - n)
-    state = h
+    """Output and workspace at time t, 0 where the row is not valid."""
+    h = state
     if LENGTHS:
-        valid = (t < length)[None, :]
-        state = tl.where(valid, h, p)
-        h = tl.where(valid, h, 0.0)
+        h = tl.where((t < length)[None, :], state, 0.0)
     row = (t * B + first_row) * G + g
     tile = lane[None, :] * (G * H) + units[:, None]
     tl.store(output_ptr + row * H + tile, h.to(output_ptr.dtype.element_ty), mask=inside)
@@ -194,7 +218,6 @@ def finish(
         workspace_ptr, q, r, z, n, t, length, row, units, lane, inside, G,
         CELL, H, LENGTHS, GATES, True,
     )  # fmt: skip
-    return state
 
 
 @triton.jit

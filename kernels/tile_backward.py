@@ -9,7 +9,7 @@ T - step_begin for one scanned backwards. With a saved workspace the chunk is th
 import triton
 import triton.language as tl
 
-from .tile import load_gate, row_resets, store_gate
+from .tile import row_resets, store_gate
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def previous_state(
     backwards,
     H: tl.constexpr,
 ):
-    """p of the step at time t: an earlier output, h0 or reset_state; 0 where it is not valid."""
+    """p of the step at time t, as stored: an earlier output, h0 or reset_state; 0 if not valid."""
     here = lane * 0 + t
     edge = backwards * (length - 1)
     valid = in_rows & (here < length)
@@ -55,45 +55,51 @@ def previous_state(
     if reset_state_ptr is not None:
         mask = inside & (reset != 0)[None, :]
         p += tl.load(reset_state_ptr + state_at, mask=mask, other=0.0)
-    return p.to(tl.float32)
+    return p
 
 
 @triton.jit
 def load_gates(
-    workspace_ptr,  # (chunk, B, G, S*H)
-    grad_workspace_ptr,  # (T, B, G, S*H) or None
+    gates_ptr,  # (chunk, B, G, S*H): workspace or its gradient
     row,
     units,
     lane,
-    live,
+    mask,
     G,
     CELL: tl.constexpr,
     H: tl.constexpr,
 ):
-    """q, r, z, n and their own gradients Dq0, Dr0, Dz0, Dn0; z in place of what a cell lacks."""
+    """q, r, z, n of one step, as stored; z in place of what a cell lacks."""
     S: tl.constexpr = 4 if CELL == "reset_after" else (3 if CELL == "reset_before" else 2)
-    at = row * (S * H)
-    tile = lane[None, :] * (G * S * H) + units[:, None]
-    z = load_gate(workspace_ptr, at, tile, S - 2, live, H)
-    n = load_gate(workspace_ptr, at, tile, S - 1, live, H)
+    at = gates_ptr + row * (S * H) + lane[None, :] * (G * S * H) + units[:, None]
+    z = tl.load(at + (S - 2) * H, mask=mask, other=0.0)
+    n = tl.load(at + (S - 1) * H, mask=mask, other=0.0)
     q = z
     r = z
     if CELL != "no_reset":
-        r = load_gate(workspace_ptr, at, tile, S - 3, live, H)
+        r = tl.load(at + (S - 3) * H, mask=mask, other=0.0)
     if CELL == "reset_after":
-        q = load_gate(workspace_ptr, at, tile, 0, live, H)
-    q0 = 0.0
-    r0 = 0.0
-    z0 = 0.0
-    n0 = 0.0
-    if grad_workspace_ptr is not None:
-        z0 = load_gate(grad_workspace_ptr, at, tile, S - 2, live, H)
-        n0 = load_gate(grad_workspace_ptr, at, tile, S - 1, live, H)
-        if CELL != "no_reset":
-            r0 = load_gate(grad_workspace_ptr, at, tile, S - 3, live, H)
-        if CELL == "reset_after":
-            q0 = load_gate(grad_workspace_ptr, at, tile, 0, live, H)
-    return q, r, z, n, q0, r0, z0, n0
+        q = tl.load(at, mask=mask, other=0.0)
+    return q, r, z, n
+
+
+@triton.jit
+def load_gate_gradients(
+    grad_workspace_ptr,  # (T, B, G, S*H) or None
+    row,
+    units,
+    lane,
+    mask,
+    G,
+    CELL: tl.constexpr,
+    H: tl.constexpr,
+):
+    """Dq0, Dr0, Dz0, Dn0: 0 in first-order use."""
+    if grad_workspace_ptr is None:
+        return 0.0, 0.0, 0.0, 0.0
+    else:
+        q0, r0, z0, n0 = load_gates(grad_workspace_ptr, row, units, lane, mask, G, CELL, H)
+        return q0.to(tl.float32), r0.to(tl.float32), z0.to(tl.float32), n0.to(tl.float32)
 
 
 @triton.jit
@@ -158,9 +164,7 @@ def pass_back(
 
     kept is Dh * z, or in a row that is not valid what the step was given; ds is 0 there.
     """
-    dp = kept + ds
-    if scale is not None:
-        dp = kept + ds * scale
+    dp = kept + ds * scale
     if reset_mask_ptr is None:
         return dp, dp
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tile sizes a kernel runs with. Tables, no tuning at run time, no triton import."""
+"""What the choice of a kernel and its tiles depends on, and what a kernel is compiled for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the choice of tiles depends on."""
+    """What the choice of tiles depends on; plain: no lengths, resets or h_scale."""
 
     T: int
     B: int
@@ -40,6 +40,12 @@ class Sizes:
     cell: str
     itemsize: int
     precision: str
+    plain: bool = True
+
+    @property
+    def numbers(self) -> str:
+        """What is multiplied: "16" for 16-bit floats, else how float32 is rounded."""
+        return "16" if self.itemsize == 2 else self.precision
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Config:
     BLOCK_K: int
     num_warps: int
     num_stages: int = 1
+    RESIDENT: bool = True
 
     def arguments(self, *blocks: str) -> dict[str, Any]:
         """The named blocks and the launch options, as keywords of a launch."""
@@ -81,11 +88,5 @@ def sizes_of(problem: Problem) -> Sizes:
     """The sizes of a call."""
     itemsize = problem.h0.element_size()
     sizes = (problem.T, problem.B, problem.G, problem.H, problem.cell)
-    return Sizes(*sizes, itemsize, problem.precision)
-
-
-def step_config(device: Device, sizes: Sizes, direction: str) -> Config | None:
-    """Tiles of `step`: they fit 64 KiB whatever the sizes are."""
-    if device.arch < 80:
-        return Config(16, 32, 16, 4)
-    return Config(16, 32, 64 if sizes.itemsize == 2 else 32, 4, 3)
+    features = (problem.lengths, problem.reset_mask, problem.h_scale)
+    return Sizes(*sizes, itemsize, problem.precision, all(f is None for f in features))

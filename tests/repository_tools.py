@@ -20,3 +20,12 @@ def load(name: str) -> ModuleType:
         sys.modules[top] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[top])
     return import_module(name)
+
+
+def load_script(name: str) -> ModuleType:
+    """scripts/<name>.py, not run."""
+    spec = spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

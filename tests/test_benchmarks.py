@@ -366,6 +366,8 @@ class TestGpuProgram:
         assert all(r.dry and r.ratio_to_torch is None for r in after.records)
         assert {r.parity for r in after.records if r.suite != "sample"} == {"ok"}
         assert {r.suite for r in after.records} == {"infer", "train", "sample"}
+        ours = {r.provider for r in after.records if r.provider.startswith("gru_fast.triton.")}
+        assert ours == {f"gru_fast.triton.{name}" for name in providers_kernels.kernel_names()[0]}
 
     def test_a_crash_costs_one_row(self, tmp_path):
         plan = a_plan(tmp_path)
@@ -427,6 +429,8 @@ class TestGpuProgram:
         grid = [name for name in rows if name.startswith("cudnn/train") and "-T512/" in name]
         assert len(grid) == 10 * 5 * 3
         assert "cudnn.split_pad/train/H256-B128-T128-R0.03/bfloat16" in rows
+        for name in providers_kernels.kernel_names()[0]:
+            assert f"gru_fast.triton.{name}/train/H512-B64-T512/bfloat16" in rows
 
     def test_json_is_plain(self, tmp_path):
         with pytest.raises(ValueError, match="JSON"):

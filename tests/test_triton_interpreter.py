@@ -32,12 +32,11 @@ def run(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("group", ["step", "support"])
-def test_interpreted(group):
-    run("-m", "not slow", "-k", group)
+def test_interpreted():
+    run("-m", "not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["step"])
+@pytest.mark.parametrize("group", ["cta", "grid", "step"])
 def test_interpreted_widely(group):
     run("-m", "slow", "-k", group)

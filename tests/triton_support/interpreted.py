@@ -4,10 +4,11 @@
 Each test is named after the kernel it runs, or is of "support": what the tests stand on.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,16 @@ from torch import Tensor
 
 from cases import CELLS, FEATURES, Case, LayerInputs, layer_inputs
 from gru_fast import kernels, reference
-from gru_fast.kernels import ops, problem
+from gru_fast.kernels import ops, problem, registry
+from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
 from triton_support import interpreter
+from triton_support.mutants import GRID_MUTANTS, installed
 
 interpreter.install_numerics()
+
+# Triton 3.6's interpreter under NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
 KERNELS = tuple(kernels.KERNELS)
 RESULTS = (
@@ -36,9 +42,29 @@ def exact_products(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(problem, "dot_precision", lambda tensor: "ieee")
 
 
-def concurrently(kernel: str, seed: int = 0):
-    """How a kernel has to be run: programs of `grid` wait for each other."""
-    return interpreter.concurrent_grid(seed) if kernel == "grid" else nullcontext()
+@contextmanager
+def small_tiles(
+    kernel: str, seed: int = 0, limit: int = 100_000, resident: bool = True
+) -> Iterator[None]:
+    """Run a kernel on tiles so small that a call has several; those of `grid` interleaved.
+
+    resident: whether `grid` keeps the weights on chip.
+    """
+
+    def config(device: Device, sizes: Sizes, direction: str) -> Config:
+        if kernel == "grid":
+            return Config(16, 16, 16, 4, 1, resident)
+        return Config(16, max(16, triton.next_power_of_2(sizes.H)), 0, 4)
+
+    before = registry.KERNELS[kernel]
+    if kernel != "step":
+        registry.KERNELS[kernel] = replace(before, config=config)
+    interleaved = interpreter.concurrent_grid(seed, limit) if kernel == "grid" else nullcontext()
+    try:
+        with interleaved:
+            yield
+    finally:
+        registry.KERNELS[kernel] = before
 
 
 def outcome(
@@ -67,18 +93,22 @@ def compare(
     recompute: bool = False,
     weight_bits: int | None = None,
     draws: int = 1,
+    seed: int = 0,
+    **schedule: Any,
 ) -> None:
     """Forward and every gradient of a layer against the reference, by the parity rule.
 
     weight_bits: round the reference's W_hh, where the kernel rounds in its products.
+    draws: how many, from `seed` on; programs of `grid` are interleaved differently in each.
+    schedule: as in `small_tiles`.
     """
     collected: list[dict[str, list[Tensor]]] = [{}, {}, {}]
-    for draw in range(draws):
+    for draw in range(seed, seed + draws):
         inputs = theirs = layer_inputs(case, dtype, draw=draw)
         if weight_bits is not None:
             weight = torch.from_numpy(interpreter.rounded(inputs.weight_hh.numpy(), weight_bits))
             theirs = replace(inputs, weight_hh=weight)
-        with concurrently(kernel, draw):
+        with small_tiles(kernel, draw, **schedule):
             mine = outcome(
                 partial(kernels.layer, kernel=kernel),
                 partial(kernels.layer_backward, kernel=kernel),
@@ -99,12 +129,12 @@ def compare(
 @pytest.mark.parametrize("kernel", KERNELS)
 class TestParity:
     def test_odd_sizes_without_bias(self, kernel, cell):
-        case = Case(cell, T=3, B=17, H=37, bias=False)
-        compare(kernel, case)
+        case = Case(cell, T=2, B=17, H=19, bias=False)
+        compare(kernel, case, draws=3)
 
     def test_everything_in_both_directions(self, kernel, cell):
-        case = Case(cell, "everything", (False, True), T=4, B=3, H=7, shared_x=cell == CELLS[0])
-        compare(kernel, case)
+        case = Case(cell, "everything", (False, True), T=3, B=3, H=7, shared_x=cell == CELLS[0])
+        compare(kernel, case, draws=3)
 
     def test_bfloat16(self, kernel, cell):
         case = Case(cell, T=4, B=3, H=20)
@@ -123,7 +153,7 @@ class TestParityWidely:
     @pytest.mark.parametrize("features", FEATURES)
     @pytest.mark.parametrize("reverse", [(False,), (True,), (True, False, False)], ids=str)
     def test_float32(self, kernel, cell, features, reverse):
-        compare(kernel, Case(cell, features, reverse), draws=2)
+        compare(kernel, Case(cell, features, reverse), draws=6)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_sixteen_bits(self, kernel, cell, dtype):
@@ -165,9 +195,9 @@ class TestCalls:
     def test_padding_is_not_read(self, kernel):
         inputs = layer_inputs(Case(features="lengths", T=4, B=3, H=5), torch.float32)
         padding = torch.arange(4)[:, None] >= inputs.lengths
-        clean = kernels.layer(*inputs.arguments(), kernel=kernel) if kernel != "grid" else None
         dirty = replace(inputs, x=torch.where(padding[..., None], torch.nan, inputs.x))
-        with concurrently(kernel):
+        with small_tiles(kernel):
+            clean = kernels.layer(*inputs.arguments(), kernel=kernel)
             result = kernels.layer(*dirty.arguments(), kernel=kernel)
             tail = [*inputs.arguments()[1:10], result[0], result[2], inputs.cell, [False], False]
             ones = torch.ones_like(result[0])
@@ -175,8 +205,7 @@ class TestCalls:
                 ones, None, None, dirty.x, *tail, [True] * 8, kernel=kernel
             )
         assert all(bool(t.isfinite().all()) for t in (*result, *gradients))
-        if clean is not None:
-            assert torch.equal(clean[0], result[0])
+        assert torch.equal(clean[0], result[0])
 
     def test_strided_inputs(self, kernel):
         inputs = layer_inputs(Case(T=3, B=3, H=5), torch.float32)
@@ -190,7 +219,7 @@ class TestCalls:
         ]
         arguments[1] = turned[1].contiguous()
         mode = (inputs.cell, [False], False)
-        with concurrently(kernel):
+        with small_tiles(kernel):
             first = kernels.scan(*arguments, *mode, kernel=kernel)
             second = kernels.scan(*turned, *mode, kernel=kernel)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -203,7 +232,7 @@ class TestCalls:
             *inputs.arguments()[:10], result[0], result[2],
         ]  # fmt: skip
         before = [a.clone() for a in arguments]
-        with concurrently(kernel):
+        with small_tiles(kernel):
             for _ in range(2):
                 kernels.layer_backward(
                     *arguments, inputs.cell, [False], False, [True] * 8, kernel=kernel
@@ -217,13 +246,38 @@ class TestCalls:
             *inputs.arguments()[:10], result[0], result[2], inputs.cell, [False], False,
         ]  # fmt: skip
         ones = torch.ones_like(result[1])
-        with concurrently(kernel):
+        with small_tiles(kernel):
             full = kernels.layer_backward(None, ones, None, *tail, [True] * 8, kernel=kernel)
             for wanted in range(0, 8, 3):
                 mask = [i == wanted for i in range(8)]
                 part = kernels.layer_backward(None, ones, None, *tail, mask, kernel=kernel)
                 for i in range(8):
                     assert torch.equal(part[i], full[i]) if mask[i] else part[i].shape == (0,)
+
+
+class TestGridBarriers:
+    """The same call right under several schedules, and wrong once a barrier is."""
+
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_schedules(self, cell):
+        for resident in (True, False):
+            compare("grid", self.case(cell), draws=2, resident=resident)
+
+    @pytest.mark.parametrize("mutant", GRID_MUTANTS, ids=str)
+    def test_mutant_fails(self, mutant, tmp_path):
+        with installed(mutant, tmp_path):
+            if mutant.hangs:
+                with pytest.raises(RuntimeError, match="no progress"):
+                    compare("grid", self.case(mutant.cell), limit=3000)
+            else:
+                # Not every schedule shows every fault.
+                with pytest.raises(AssertionError, match=r"error .* > bound"):
+                    for seed in range(8):
+                        compare("grid", self.case(mutant.cell), seed=seed)
+
+    @staticmethod
+    def case(cell):
+        return Case(cell, T=3, B=3, H=20)
 
 
 def test_support_messages():

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile sizes that were compiled for every device they are offered to: no spills, within its memory.
+
+A row holds up to some H and for the devices that have its shared memory and an architecture in its
+range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from .tiling import Config, Device, Sizes
+
+ANY = 10**9
+TURING, TURING_ONLY = (75, ANY), (75, 79)
+AMPERE, AMPERE_ONLY, AMPERE_TO_HOPPER = (80, ANY), (80, 89), (80, 99)
+HOPPER, HOPPER_ONLY, BLACKWELL = (90, ANY), (90, 99), (100, ANY)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape of tiles.
+
+    Attributes:
+        kernel: A name of `registry.KERNELS`.
+        numbers: As `Sizes.numbers`.
+        H: The largest hidden size that it holds for.
+        shared_kib: Shared memory that the device has at least.
+        config: The tiles.
+        arch: Compute capabilities, lowest and highest.
+        directions: "forward", "backward" or both.
+        plain: Only for calls without lengths, resets and h_scale: others need more registers.
+    """
+
+    kernel: str
+    numbers: str
+    H: int
+    shared_kib: int
+    config: Config
+    arch: tuple[int, int]
+    directions: tuple[str, ...] = ("forward", "backward")
+    plain: bool = False
+
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether the row holds for a call on a device that it fits.
+
+        `grid` with weights on chip has no registers left for addresses that are not aligned.
+        """
+        aligned = sizes.H % 16 == 0 or self.kernel != "grid" or not self.config.RESIDENT
+        return (
+            aligned
+            and (sizes.plain or not self.plain)
+            and self.numbers == sizes.numbers
+            and sizes.H <= self.H
+        )
+
+
+@cache
+def offered(device: Device, direction: str) -> tuple[Row, ...]:
+    """The rows for a device: of those for one kernel, numbers and H the ones with most memory."""
+    fitting = [
+        row
+        for row in ROWS
+        if direction in row.directions
+        and row.shared_kib * 1024 <= device.shared_bytes
+        and row.arch[0] <= device.arch <= row.arch[1]
+    ]
+    most: dict[tuple[str, str, int], int] = {}
+    for row in fitting:
+        key = (row.kernel, row.numbers, row.H)
+        most[key] = max(row.shared_kib, most.get(key, 0))
+    return tuple(row for row in fitting if row.shared_kib == most[row.kernel, row.numbers, row.H])
+
+
+def waves(config: Config, device: Device, sizes: Sizes) -> int:
+    """How often a kernel has to fill the device with programs."""
+    units = -(-sizes.H // config.BLOCK_H)
+    programs = -(-sizes.B // config.BLOCK_B) * sizes.G * units
+    return -(-programs // device.processors)
+
+
+def unfit(device: Device, sizes: Sizes) -> str:
+    """A sentence for a call that no row of a kernel holds for."""
+    return (
+        f"no tiles for H={sizes.H} in {sizes.numbers} fit a device with "
+        f"{device.shared_bytes // 1024} KiB of shared memory and {device.processors} processors"
+    )
+
+
+def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config | None:
+    """The tiles for a call, or None where the kernel does not fit.
+
+    Of the rows that hold for the smallest H, the first with the fewest waves.
+    """
+    if kernel == "step":
+        return _step(device, sizes, direction)
+    fitting = [
+        row
+        for row in offered(device, direction)
+        if row.kernel == kernel
+        and row.holds(sizes)
+        and -(-sizes.H // row.config.BLOCK_H) <= device.processors
+    ]
+    nearest = min((row.H for row in fitting), default=0)
+    configs = [row.config for row in fitting if row.H == nearest]
+    return min(configs, key=lambda c: waves(c, device, sizes), default=None)
+
+
+def _step(device: Device, sizes: Sizes, direction: str) -> Config:
+    """Tiles of `step`: they fit 64 KiB whatever the sizes are."""
+    if device.arch < AMPERE[0]:
+        return Config(16, 32, 16, 4)
+    if sizes.itemsize == 4:
+        return Config(16, 32, 32, 4, 3)
+    # With three stages backward spills 8 bytes there.
+    stages = 2 if direction == "backward" and device.arch >= HOPPER[0] else 3
+    return Config(16, 32, 64, 4, stages)
+
+
+def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
+    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps)
+
+
+def _streamed(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
+    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, RESIDENT=False)
+
+
+ROWS = (
+    Row("cta", "16", 32, 64, Config(8, 32, 0, 4), TURING),
+    Row("cta", "16", 32, 64, Config(16, 32, 0, 4), TURING),
+    Row("cta", "16", 64, 64, Config(8, 64, 0, 4), TURING),
+    Row("cta", "16", 64, 64, Config(16, 64, 0, 4), AMPERE),
+    Row("cta", "16", 128, 163, Config(8, 128, 0, 8), AMPERE_TO_HOPPER),
+    Row("cta", "16", 128, 163, Config(16, 128, 0, 8), AMPERE),
+    Row("cta", "tf32", 32, 64, Config(8, 32, 0, 4), AMPERE),
+    Row("cta", "tf32", 32, 64, Config(16, 32, 0, 4), AMPERE),
+    Row("cta", "tf32", 64, 99, Config(8, 64, 0, 8), AMPERE),
+    Row("cta", "tf32", 64, 99, Config(16, 64, 0, 8), AMPERE),
+    Row("cta", "tf32", 128, 227, Config(8, 128, 0, 8), AMPERE_TO_HOPPER),
+    Row("cta", "tf32", 128, 227, Config(16, 128, 0, 8), AMPERE_TO_HOPPER),
+    Row("cta", "tf32", 128, 227, Config(16, 128, 0, 8), BLACKWELL, ("forward",)),
+    Row("cta", "tf32x3", 32, 64, Config(8, 32, 0, 4), AMPERE),
+    Row("cta", "tf32x3", 64, 163, Config(8, 64, 0, 8), AMPERE),
+    Row("cta", "ieee", 32, 64, Config(8, 32, 0, 4), TURING_ONLY),
+    Row("cta", "ieee", 32, 64, Config(16, 32, 0, 4), TURING_ONLY),
+    Row("cta", "ieee", 64, 64, Config(8, 64, 0, 8), TURING_ONLY),
+    Row("grid", "16", 256, 163, _resident(8, 64, 128, 4), HOPPER),
+    Row("grid", "16", 256, 163, _resident(16, 64, 128, 4), HOPPER_ONLY),
+    Row("grid", "16", 256, 163, _resident(8, 64, 128, 8), AMPERE_ONLY),
+    Row("grid", "16", 256, 99, _resident(8, 32, 128, 4), AMPERE),
+    Row("grid", "16", 512, 227, _resident(8, 64, 128, 4), HOPPER_ONLY),
+    Row("grid", "16", 512, 227, _resident(16, 64, 128, 4), HOPPER_ONLY, plain=True),
+    Row("grid", "16", 512, 163, _resident(8, 32, 128, 8), AMPERE),
+    Row("grid", "16", 512, 99, _resident(8, 16, 128, 4), AMPERE),
+    Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER),
+    Row("grid", "16", ANY, 64, _streamed(16, 64, 64, 8), AMPERE),
+    Row("grid", "16", ANY, 64, _streamed(16, 32, 32, 4), TURING_ONLY),
+    Row("grid", "tf32", 256, 227, _resident(8, 64, 64, 4), HOPPER_ONLY),
+    Row("grid", "tf32", 256, 163, _resident(8, 32, 64, 8), AMPERE),
+    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), AMPERE_ONLY),
+    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), BLACKWELL, ("forward",)),
+    Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY),
+    Row("grid", "tf32", ANY, 64, _streamed(16, 64, 32, 8), AMPERE),
+    Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 4), AMPERE),
+    Row("grid", "ieee", ANY, 64, _streamed(16, 16, 16, 4), TURING_ONLY),
+)
+"""For one kernel, numbers and H the row to prefer first; what none holds for goes elsewhere."""

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile every row of the kernels' tables for every architecture and write what it takes.
+
+`python scripts/gpu_resources.py [--arch 80 90 ...] [--markdown]`, no GPU needed. It adds what is
+missing to the snapshot of the Triton version that is imported,
+tests/triton_support/resources-triton-*.json, which tests compare, and drops what is no row any
+more; `--markdown` compiles nothing and prints the snapshot as the table of docs/gpu-kernels.md.
+Half an hour on one core for all.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import astuple
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from triton_support import resources
+
+
+def save(found: dict[str, list[int]]) -> None:
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found))
+    resources.SNAPSHOT.write_text("{\n" + lines + "\n}\n")
+
+
+def write(archs: list[int], *, again: bool) -> int:
+    """The number of points that spill or do not fit."""
+    names = {str(point) for point in resources.points()}
+    points = [point for point in resources.points() if point.arch in archs]
+    found = {} if again else resources.read()
+    found = {name: used for name, used in found.items() if name.partition(" #")[0] in names}
+    save(found)
+    wrong = 0
+    for number, point in enumerate(points):
+        if str(point) not in found:
+            for name, used in resources.compile_point(point).items():
+                found[name] = list(astuple(used))
+            save(found)
+        several = [used for name, used in found.items() if name.partition(" #")[0] == str(point)]
+        most = resources.DEVICES[point.arch].shared_bytes
+        if any(spilled or shared > most for _, spilled, shared, _ in several):
+            wrong += 1
+            print("WRONG", end=" ")
+        print(f"{number + 1}/{len(points)} {point}: {several}", flush=True)
+    return wrong
+
+
+def markdown() -> str:
+    """One line per architecture and row: registers and shared memory, forward and backward."""
+    lines: dict[tuple[str, ...], dict[str, list[int]]] = {}
+    for name, used in resources.read().items():
+        label, _, tiles = name.partition(": ")
+        arch, what, numbers, cell, features, _, most = label.split()
+        if (cell, features) == ("reset_after", "everything"):
+            direction, kernel = what.split("_")
+            key = (arch, kernel, numbers, most, tiles.partition(" #")[0])
+            several = lines.setdefault(key, {})
+            before = several.get(direction, used)
+            several[direction] = [max(pair) for pair in zip(before, used, strict=True)]
+    text = "| arch | kernel | numbers | H to | tiles | forward | backward | wgmma |\n"
+    text += "|---|---|---|---|---|---|---|---|\n"
+    order = sorted(lines, key=lambda k: (int(k[0][3:]), k[1], k[2], int(k[3]), k[4]))
+    for key in order:
+        cells = [*key]
+        for direction in ("forward", "backward"):
+            used = lines[key].get(direction)
+            cells.append(f"{used[0]} / {used[2] / 1024:.0f}" if used else "")
+        cells.append("yes" if any(used[3] for used in lines[key].values()) else "")
+        text += "| " + " | ".join(cells) + " |\n"
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, nargs="*", default=list(resources.DEVICES))
+    parser.add_argument("--again", action="store_true", help="compile what is in the snapshot too")
+    parser.add_argument("--markdown", action="store_true")
+    options = parser.parse_args()
+    if options.markdown:
+        print(markdown())
+        return 0
+    return 1 if write(options.arch, again=options.again) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

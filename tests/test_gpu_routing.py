@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel takes a CUDA call; without a GPU, on tensors that hold no data."""
+
+import math
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cases import CELLS, Case, layer_inputs
+from gru_fast import GRU, backends, explain, kernels, ops, recurrence, reference
+from gru_fast.kernels import measured, registry, tables
+from gru_fast.kernels.measured import Point
+from gru_fast.kernels.tiling import Device, Sizes
+
+KIB = 1024
+HOPPER = Device(90, 227 * KIB, 132)
+DEVICES = (
+    Device(75, 64 * KIB, 40), Device(80, 163 * KIB, 108), Device(86, 99 * KIB, 82),
+    Device(89, 99 * KIB, 128), HOPPER, Device(100, 227 * KIB, 148), Device(120, 99 * KIB, 170),
+)  # fmt: skip
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def sizes(T=512, B=64, G=1, H=128, numbers="16", plain=True) -> Sizes:
+    itemsize = 2 if numbers == "16" else 4
+    precision = "tf32" if numbers == "16" else numbers
+    return Sizes(T, B, G, H, "reset_after", itemsize, precision, plain)
+
+
+def name(device: Device, call: Sizes, direction="forward", suite="train") -> str:
+    return registry.choose(device, call, direction, suite)[0].name
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA tensors, which hold no data here, are on an H100."""
+    monkeypatch.setattr(registry, "device_of", lambda tensor: HOPPER)
+    monkeypatch.setattr(registry, "dot_precision", lambda tensor: "tf32")
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = (
+        Point(90, "infer", "16", 128, 64, "cta", 1.5),
+        Point(90, "infer", "16", 512, 64, "step", 0.9),
+        Point(90, "train", "16", 512, 64, "step", 1.1),
+        Point(90, "step", "16", 512, 64, "step", 1.2),
+    )
+    monkeypatch.setattr(measured, "POINTS", found)
+
+
+class TestTables:
+    @pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d.arch}")
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_every_call_has_a_kernel_that_fits(self, device, direction):
+        seen = set()
+        for numbers in ("16", "tf32", "tf32x3") if device.arch >= 80 else ("16", "ieee"):
+            for H in (1, 32, 33, 64, 100, 128, 129, 256, 500, 1024, 5000, 20000):
+                for B, plain in ((1, True), (64, False), (4096, True)):
+                    call = sizes(B=B, H=H, numbers=numbers, plain=plain)
+                    kernel, config = registry.choose(device, call, direction, "train")
+                    assert config == kernel.config(device, call, direction)
+                    seen.add(kernel.name)
+                    if kernel.name == "grid":
+                        units = math.ceil(H / config.BLOCK_H)
+                        assert units <= device.processors
+                    if kernel.name == "cta":
+                        assert config.BLOCK_H >= H
+        assert seen == {"cta", "grid", "step"}
+
+    def test_rows_are_by_limit(self):
+        assert name(HOPPER, sizes(H=128)) == "cta"
+        assert name(Device(90, 99 * KIB, 132), sizes(H=128)) == "grid"
+        assert name(HOPPER, sizes(H=128, numbers="tf32")) == "cta"
+        assert name(Device(90, 163 * KIB, 132), sizes(H=128, numbers="tf32")) == "grid"
+        resident = tables.config("grid", HOPPER, sizes(H=512), "forward")
+        streamed = tables.config("grid", Device(90, 64 * KIB, 132), sizes(H=512), "forward")
+        assert resident.RESIDENT and not streamed.RESIDENT
+
+    def test_odd_sizes_stream_their_weights(self):
+        assert tables.config("grid", HOPPER, sizes(H=496), "forward").RESIDENT
+        assert not tables.config("grid", HOPPER, sizes(H=497), "forward").RESIDENT
+
+    def test_one_step_and_crowds(self):
+        assert name(HOPPER, sizes(T=1)) == "step"
+        assert name(HOPPER, sizes(H=1024, B=16)) == "grid"
+        assert name(HOPPER, sizes(H=1024, B=4096)) == "step"
+
+    def test_more_rows_take_larger_tiles(self):
+        few = tables.config("cta", HOPPER, sizes(B=64), "forward")
+        many = tables.config("cta", HOPPER, sizes(B=2048), "forward")
+        assert few.BLOCK_B < many.BLOCK_B
+
+    def test_optional_inputs_avoid_rows_that_would_spill(self):
+        call = {"B": 512, "H": 512}
+        assert tables.config("grid", HOPPER, sizes(**call), "forward").BLOCK_B == 16
+        assert tables.config("grid", HOPPER, sizes(**call, plain=False), "forward").BLOCK_B == 8
+
+    def test_a_named_kernel_that_does_not_fit(self):
+        call = (torch.device("cpu"), torch.float32, (2, 2, 1, 300), "reset_after", True)
+        assert kernels.why_not("cta", *call).startswith("no tiles for H=300 in tf32 fit a device")
+        assert kernels.why_not("grid", *call) is None
+        inputs = layer_inputs(Case(T=2, B=2, H=300), torch.float32)
+        with pytest.raises(RuntimeError, match="kernel='cta': no tiles for H=300 in tf32"):
+            problem = kernels.problem.problem_of(
+                reference.project(inputs.x, inputs.weight_ih, inputs.bias_ih),
+                inputs.h0, inputs.weight_hh, inputs.bias_hh, None, None, None, None,
+                inputs.cell, [False],
+            )  # fmt: skip
+            registry.take("cta", problem, "forward", "infer")
+
+
+class TestMeasured:
+    def test_is_empty_until_a_gpu_has_run(self):
+        assert measured.POINTS == () and backends.nothing_measured()
+
+    def test_the_nearest_size_decides(self, points):
+        assert measured.nearest(HOPPER, sizes(H=150, B=40), "infer").kernel == "cta"
+        for far in (sizes(H=256, B=128), sizes(H=128, B=128), sizes(T=8), sizes(numbers="tf32")):
+            assert measured.nearest(HOPPER, far, "infer") is None
+        assert measured.nearest(Device(80, 163 * KIB, 108), sizes(), "infer") is None
+        assert measured.nearest(HOPPER, sizes(T=1, H=512), "infer").suite == "step"
+        assert measured.nearest(HOPPER, sizes(T=1, H=512), "train") is None
+
+    def test_the_measured_kernel_is_chosen(self, points):
+        assert name(HOPPER, sizes(H=512)) == "step"
+        assert name(HOPPER, sizes(H=512, B=16)) == "grid"
+        # Where its tiles do not fit, the next that do.
+        assert name(HOPPER, sizes(H=150), suite="infer") == "grid"
+
+    def test_cudnn_by_measurement(self, points, hopper):
+        device, half = torch.device("cuda"), torch.bfloat16
+
+        def why(H, training, B=64):
+            return backends.why_cudnn(device, half, (512, B, 1, H), "reset_after", training)
+
+        with FakeTensorMode():
+            assert why(128, False) is None
+            assert why(512, False) == "it was measured faster near this size on sm_90"
+            assert why(512, True) is None
+            assert why(128, True) == "nothing near this size is measured on sm_90"
+            assert why(128, True, B=0) is None
+
+
+@pytest.fixture
+def cuda_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what CUDA calls reach, in order."""
+    calls = []
+
+    def spy(what, function):
+        def called(*args):
+            calls.append(what)
+            return function(*args)
+
+        return called
+
+    monkeypatch.setattr(torch, "_cudnn_rnn", spy("cudnn", torch._cudnn_rnn))
+    monkeypatch.setattr(recurrence, "_without_grad", spy("ops", recurrence._without_grad))
+    monkeypatch.setattr(torch.nn.RNNBase, "reset_parameters", lambda self: None)
+    return calls
+
+
+@needs_triton
+class TestCalls:
+    """In auto, on CUDA tensors that hold no data."""
+
+    def run(self, module, **more):
+        x = torch.empty(5, 3, 4, device="cuda", dtype=module.weight_ih_l0.dtype)
+        output, h_n = module(x, **more)
+        directions = 2 if module.bidirectional else 1
+        assert output.shape == (5, 3, 8 * directions) and h_n.shape == (directions, 3, 8)
+        assert output.device.type == "cuda"
+        return explain(module, x, **more)
+
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_cudnn_where_nothing_is_measured(self, cuda_calls, bidirectional, bias):
+        with torch.no_grad(), FakeTensorMode():
+            module = GRU(4, 8, bidirectional=bidirectional, bias=bias, device="cuda")
+            found = self.run(module)
+        assert cuda_calls == ["cudnn"] and found.backend == "cudnn"
+        assert found.why_not["triton"].endswith("no Triton kernel has been measured on a GPU yet")
+
+    def test_triton_where_cudnn_cannot(self, cuda_calls, hopper):
+        with torch.no_grad(), FakeTensorMode():
+            found = [
+                self.run(GRU(4, 8, cell=cell, device="cuda"))
+                for cell in ("reset_before", "no_reset")
+            ]
+            mask = torch.zeros(5, 3, dtype=torch.bool, device="cuda")
+            found.append(self.run(GRU(4, 8, device="cuda"), reset_mask=mask))
+        assert cuda_calls == ["ops"] * 3
+        assert {f.backend for f in found} == {"triton"}
+        assert found[0].kernel == "Triton, cta, because it fits; not measured at this size"
+        assert found[0].why_not["cudnn"] == "it does not have cell='reset_before'"
+        assert found[2].why_not["cudnn"] == "it does not have resets"
+
+    def test_triton_where_it_was_faster(self, cuda_calls, hopper, monkeypatch):
+        point = Point(90, "infer", "tf32", 8, 3, "grid", 1.5)
+        monkeypatch.setattr(measured, "POINTS", (point,))
+        monkeypatch.setattr(measured, "LEAST_T", 1)
+        with torch.no_grad(), FakeTensorMode():
+            found = self.run(GRU(4, 8, device="cuda"))
+        assert cuda_calls == ["ops"]
+        assert (found.backend, found.kernel) == ("triton", "Triton, grid, as measured")
+        assert found.why_not["cudnn"] == "a Triton kernel was measured faster near this size"
+
+    def test_by_name(self, cuda_calls):
+        with torch.no_grad(), FakeTensorMode():
+            for backend in ("cudnn", "triton"):
+                module = GRU(4, 8, backend=backend, device="cuda")
+                module(torch.empty(5, 3, 4, device="cuda"))
+            module = GRU(4, 8, cell="no_reset", backend="cudnn", device="cuda")
+            with pytest.raises(RuntimeError, match="it does not have cell='no_reset'"):
+                module(torch.empty(5, 3, 4, device="cuda"))
+        assert cuda_calls == ["cudnn", "ops"]
+
+    def test_float64(self, cuda_calls):
+        with torch.no_grad(), FakeTensorMode():
+            found = self.run(GRU(4, 8, device="cuda", dtype=torch.float64))
+        assert cuda_calls == ["cudnn"]
+        assert found.why_not["triton"] == "there is no kernel for torch.float64"
+        assert backends.select("auto", "cuda", torch.float64, "no_reset") == "reference"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("reverse", [(False,), (False, True)])
+def test_weights_reach_cudnn_in_its_order(monkeypatch, reverse, bias):
+    """PyTorch's CPU recurrence stands in for cuDNN: it takes the same list of weights."""
+
+    def stand_in(x, weights, stride, buffer, h0, c0, mode, H, P, layers, first, p, train, both, *_):
+        assert (stride, mode, H, P, layers, first) == (4 if bias else 2, 3, 7, 0, 1, False)
+        assert train and buffer is None and c0 is None
+        output, h_n = torch._VF.gru(x, h0, weights, bias, layers, p, train, both, first)
+        return output, h_n, None, None, None
+
+    monkeypatch.setattr(torch, "_cudnn_rnn", stand_in)
+    inputs = layer_inputs(Case(reverse=reverse, bias=bias), grad=True)
+    output, h_n = recurrence._cudnn(*inputs.arguments()[:6], True)
+    expected = reference.layer(*inputs.arguments())
+    torch.testing.assert_close((output, h_n), expected[:2])
+
+
+def test_what_cudnn_does_not_take():
+    groups = recurrence._is_grouped
+    x, bias = torch.zeros(2, 2, 2), torch.zeros(1)
+    assert not groups(x, bias, bias, [False]) and not groups(x, None, None, (False, True))
+    assert groups(x, bias, bias, [True]) and groups(x, bias, bias, [False, False])
+    assert groups(x, None, bias, [False]) and groups(x[None], bias, bias, [False])
+    seen = []
+    torch.vmap(lambda x: seen.append(groups(x, bias, bias, [False])) or x)(x[None])
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_triton_or_in_float64_the_reference_serves_cuda(cell, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("a Triton kernel was called")
+
+    monkeypatch.setattr(ops.importlib, "import_module", refuse)
+    inputs = layer_inputs(Case(cell))
+    expected = reference.layer(*inputs.arguments())
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "find_spec", lambda name: None)
+        for dtype in (torch.float64, torch.float32):
+            results = ops._cuda_kernel("layer")(*inputs.to(dtype).arguments())
+            torch.testing.assert_close(results, expected, check_dtype=False)
+
+
+@needs_triton
+@pytest.mark.parametrize("cell, expected", [("reset_after", "cudnn"), ("no_reset", "triton")])
+def test_the_choice_can_be_compiled(cell, expected, fresh_compiler):
+    """What a CUDA call asks, in one graph; the tensor itself is on the CPU."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def choice(x):
+        name = backends.select(
+            "auto", "cuda", x.dtype, cell, lengths=False,
+            grouped=recurrence._is_grouped(x, None, None, (False,)),
+            composed=backends.needs_composition(), prefer_cudnn=backends.nothing_measured(),
+        )  # fmt: skip
+        return x + 1 if name == expected else x
+
+    assert choice(torch.zeros(2, 2, 2)).all()
+
+
+def test_triton_dtypes_are_those_of_the_kernels():
+    assert backends.TRITON_DTYPES == kernels.DTYPES

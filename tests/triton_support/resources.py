@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every row of the tables takes on every architecture: the snapshot and its check.
+
+A snapshot is a JSON file per Triton version: {"sm_90 forward_cta 16 reset_after everything
+B8 H64 K0 w4": [registers, bytes spilled, bytes of shared memory, warpgroup products]}.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+from cases import Case, layer_inputs
+from gru_fast import kernels
+from gru_fast.kernels import problem, registry, tables
+from gru_fast.kernels.tiling import Config
+from triton_support import compiled
+from triton_support.compiled import DEVICES, Resources
+
+SNAPSHOT = Path(__file__).parent / f"resources-triton-{triton.__version__}.json"
+VARIANTS = (
+    ("reset_after", "everything", (90, 80, 100, 75, 86, 120)),
+    ("reset_before", "everything", (90,)),
+    ("reset_after", "plain", (90,)),
+    ("reset_after", "everything", (89,)),
+)
+"""Cells and optional inputs that rows are compiled for, and where: what takes most comes first."""
+
+MOST_H = 1024
+"""The H that rows without a limit are compiled for."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of the tables on one architecture, for one cell and one set of optional inputs."""
+
+    arch: int
+    kernel: str
+    numbers: str
+    cell: str
+    features: str
+    direction: str
+    H: int
+    config: Config
+
+    def __str__(self) -> str:
+        c = self.config
+        tiles = f"B{c.BLOCK_B} H{c.BLOCK_H} K{c.BLOCK_K} w{c.num_warps}"
+        return (
+            f"sm_{self.arch} {self.direction}_{self.kernel} {self.numbers} {self.cell} "
+            f"{self.features} to {self.H}: {tiles}"
+        )
+
+
+def points() -> Iterator[Point]:
+    """Every row where it may be taken, and the tiles of `step`."""
+    for cell, features, archs in VARIANTS:
+        for arch in archs:
+            device = DEVICES[arch]
+            for direction in ("forward", "backward"):
+                for row in tables.offered(device, direction):
+                    if features == "plain" or not row.plain:
+                        yield Point(
+                            arch, row.kernel, row.numbers, cell, features, direction,
+                            min(row.H, MOST_H), row.config,
+                        )  # fmt: skip
+            for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
+                sizes = tables.Sizes(2, 4, 1, 256, cell, 2 if numbers == "16" else 4, numbers)
+                for direction in ("forward", "backward"):
+                    config = tables.config("step", device, sizes, direction)
+                    yield Point(arch, "step", numbers, cell, features, direction, 256, config)
+
+
+def sample() -> Iterator[Point]:
+    """A few of them, of each kernel and for each kind of architecture."""
+    wanted = {
+        (90, "cta", "16", 128), (90, "grid", "16", 512), (80, "cta", "tf32", 64),
+        (75, "cta", "ieee", 64), (100, "grid", "tf32", 256), (120, "step", "16", 256),
+    }  # fmt: skip
+    for point in points():
+        key = (point.arch, point.kernel, point.numbers, point.H)
+        if key in wanted and (point.direction == "backward" or point.arch == 90):
+            if point.direction == "backward" or point.config.BLOCK_B == 8:
+                yield point
+            if point.direction == "backward":
+                wanted.discard(key)
+
+
+def dtype_of(numbers: str, arch: int) -> torch.dtype:
+    if numbers != "16":
+        return torch.float32
+    return torch.bfloat16 if arch >= 90 else torch.float16
+
+
+def compile_point(point: Point) -> dict[str, Resources]:
+    """By the name of the point, and for launches of several binaries a number."""
+    dtype = dtype_of(point.numbers, point.arch)
+    inputs = layer_inputs(Case(point.cell, point.features, T=2, B=4, I=4, H=point.H), dtype)
+    before = problem.dot_precision, registry.KERNELS[point.kernel]
+    problem.dot_precision = lambda tensor: point.numbers if point.numbers != "16" else "tf32"
+    registry.KERNELS[point.kernel] = registry.Kernel(point.kernel, lambda *_: point.config)
+    mode = (point.cell, [False], False)
+    slots = problem.SLOTS[point.cell]
+    try:
+        with compiled.dry_launches(point.arch) as launches:
+            if point.direction == "forward":
+                kernels.layer(*inputs.arguments(), kernel=point.kernel)
+            else:
+                output = inputs.x.new_zeros(2, 4, point.H)
+                workspace = inputs.x.new_zeros(2, 4, 1, slots * point.H)
+                kernels.layer_backward(
+                    output, inputs.h0, None, *inputs.arguments()[:10], output, workspace, *mode,
+                    [True] * 8, kernel=point.kernel,
+                )  # fmt: skip
+    finally:
+        problem.dot_precision, registry.KERNELS[point.kernel] = before
+    wanted = f"{point.direction}_{point.kernel}"
+    binaries = {id(x.compiled): x for x in launches if x.kernel == wanted}
+    found = [compiled.resources(launch, point.arch) for launch in binaries.values()]
+    return {f"{point} #{i}" if i else str(point): used for i, used in enumerate(found)}
+
+
+def read() -> dict[str, list[int]]:
+    return json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
