@@ -8,8 +8,8 @@ namespace {
 
 constexpr uint64_t kClosed = uint64_t{1} << 63;
 constexpr int kPartBits = 32;
-constexpr int kSpinsBeforeYield = 4000;
-constexpr int kYieldsBeforeClosing = 200;
+constexpr int kSpinsBeforeYield = 100;
+constexpr int kYieldsBeforeClosing = 500;
 constexpr int kAllToAllMembers = 4;
 
 inline void relax() {
