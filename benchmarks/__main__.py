@@ -35,6 +35,10 @@ def main() -> int:
     if wrong is not None:
         print(f"python -m benchmarks: {wrong}", file=sys.stderr)
         return 2
+    if arguments[:1] == ["figures"]:
+        from benchmarks import figures
+
+        return figures.main()
     if arguments[:1] == ["sample"]:
         from benchmarks import sample
 
