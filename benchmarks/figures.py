@@ -128,6 +128,11 @@ def steps(results: Results) -> str:
     )
 
 
+def count(value: float) -> str:
+    """Three digits and a thousand's or a million's letter."""
+    return f"{value / 1e6:.2f}M" if value >= 0.9995e6 else f"{value / 1e3:.3g}k"
+
+
 def samples(results: Results) -> str:
     chosen = [
         r for r in results.records if r.suite == "sample" and r.provider.startswith("gru_fast.")
@@ -137,7 +142,7 @@ def samples(results: Results) -> str:
         if record.median_s is None:
             return "-"
         rate = record.case["B"] * record.case["T"] / record.median_s
-        return f"{ratio(record)}, {rate / 1e3:.3g}k/s"
+        return f"{ratio(record)}, {count(rate)}/s"
 
     return pivot(
         chosen,

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import figures
+from repository_tools import load
+
+figures = load("benchmarks.figures")
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "run_readme.py"
 
