@@ -7,9 +7,8 @@ computes.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .problem import Problem
+from .problem import Chunk
 from .tile import (
     is_backwards,
     load_scale,
@@ -187,37 +186,12 @@ def backward_cta(
         tl.store(grad_scale_ptr + state_at, d_scale, mask=inside)
 
 
-def launch_backward_cta(
-    problem: Problem,
-    grad_output: Tensor | None,
-    grad_workspace: Tensor | None,
-    output: Tensor,
-    workspace: Tensor,
-    steps: tuple[int, int],
-    grad_gates: Tensor,
-    grad_q: Tensor | None,
-    grad_state: Tensor,
-    grad_start: Tensor | None,
-    grad_scale: Tensor | None,
-    config: Config,
-) -> None:
-    """Run the scan steps of a chunk; arguments as in `launch_backward_step`."""
-    for first_group, groups, reverse_bits in problem.launches():
-        backward_cta[(triton.cdiv(problem.B, config.BLOCK_B), groups)](
-            **problem.shared_arguments(),
-            grad_output_ptr=grad_output,
-            grad_workspace_ptr=grad_workspace,
-            output_ptr=output,
-            workspace_ptr=workspace,
-            grad_gates_ptr=grad_gates,
-            grad_q_ptr=grad_q,
-            grad_state_ptr=grad_state,
-            grad_start_ptr=grad_start,
-            grad_scale_ptr=grad_scale,
-            step_begin=steps[0],
-            step_end=steps[1],
+def launch_backward_cta(chunk: Chunk, config: Config) -> None:
+    """Run the scan steps of a chunk, from the last to the first."""
+    for first_group, groups, reverse_bits in chunk.problem.launches():
+        backward_cta[(triton.cdiv(chunk.problem.B, config.BLOCK_B), groups)](
+            **chunk.arguments(),
             first_group=first_group,
             reverse_bits=reverse_bits,
-            PRECISION=problem.precision,
             **config.arguments("BLOCK_H", "BLOCK_B"),
         )

@@ -8,11 +8,10 @@ the programs exchange; only gate gradients are emitted.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .cta_backward import load_step
 from .grid import arrive, grid_launches, load_panels, load_rows, wait
-from .problem import Problem
+from .problem import Chunk
 from .tile import (
     is_backwards,
     load_scale,
@@ -216,40 +215,15 @@ def backward_grid(
         tl.store(grad_scale_ptr + state_at, d_scale, mask=inside)
 
 
-def launch_backward_grid(
-    problem: Problem,
-    grad_output: Tensor | None,
-    grad_workspace: Tensor | None,
-    output: Tensor,
-    workspace: Tensor,
-    steps: tuple[int, int],
-    grad_gates: Tensor,
-    grad_q: Tensor | None,
-    grad_state: Tensor,
-    grad_start: Tensor | None,
-    grad_scale: Tensor | None,
-    config: Config,
-) -> None:
-    """Run the scan steps of a chunk; arguments as in `launch_backward_step`."""
-    for launch in grid_launches(problem, config):
+def launch_backward_grid(chunk: Chunk, config: Config) -> None:
+    """Run the scan steps of a chunk, from the last to the first."""
+    for launch in grid_launches(chunk.problem, config):
         backward_grid[launch.grid](
-            **problem.shared_arguments(),
-            grad_output_ptr=grad_output,
-            grad_workspace_ptr=grad_workspace,
-            output_ptr=output,
-            workspace_ptr=workspace,
-            grad_gates_ptr=grad_gates,
-            grad_q_ptr=grad_q,
-            grad_state_ptr=grad_state,
-            grad_start_ptr=grad_start,
-            grad_scale_ptr=grad_scale,
+            **chunk.arguments(),
             counters_ptr=launch.counters,
-            step_begin=steps[0],
-            step_end=steps[1],
             first_group=launch.first_group,
             reverse_bits=launch.reverse_bits,
             first_tile=launch.first_tile,
-            PRECISION=problem.precision,
             launch_cooperative_grid=True,
             **config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K", "RESIDENT"),
         )

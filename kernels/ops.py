@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import products, rebuild
-from .problem import Problem, dot_precision, on_device, problem_of
+from .problem import Chunk, Problem, dot_precision, on_device, problem_of
 from .registry import take
 
 CHUNK_ELEMENTS = 2**25
@@ -262,10 +262,11 @@ def _backward(
             count = steps[1] - steps[0]
             rows = h0.new_empty(count, B, G, problem.weight_hh.shape[1])
             grad_q = h0.new_empty(count, B, G, H) if problem.cell == "reset_after" else None
-            chosen.launch_backward(
+            chunk = Chunk(
                 problem, grad_output, grad_workspace, output, slots, steps, rows, grad_q,
-                grad_state, grad_start, grad_scale, config,
+                grad_state, grad_start, grad_scale,
             )  # fmt: skip
+            chosen.launch_backward(chunk, config)
             on_chunk(rows, steps)
             gate_rows = rows.shape[3] - H
             candidate = rows[..., gate_rows:] if grad_q is None else grad_q

@@ -100,6 +100,55 @@ class Problem:
         }
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """What a backward scan reads and writes for the scan steps steps[0] ... steps[1] - 1.
+
+    Attributes:
+        problem: Of all T steps.
+        grad_output: (T, B, G*H), or None.
+        grad_workspace: As the workspace, or None.
+        output: (T, B, G*H).
+        workspace: Of the chunk, or of the whole sequence if that is the chunk.
+        steps: Scan steps, [begin, end).
+        grad_gates: (steps, B, G, N*H), written.
+        grad_q: (steps, B, G, H), written; None unless the cell is reset_after.
+        grad_state: (G, B, H) float32, the gradient of the state after the chunk; receives that of
+            the state before it.
+        grad_start: (G, B, H) float32 of reset_state, added to; or None.
+        grad_scale: (G, B, H) float32 of h_scale, added to; or None.
+    """
+
+    problem: Problem
+    grad_output: Tensor | None
+    grad_workspace: Tensor | None
+    output: Tensor
+    workspace: Tensor
+    steps: tuple[int, int]
+    grad_gates: Tensor
+    grad_q: Tensor | None
+    grad_state: Tensor
+    grad_start: Tensor | None
+    grad_scale: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        """What every backward kernel takes, by the name of the parameter."""
+        return self.problem.shared_arguments() | {
+            "grad_output_ptr": self.grad_output,
+            "grad_workspace_ptr": self.grad_workspace,
+            "output_ptr": self.output,
+            "workspace_ptr": self.workspace,
+            "grad_gates_ptr": self.grad_gates,
+            "grad_q_ptr": self.grad_q,
+            "grad_state_ptr": self.grad_state,
+            "grad_start_ptr": self.grad_start,
+            "grad_scale_ptr": self.grad_scale,
+            "step_begin": self.steps[0],
+            "step_end": self.steps[1],
+            "PRECISION": self.problem.precision,
+        }
+
+
 def problem_of(
     gates_x: Tensor,
     h0: Tensor,

@@ -13,7 +13,7 @@ import torch
 
 from . import tables
 from .measured import nearest
-from .problem import Problem, dot_precision
+from .problem import Chunk, Problem, dot_precision
 from .tiling import Config, Device, Sizes, device_of, sizes_of
 
 
@@ -33,9 +33,9 @@ class Kernel:
         module = import_module(f".{self.name}_forward", __package__)
         getattr(module, f"launch_forward_{self.name}")(*args)
 
-    def launch_backward(self, *args: Any) -> None:
+    def launch_backward(self, chunk: Chunk, config: Config) -> None:
         module = import_module(f".{self.name}_backward", __package__)
-        getattr(module, f"launch_backward_{self.name}")(*args)
+        getattr(module, f"launch_backward_{self.name}")(chunk, config)
 
 
 KERNELS = {name: Kernel(name, partial(tables.config, name)) for name in ("cta", "grid", "step")}

@@ -10,9 +10,8 @@ own tile only, the parts of that gradient that need no product.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .problem import Problem
+from .problem import Chunk
 from .tile import (
     is_backwards,
     load_gate,
@@ -196,35 +195,20 @@ def backward_step(
             tl.store(extra_ptr + state_at, e * r, mask=inside)
 
 
-def launch_backward_step(
-    problem: Problem,
-    grad_output: Tensor | None,
-    grad_workspace: Tensor | None,
-    output: Tensor,
-    workspace: Tensor,
-    steps: tuple[int, int],
-    grad_gates: Tensor,
-    grad_q: Tensor | None,
-    grad_state: Tensor,
-    grad_start: Tensor | None,
-    grad_scale: Tensor | None,
-    config: Config,
-) -> None:
-    """Run the scan steps steps[0] ... steps[1] - 1 of a chunk from the last to the first.
-
-    grad_state (G, B, H) float32 holds the gradient of the state after the chunk and receives that
-    of the state before it; grad_start and grad_scale, likewise, are added to.
-    """
+def launch_backward_step(chunk: Chunk, config: Config) -> None:
+    """Run the scan steps of a chunk, from the last to the first."""
+    problem, grad_state = chunk.problem, chunk.grad_state
     kept = torch.empty_like(grad_state)
     before = problem.cell == "reset_before"
     extra = torch.empty_like(grad_state) if before else None
-    begin, end = steps
+    begin, end = chunk.steps
     plan = []
     for step in range(end - 1, begin - 1, -1):
         plan.append((step, step + 1 < end, "gates"))
         if before:
             plan.append((step, False, "reset"))
     plan.append((begin - 1, True, "none"))
+    arguments = chunk.arguments()
     for first_group, groups, reverse_bits in problem.launches():
         grid = (
             triton.cdiv(problem.B, config.BLOCK_B),
@@ -233,25 +217,13 @@ def launch_backward_step(
         )
         for step, product, part in plan:
             backward_step[grid](
-                **problem.shared_arguments(),
-                grad_output_ptr=grad_output,
-                grad_workspace_ptr=grad_workspace,
-                output_ptr=output,
-                workspace_ptr=workspace,
-                grad_gates_ptr=grad_gates,
-                grad_q_ptr=grad_q,
-                grad_state_ptr=grad_state,
-                grad_start_ptr=grad_start,
-                grad_scale_ptr=grad_scale,
+                **arguments,
                 kept_ptr=kept,
                 extra_ptr=extra,
                 step=step,
-                step_begin=begin,
-                step_end=end,
                 first_group=first_group,
                 reverse_bits=reverse_bits,
                 PRODUCT=product,
                 PART=part,
-                PRECISION=problem.precision,
                 **config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K"),
             )
