@@ -13,12 +13,12 @@ namespace {
 // Measured: from 3 rows on, packing a tile once is as fast or faster.
 constexpr int64_t kMaxRowsInPlace = 2;
 
-// out[i * stride] = sum_k a[(row + i) * row_stride + k] * weight[lane * K + k] for the n lanes.
+// out[i * stride] = sum_k a[i * row_stride + k] * weight[lane * K + k] for the n lanes.
 template <class Real, int ROWS>
-void product_in_place(Operand<Real> operand, int64_t row, const Real* weight, int n, int64_t K,
-                      Vec<Real>* out, int stride) {
+void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t K, Vec<Real>* out,
+                      int stride) {
   constexpr int W = kLanes<Real>;
-  const Real* a = operand.a + row * operand.row_stride;
+  const Real* a = operand.a;
   int64_t k = 0;
   bool first = true;
   do {
@@ -39,7 +39,7 @@ void product_in_place(Operand<Real> operand, int64_t row, const Real* weight, in
       if (columns == W) {
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
           for (int i = 0; i < ROWS; ++i) sum[i] += block[j] * a[i * operand.row_stride + k + j];
         }
       } else {
@@ -48,7 +48,7 @@ void product_in_place(Operand<Real> operand, int64_t row, const Real* weight, in
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int i = 0; i < ROWS; ++i) out[i * stride] = first ? sum[i] : out[i * stride] + sum[i];
     first = false;
   } while (k < K);
@@ -60,21 +60,14 @@ template <class Real, class Weight, class Lanes, class Epilogue>
 GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vectors,
                                int64_t tile_begin, int64_t tile_end, Weight weight, Lanes lanes,
                                Epilogue epilogue) {
+  static_assert(kMaxRowsInPlace == 2);
+  if (rows <= 0) return;
+  const auto multiply = rows == 2 ? product_in_place<Real, 2> : product_in_place<Real, 1>;
   Vec<Real> sums[kMaxTileVectors];
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int n = lanes(tile);
-    for (int64_t row = 0; row < rows;) {
-      const int block = rows_in_block(rows - row);
-      const auto multiply = block == 8   ? product_in_place<Real, 8>
-                            : block == 4 ? product_in_place<Real, 4>
-                            : block == 2 ? product_in_place<Real, 2>
-                                         : product_in_place<Real, 1>;
-      for (int v = 0; v < vectors; ++v) {
-        multiply(a, row, weight(tile, v), n, K, sums + v, vectors);
-      }
-      for (int i = 0; i < block; ++i) epilogue(row + i, tile, sums + i * vectors);
-      row += block;
-    }
+    for (int v = 0; v < vectors; ++v) multiply(a, weight(tile, v), n, K, sums + v, vectors);
+    for (int64_t i = 0; i < rows; ++i) epilogue(i, tile, sums + i * vectors);
   }
 }
 
