@@ -9,12 +9,12 @@ are in bold, and none is left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from benchmarks import ROOT, machine
 from benchmarks.records import Record, Results, read
-from benchmarks.report import seconds
+from benchmarks.report import seconds, threads
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,94 +37,70 @@ def markdown(header: list[str], rows: dict[str, dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def pivot(
-    records: list[Record],
-    corner: str,
-    row: Callable[[Record], str],
-    column: Callable[[Record], str],
-    cell: Callable[[Record], str],
-) -> str:
-    """Records as a table, rows and columns in the order in which they come."""
+def pivot(corner: str, cells: Iterable[tuple[str, str, str]]) -> str:
+    """(row, column, text) as a table, rows and columns in the order in which they come."""
     header: dict[str, None] = {}
     rows: dict[str, dict[str, str]] = {}
-    for record in records:
-        header[column(record)] = None
-        rows.setdefault(row(record), {})[column(record)] = cell(record)
+    for row, column, text in cells:
+        header[column] = None
+        rows.setdefault(row, {})[column] = text
     return markdown([corner, *header], rows)
 
 
-def ratio(record: Record) -> str:
-    """How many times faster than the baseline, bold where it is slower."""
-    return "-" if record.ratio_to_torch is None else times(record.ratio_to_torch)
+def times(value: float | None) -> str:
+    """How many times faster, bold where we are slower."""
+    if value is None:
+        return "-"
+    text = f"{value:.3g}x" if value >= 10 else f"{value:.2f}x"
+    return text if value >= 1 else f"**{text}**"
 
 
-def ratio_and_share(record: Record) -> str:
-    """The ratio, and how much of the physical limit is reached."""
-    share = "" if record.share_of_bound is None else f" ({record.share_of_bound:.0%})"
-    return ratio(record) + share
-
-
-def threads(record: Record) -> str:
-    return f"{record.threads} thread{'s' if record.threads > 1 else ''}"
+def beside(results: Results, suite: str, pairs: dict[str, str]) -> list[tuple[Record, float]]:
+    """Our records, and the time of the peer that pairs names for ours over our own."""
+    medians = {
+        (r.provider, str(r.case), r.threads): r.median_s
+        for r in results.records
+        if r.suite == suite and r.median_s is not None
+    }
+    found = []
+    for r in results.records:
+        if r.suite != suite or r.provider not in pairs or r.median_s is None:
+            continue
+        theirs = medians.get((pairs[r.provider], str(r.case), r.threads))
+        if theirs is not None:
+            found.append((r, theirs / r.median_s))
+    return found
 
 
 def layers(results: Results) -> str:
     chosen = [r for r in results.records if r.suite in LAYERS and r.provider == "gru_fast.cpu"]
     chosen.sort(key=lambda r: (LAYERS.index(r.suite), r.threads))
-    return pivot(
-        chosen, "I = H, B, T", sizes, lambda r: f"{r.suite}, {threads(r)}", ratio_and_share
-    )
 
+    def cell(r: Record) -> str:
+        share = "" if r.share_of_bound is None else f" ({r.share_of_bound:.0%})"
+        return times(r.ratio_to_torch) + share
 
-def beside(results: Results, suite: str, ours: str, peer: str) -> dict[int, float]:
-    """The peer's median over ours, by the position of our record."""
-    medians = {
-        (str(r.case), r.threads): r.median_s
-        for r in results.records
-        if r.suite == suite and r.provider == peer and r.median_s is not None
-    }
-    return {
-        i: medians[str(r.case), r.threads] / r.median_s
-        for i, r in enumerate(results.records)
-        if r.suite == suite
-        and r.provider == ours
-        and r.median_s is not None
-        and (str(r.case), r.threads) in medians
-    }
-
-
-def times(value: float) -> str:
-    """A ratio, bold where we are slower."""
-    text = f"{value:.3g}x" if value >= 10 else f"{value:.2f}x"
-    return text if value >= 1 else f"**{text}**"
+    return pivot("I = H, B, T", ((sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen))
 
 
 def beside_onnx(results: Results) -> str:
-    ratios = beside(results, "infer", "gru_fast.cpu", "onnxruntime")
-    cells = [(results.records[i], value) for i, value in ratios.items()]
-    cells.sort(key=lambda cell: cell[0].threads)
-    values = {id(record): times(value) for record, value in cells}
-    return pivot(
-        [record for record, _ in cells],
-        "I = H, B, T",
-        sizes,
-        lambda r: f"infer, {threads(r)}",
-        lambda r: values[id(r)],
-    )
+    found = beside(results, "infer", {"gru_fast.cpu": "onnxruntime"})
+    found.sort(key=lambda pair: pair[0].threads)
+    return pivot("I = H, B, T", ((sizes(r), f"infer, {threads(r)}", times(v)) for r, v in found))
 
 
 def steps(results: Results) -> str:
-    values: dict[int, str] = {}
-    names = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
-    for ours, peer in names.items():
-        values |= {i: times(v) for i, v in beside(results, "step", ours, peer).items()}
-    chosen = {id(results.records[i]): text for i, text in values.items()}
+    peers = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
     return pivot(
-        [r for r in results.records if id(r) in chosen],
         "I = H, B",
-        lambda r: f"{r.case['H']}, {r.case['B']}",
-        lambda r: f"`{names[r.provider]}` / ours, {threads(r)}",
-        lambda r: f"{chosen[id(r)]}, {seconds(r.median_s)}",
+        (
+            (
+                f"{r.case['H']}, {r.case['B']}",
+                f"`{peers[r.provider]}` / ours, {threads(r)}",
+                f"{times(value)}, {seconds(r.median_s)}",
+            )
+            for r, value in beside(results, "step", peers)
+        ),
     )
 
 
@@ -134,22 +110,23 @@ def count(value: float) -> str:
 
 
 def samples(results: Results) -> str:
-    chosen = [
-        r for r in results.records if r.suite == "sample" and r.provider.startswith("gru_fast.")
-    ]
-
-    def cell(record: Record) -> str:
-        if record.median_s is None:
+    def cell(r: Record) -> str:
+        if r.median_s is None:
             return "-"
-        rate = record.case["B"] * record.case["T"] / record.median_s
-        return f"{ratio(record)}, {count(rate)}/s"
+        rate = r.case["B"] * r.case["T"] / r.median_s
+        return f"{times(r.ratio_to_torch)}, {count(rate)}/s"
 
     return pivot(
-        chosen,
         "H, B, V, threads",
-        lambda r: f"{r.case['H']}, {r.case['B']}, {r.case['V']}, {r.threads}",
-        lambda r: f"{r.provider.removeprefix('gru_fast.')} {r.dtype}",
-        cell,
+        (
+            (
+                f"{r.case['H']}, {r.case['B']}, {r.case['V']}, {r.threads}",
+                f"{r.provider.removeprefix('gru_fast.')} {r.dtype}",
+                cell(r),
+            )
+            for r in results.records
+            if r.suite == "sample" and r.provider.startswith("gru_fast.")
+        ),
     )
 
 

@@ -42,6 +42,19 @@ def row(record: Record) -> str:
     ) + (f"  {record.error}" if record.error else "")
 
 
+def threads(record: Record) -> str:
+    """How many, in words."""
+    return f"{record.threads} thread{'s' if record.threads > 1 else ''}"
+
+
+def warnings(records: Iterable[Record]) -> list[str]:
+    """A line if others used the CPU."""
+    other = max((r.other_cpu or 0.0 for r in records), default=0.0)
+    if other <= BUSY:
+        return []
+    return [f"warning: other processes took {other:.0%} of the CPU time meanwhile"]
+
+
 def table(records: Iterable[Record]) -> str:
     """All providers of one problem, with a warning if others used the CPU."""
     records = list(records)
@@ -49,11 +62,7 @@ def table(records: Iterable[Record]) -> str:
         return ""
     first = records[0]
     title = f"{first.suite} {Case(**first.case)} {first.dtype} {first.device}"
-    title += f", {first.threads} thread{'s' if first.threads > 1 else ''}"
+    title += f", {threads(first)}"
     if first.bound_s is not None:
         title += f", bound {seconds(first.bound_s)}"
-    lines = [title, HEADER, *map(row, records)]
-    other = max((r.other_cpu or 0.0 for r in records), default=0.0)
-    if other > BUSY:
-        lines.append(f"warning: other processes took {other:.0%} of the CPU time meanwhile")
-    return "\n".join(lines)
+    return "\n".join([title, HEADER, *map(row, records), *warnings(records)])

@@ -90,6 +90,28 @@ def is_lost(error: Exception) -> bool:
     return isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
 
 
+def note_times(record: Record, seconds: Sequence[float], other: float | None) -> None:
+    """Fill in what the rounds took; other is the share of the CPU that others used."""
+    found = timing.summary(seconds)
+    record.median_s, record.p20_s, record.p80_s = found.median_s, found.p20_s, found.p80_s
+    record.rounds, record.other_cpu = found.rounds, other
+
+
+def note_claims(
+    record: Record,
+    seconds: Sequence[float],
+    baseline: str | None,
+    theirs: Sequence[float] | None,
+    bound: float | None,
+) -> None:
+    """Fill in the ratio to the baseline's rounds and the share of the bound, where known."""
+    if bound is not None and record.median_s is not None:
+        record.bound_s, record.share_of_bound = bound, bound / record.median_s
+    if theirs is not None:
+        record.baseline = baseline
+        record.ratio_to_torch = timing.ratio(theirs, seconds)
+
+
 def run_problem(
     problem: Problem, providers: Sequence[Provider], setting: Setting
 ) -> tuple[list[Record], list[str]]:
@@ -165,16 +187,9 @@ def _measure(
     other = load.share()
     bound = setting.bound(problem) if setting.bound and not setting.dry else None
     for name, seconds in samples.items():
-        record, found = records[name], timing.summary(seconds)
-        record.median_s, record.p20_s, record.p80_s = found.median_s, found.p20_s, found.p80_s
-        record.rounds, record.other_cpu = found.rounds, other
-        if setting.dry:
-            continue
-        if bound is not None:
-            record.bound_s, record.share_of_bound = bound, bound / found.median_s
-        if baseline in samples:
-            record.baseline = baseline
-            record.ratio_to_torch = timing.ratio(samples[baseline], seconds)
+        note_times(records[name], seconds, other)
+        if not setting.dry:
+            note_claims(records[name], seconds, baseline, samples.get(baseline or ""), bound)
 
 
 def _footprints(

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,9 +23,12 @@ from tqdm import tqdm
 
 from benchmarks import machine, probe, timing
 from benchmarks.bound import bandwidth_of
-from benchmarks.cases import Case
+from benchmarks.cases import Case, parse
 from benchmarks.providers_onnx import onnx_rows
 from benchmarks.records import Record, Results
+from benchmarks.report import threads as threads_of
+from benchmarks.report import warnings
+from benchmarks.runner import describe_error, note_claims, note_times
 from gru_fast import GRULanguageModel, Sampler, sampling
 from gru_fast.packed import WEIGHTS
 
@@ -148,49 +152,32 @@ def step_graph(model: GRULanguageModel, B: int) -> bytes:
     return serialised
 
 
-def gru_fast_loop(model: GRULanguageModel, B: int) -> Draw:
-    """Our loop of PyTorch operations, which `generate` uses where the native one cannot."""
+def drawing(generate: Callable[..., Any], B: int, **options: Any) -> Draw:
+    """B sequences by a function with the arguments of `GRULanguageModel.generate`."""
 
     def draw(T: int, greedy: bool) -> Tensor:
-        tokens = sampling.generate(
-            model, max_new_tokens=T, num_return_sequences=B, do_sample=not greedy, seed=0,
-            loop=sampling.generate_loop,
-        )  # fmt: skip
-        assert isinstance(tokens, Tensor)
-        return tokens
-
-    return draw
-
-
-def gru_fast_sampler(weights: str) -> Callable[[GRULanguageModel, int], Draw]:
-    """One native call with weights packed in advance."""
-
-    def prepare(model: GRULanguageModel, B: int) -> Draw:
-        sampler = Sampler(model, weights)
-
-        def draw(T: int, greedy: bool) -> Tensor:
-            tokens = sampler.generate(
-                max_new_tokens=T, num_return_sequences=B, do_sample=not greedy, seed=0
-            )
-            assert isinstance(tokens, Tensor)
-            return tokens
-
-        return draw
-
-    return prepare
-
-
-def gru_fast_generate(model: GRULanguageModel, B: int) -> Draw:
-    """`model.generate`, which packs the weights in every call."""
-
-    def draw(T: int, greedy: bool) -> Tensor:
-        tokens = model.generate(
-            max_new_tokens=T, num_return_sequences=B, do_sample=not greedy, seed=0
+        tokens = generate(
+            max_new_tokens=T, num_return_sequences=B, do_sample=not greedy, seed=0, **options
         )
         assert isinstance(tokens, Tensor)
         return tokens
 
     return draw
+
+
+def gru_fast_loop(model: GRULanguageModel, B: int) -> Draw:
+    """Our loop of PyTorch operations, which `generate` uses where the native one cannot."""
+    return drawing(partial(sampling.generate, model), B, loop=sampling.generate_loop)
+
+
+def gru_fast_generate(model: GRULanguageModel, B: int) -> Draw:
+    """`model.generate`, which packs the weights in every call."""
+    return drawing(model.generate, B)
+
+
+def gru_fast_sampler(weights: str, model: GRULanguageModel, B: int) -> Draw:
+    """One native call with weights packed in advance."""
+    return drawing(Sampler(model, weights).generate, B)
 
 
 def providers() -> dict[tuple[str, str], tuple[str, Callable[[GRULanguageModel, int], Draw]]]:
@@ -202,7 +189,7 @@ def providers() -> dict[tuple[str, str], tuple[str, Callable[[GRULanguageModel, 
     found["gru_fast.loop", "float32"] = (ours, gru_fast_loop)
     found["gru_fast.generate", "float32"] = (ours, gru_fast_generate)
     for weights in WEIGHTS:
-        found["gru_fast.sampler", weights] = (ours, gru_fast_sampler(weights))
+        found["gru_fast.sampler", weights] = (ours, partial(gru_fast_sampler, weights))
     return found
 
 
@@ -246,7 +233,7 @@ def run_case(
             draw = prepare(model, case.B)
             record.error = gate(draw, model, dtype)
         except Exception as error:
-            record.error = f"{type(error).__name__}: {error}"
+            record.error = describe_error(error)
             continue
         record.parity = "ok" if record.error is None else "wrong"
         record.parity_T = GATE_TOKENS
@@ -256,21 +243,17 @@ def run_case(
     samples = timing.interleave(calls, timing.cpu_clock, effort)
     other, baseline = load.share(), samples.get("nn.GRU.loop float32")
     for key, seconds in samples.items():
-        record, found = records[key], timing.summary(seconds)
-        record.median_s, record.p20_s, record.p80_s = found.median_s, found.p20_s, found.p80_s
-        record.rounds, record.other_cpu = found.rounds, other
-        if baseline is not None:
-            record.baseline, record.ratio_to_torch = "nn.GRU.loop", timing.ratio(baseline, seconds)
+        record = records[key]
+        note_times(record, seconds, other)
         best = None if peaks is None else bound(case, record.dtype, threads, peaks)
-        if best is not None:
-            record.bound_s, record.share_of_bound = best, best / found.median_s
+        note_claims(record, seconds, "nn.GRU.loop", baseline, best)
     return list(records.values())
 
 
 def table(records: list[Record]) -> str:
     """One line for each provider, with the tokens a second of all sequences together."""
     first = records[0]
-    lines = [f"sample {Case(**first.case)} cpu, {first.threads} thread(s)"]
+    lines = [f"sample {Case(**first.case)} cpu, {threads_of(first)}"]
     lines.append(f"{'provider':<28}{'tokens/s':>12}{'ratio':>9}{'share':>8}  parity")
     for r in records:
         speed, ratio, share = "-", "-", "-"
@@ -282,10 +265,7 @@ def table(records: list[Record]) -> str:
             share = f"{r.share_of_bound:.0%}"
         name = f"{r.provider} {r.dtype}"
         lines.append(f"{name:<28}{speed:>12}{ratio:>9}{share:>8}  {r.parity} {r.error or ''}")
-    other = max((r.other_cpu or 0.0 for r in records), default=0.0)
-    if other > machine.BUSY:
-        lines.append(f"warning: other processes took {other:.0%} of the CPU time meanwhile")
-    return "\n".join(lines)
+    return "\n".join([*lines, *warnings(records)])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -303,8 +283,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Run; 0 if every gate was green and nothing failed, else 1."""
-    from benchmarks.cases import parse
-
     options = parser().parse_args(arguments)
     shapes = QUICK if options.quick else SHAPES
     every = os.cpu_count() or 1
