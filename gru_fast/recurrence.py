@@ -192,6 +192,9 @@ def layer(
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
+    tensors = (
+        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state, h_scale,
+    )  # fmt: skip
     training = _needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale)
     route = "ops"
     if not _takes_ops(x, backend):
@@ -207,21 +210,13 @@ def layer(
             grouped=_is_grouped(x, bias_ih, bias_hh, reverse),
         )
     if route != "ops":
-        tensors = (
-            x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state,
-            h_scale,
-        )  # fmt: skip
         check_layer(*tensors, cell, reverse)
         if route == "cudnn":
             return _cudnn(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, training)
         return _compose(reference.layer, tensors, cell, reverse)
-    arguments = (
-        x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state, h_scale,
-        cell, reverse,
-    )  # fmt: skip
     if not training:
-        return _without_grad(_layer_op, *arguments)
-    output, h_n, _ = _layer_op(*arguments, recompute)
+        return _without_grad(_layer_op, *tensors, cell, reverse)
+    output, h_n, _ = _layer_op(*tensors, cell, reverse, recompute)
     return output, h_n
 
 
@@ -263,6 +258,7 @@ def scan(
         RuntimeError: as `layer`.
         ValueError: as `layer`.
     """
+    tensors = (gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale)
     training = _needs_grad(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale)
     route = "ops"
     if not _takes_ops(gates_x, backend):
@@ -278,15 +274,9 @@ def scan(
             grouped=True,
         )
     if route == "reference":
-        tensors = (
-            gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale,
-        )  # fmt: skip
         check_scan(*tensors, cell, reverse)
         return _compose(reference.scan, tensors, cell, reverse)
-    arguments = (
-        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse,
-    )  # fmt: skip
     if not training:
-        return _without_grad(_scan_op, *arguments)
-    output, h_n, _ = _scan_op(*arguments, recompute)
+        return _without_grad(_scan_op, *tensors, cell, reverse)
+    output, h_n, _ = _scan_op(*tensors, cell, reverse, recompute)
     return output, h_n

@@ -199,7 +199,7 @@ def generate(
     if streamer is not None:
         streamer.put(prompts)
     if loop is None:
-        loop = choose_loop(model, options)
+        loop = choose_loop(model)
     tokens, log_probs, hidden = loop(
         model, prompts, lengths, options, None if streamer is None else streamer.put
     )
@@ -217,7 +217,7 @@ def generate(
     )
 
 
-def choose_loop(model: LanguageModel, options: SamplingOptions) -> Loop:
+def choose_loop(model: LanguageModel) -> Loop:
     """The function that runs a call of `generate`; all have the interface of `generate_loop`."""
     if model.gru.backend in ("auto", "cpu") and packed.why_not(model.gru, model.head) is None:
         return native_loop

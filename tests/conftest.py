@@ -2,6 +2,7 @@
 """Fixtures for all tests."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -43,25 +44,38 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+ISAS = _C.cpu_isas() if ops.HAS_CPU_KERNELS else []
+# Where the processor has dot products, samplers use them for AVX-512 unless told otherwise.
+NO_DOT = ["avx512 without dot products"] if "avx512" in ISAS else []
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(name)
+    yield
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this processor, forced in turn."""
+    with forced_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[*ISAS, *NO_DOT])
+def sampler_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each set of instructions that the samplers can use here."""
+    if request.param in NO_DOT:
+        monkeypatch.setattr(_C, "PackedStack", partial(_C.PackedStack, plain=True))
+    with forced_isa(request.param.split()[0]):
+        yield request.param
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     """No compiled code before or after."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-SAMPLER_ISAS = ops._C.cpu_isas() if ops.HAS_CPU_KERNELS else []
-# Where the processor has dot products, AVX-512 means these unless told otherwise.
-NO_DOT = ["avx512 without dot products"] if "avx512" in SAMPLER_ISAS else []
-
-
-@pytest.fixture(params=[*SAMPLER_ISAS, *NO_DOT])
-def sampler_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each set of instructions that the samplers can use here."""
-    before = ops._C.cpu_isa()
-    ops._C.set_cpu_isa(request.param.split()[0])
-    if request.param in NO_DOT:
-        monkeypatch.setattr(ops._C, "PackedStack", partial(ops._C.PackedStack, plain=True))
-    yield request.param
-    ops._C.set_cpu_isa(before)

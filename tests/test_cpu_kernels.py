@@ -22,14 +22,6 @@ _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its C
 DTYPES = (torch.float32, torch.float64)
 
 
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
-
-
 @pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The C++ draw against the rules of reference_sampling, on every instruction set."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -24,14 +22,6 @@ OPTIONS = [
     {"min_p": 1.0},
     {"temperature": 2.0, "top_k": 10, "top_p": 0.9, "min_p": 0.05},
 ]
-
-
-@pytest.fixture(params=_C.cpu_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _C.cpu_isa()
-    _C.set_cpu_isa(request.param)
-    yield request.param
-    _C.set_cpu_isa(before)
 
 
 def draw(logits, position, stream, seed=SEED, **options):

@@ -13,18 +13,11 @@ import pytest
 import torch
 
 from gru_fast import GRULanguageModel, Sampler, packed, sampling
-from gru_fast.sampling import PADDING, SamplingOptions, generate_loop
+from gru_fast.sampling import PADDING, generate_loop
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 CELLS = ("reset_after", "reset_before", "no_reset")
-
-
-@pytest.fixture
-def poisoned_scratch() -> Iterator[None]:
-    _C.set_scratch_poison(True)
-    yield
-    _C.set_scratch_poison(False)
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("layers", (1, 3))
-def test_tokens_are_those_of_the_loop(sampler_isa, cell, layers, poisoned_scratch):
+def test_tokens_are_those_of_the_loop(sampler_isa, cell, layers, poisoned_memory):
     lm = language_model(layers=layers, cell=cell)
     prompts = ragged(9, 11, 5)
     for options in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}, {"do_sample": False}):
@@ -94,19 +87,18 @@ def test_without_sampling_the_state_is_bitwise_that_of_the_layers(sampler_isa, s
 
 
 def test_generate_uses_the_native_loop_and_leaves_the_rest_to_the_other(monkeypatch):
-    options = SamplingOptions(4)
-    assert sampling.choose_loop(language_model(), options) is sampling.native_loop
+    assert sampling.choose_loop(language_model()) is sampling.native_loop
     for other in (
         language_model(backend="reference"),
         language_model().double(),
         language_model().to("meta"),
     ):
-        assert sampling.choose_loop(other, options) is generate_loop
+        assert sampling.choose_loop(other) is generate_loop
     before = _C.launches()
     language_model().generate(max_new_tokens=50, seed=0)
     assert _C.launches() == before + 1
     monkeypatch.setattr(packed.ops, "HAS_CPU_KERNELS", False)
-    assert sampling.choose_loop(language_model(), options) is generate_loop
+    assert sampling.choose_loop(language_model()) is generate_loop
     with pytest.raises(RuntimeError, match="built without its CPU kernels"):
         Sampler(language_model())
 
@@ -115,7 +107,7 @@ def test_generate_uses_the_native_loop_and_leaves_the_rest_to_the_other(monkeypa
 class TestNothingButTheSequenceMatters:
     """Same bits whatever the batch size, the slot, the threads and how prompts are cut."""
 
-    def test_batch_and_slot(self, sampler_isa, weights, poisoned_scratch):
+    def test_batch_and_slot(self, sampler_isa, weights, poisoned_memory):
         sampler = Sampler(language_model(layers=2), weights, threads=1)
         prompts = ragged(150, 11, 4)
         arguments = {"max_new_tokens": 12, "eos_token_id": 0, "seed": 5}

@@ -174,7 +174,7 @@ def test_one_place_chooses_the_loop(model, monkeypatch):
         calls.append(args)
         return sampling.generate_loop(*args)
 
-    monkeypatch.setattr(sampling, "choose_loop", lambda model, options: loop)
+    monkeypatch.setattr(sampling, "choose_loop", lambda model: loop)
     model.generate(PROMPTS, max_new_tokens=3, num_return_sequences=2, seed=2**64 + 9, top_k=4)
     ((got, prompts, lengths, options, on_tokens),) = calls
     assert got is model and on_tokens is None
