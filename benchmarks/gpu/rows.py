@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -79,12 +80,13 @@ class Row:
     Attributes:
         name: unique, stable over runs: what a resumed run goes by.
         measure: does it.
-        warm: compiles what it needs, for the parallel precompilation; None if nothing.
+        warm: what it needs compiled, for the parallel precompilation: calls by a key that those
+            which compile the same share.
     """
 
     name: str
     measure: Callable[[Session], Found]
-    warm: Callable[[Session], Any] | None = None
+    warm: dict[str, Callable[[Session], Any]] = field(default_factory=dict)
 
 
 def _micro(name: str, measure: Callable[[str, timing.Effort], list[micro.Figure]]) -> Row:
@@ -95,51 +97,45 @@ def _micro(name: str, measure: Callable[[str, timing.Effort], list[micro.Figure]
     return Row(f"micro/{name}", run)
 
 
-def _gru(provider: str, make: Callable[[str], list[Provider]], problem: tuple[Any, ...]) -> Row:
-    """Providers of one problem, interleaved; only the records of the last one are kept."""
-    case, suite, dtype = problem
+def _baseline(device: str, case: Case) -> Provider:
+    return SplitAndPad(device) if case.resets else TorchGRU(device)
+
+
+def _row(
+    case: Case, suite: str, dtype: str, kernels: Sequence[str] = (), graph: bool = False
+) -> Row:
+    """cuDNN and its peers on one problem, interleaved.
+
+    Args:
+        case: the sizes.
+        suite: of `benchmarks.cases.SUITES`.
+        dtype: of `benchmarks.cases.DTYPES`.
+        kernels: ours that take part, where they can take the call.
+        graph: whether the loop over nn.GRUCell in a CUDA graph takes part.
+    """
 
     def on(session: Session, **changes: Any) -> Problem:
         sizes = {**case.as_dict(), **changes}
         return Problem(Case(**sizes), suite, dtype, session.device)
 
     def run(session: Session) -> Found:
-        providers = make(session.device)
+        providers = [_baseline(session.device, case), *(Kernel(name) for name in kernels)]
+        providers += [CapturedCellLoop()] if graph else []
         records, notes = run_problem(on(session), providers, session.setting())
-        return [r for r in records if r.provider == providers[-1].name], [], notes
+        return records, [], notes
 
-    def warm(session: Session) -> None:
+    def warm(session: Session, kernel: str) -> None:
         short = on(session, T=min(2, case.T))
-        chosen = make(session.device)[-1]
-        if chosen.why_not(short) is None:
-            with float32_as(dtype):
+        with float32_as(dtype):
+            chosen = Kernel(kernel)
+            if chosen.why_not(short) is None:
                 chosen.prepare(short, 1).call()
 
-    compiles = provider.startswith("gru_fast")
-    return Row(f"{provider}/{suite}/{case}/{dtype}", run, warm if compiles else None)
-
-
-def _baseline(device: str, case: Case) -> Provider:
-    return SplitAndPad(device) if case.resets else TorchGRU(device)
-
-
-def _cudnn(case: Case, suite: str, dtype: str) -> Row:
-    name = "cudnn.split_pad" if case.resets else "cudnn"
-    return _gru(name, lambda device: [_baseline(device, case)], (case, suite, dtype))
-
-
-def _kernel(kernel: str, case: Case, suite: str, dtype: str) -> Row:
-    def make(device: str) -> list[Provider]:
-        return [_baseline(device, case), Kernel(kernel)]
-
-    return _gru(f"gru_fast.triton.{kernel}", make, (case, suite, dtype))
-
-
-def _captured(case: Case, suite: str, dtype: str) -> Row:
-    def make(device: str) -> list[Provider]:
-        return [TorchGRU(device), CapturedCellLoop()]
-
-    return _gru("nn.GRUCell.graph", make, (case, suite, dtype))
+    return Row(
+        f"{suite}/{case}/{dtype}",
+        run,
+        {f"{name}/H{case.H}/{dtype}": partial(warm, kernel=name) for name in kernels},
+    )
 
 
 def _sampler(case: Case, dtype: str) -> Row:
@@ -170,15 +166,16 @@ def _sampler(case: Case, dtype: str) -> Row:
     return Row(f"sample/{case}/{dtype}", run)
 
 
-def _both(make: Callable[..., Row], *arguments: Any) -> Iterator[Row]:
-    *before, case, dtype = arguments
-    for suite in ("infer", "train"):
-        yield make(*before, case, suite, dtype)
+def _both(case: Case, dtype: str, kernels: Sequence[str] = (), graph: bool = False) -> list[Row]:
+    return [
+        _row(case, suite, dtype, kernels, graph and suite == "infer")
+        for suite in ("infer", "train")
+    ]
 
 
 def dry_rows() -> list[Row]:
     """The same kinds of rows on tiny sizes."""
-    small, resets = square(16, 3, 4), square(16, 3, 6, resets=0.3)
+    small, resets = square(16, 2, 2), square(16, 3, 6, resets=0.3)
     rows = [
         _micro("launches", lambda d, e: micro.launches(d, e, 4)),
         _micro("copy", lambda d, e: micro.copies(d, e, [4096])),
@@ -186,10 +183,8 @@ def dry_rows() -> list[Row]:
     ]
     if find_spec("triton"):
         rows.append(_micro("barrier-1", lambda d, e: micro.barrier(d, e, 1, 3)))
-    for case in (small, resets):
-        rows += _both(_cudnn, case, "float32")
-    for kernel in kernel_names()[0]:
-        rows += _both(_kernel, kernel, square(16, 2, 2), "float32")
+    rows += _both(small, "float32", kernel_names()[0])
+    rows += _both(resets, "float32")
     return [*rows, _sampler(Case(16, 16, 3, 4, V=9), "float32")]
 
 
@@ -208,29 +203,25 @@ def gpu_rows() -> list[Row]:
         for n in (8, 32, 64, 128):
             rows.append(_micro(f"barrier-{n}", lambda d, e, n=n: micro.barrier(d, e, n, 2000)))  # type: ignore[misc]
     kernels = kernel_names()[0]
-    for H, B in CORE:
-        rows += _both(_cudnn, square(H, B, 512), "bfloat16")
+    scans = [name for name in kernels if name != "step"]
+    for dtype, (H, B) in product(("bfloat16", "tf32"), CORE):
+        rows += _both(square(H, B, 512), dtype, kernels, graph=dtype == "bfloat16")
     for case in RL:
-        rows += _both(_cudnn, case, "bfloat16")
-    for kernel, (H, B) in product(kernels, CORE):
-        rows += _both(_kernel, kernel, square(H, B, 512), "bfloat16")
-    for kernel, case in product(kernels, RL):
-        rows += _both(_kernel, kernel, case, "bfloat16")
+        rows += _both(case, "bfloat16", kernels)
+    for dtype, (H, B) in product(("bfloat16", "tf32"), CORE):
+        rows.append(_row(square(H, B, 1), "step", dtype, ["step"], graph=True))
     for H, B in product((64, 128, 512), (1, 64, 1024)):
         rows.append(_sampler(Case(H, H, B, 100, V=65), "float32"))
-    for dtype in ("bfloat16", "tf32"):
-        for H, B in CORE:
-            step = square(H, B, 1)
-            rows += [_cudnn(step, "step", dtype), _captured(step, "step", dtype)]
-            rows += [_kernel(kernel, step, "step", dtype) for kernel in kernels]
     for dtype, H, B in product(DTYPES, HIDDEN, BATCHES):
-        rows += _both(_cudnn, square(H, B, 512), dtype)
-    rows += [_captured(square(H, B, 512), "infer", "bfloat16") for H, B in CORE]
+        rows += _both(square(H, B, 512), dtype, scans)
     for case in RL:
-        rows += _both(_cudnn, case, "tf32")
-    for kernel, dtype, H, B in product(kernels, DTYPES, HIDDEN, BATCHES):
-        rows += _both(_kernel, kernel, square(H, B, 512), dtype)
-    return list({row.name: row for row in rows}.values())
+        rows += _both(case, "tf32", kernels)
+    for H, B in CORE:
+        rows += _both(square(H, B, 512), "float32", scans)
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.name, row)
+    return list(first.values())
 
 
 def all_rows(dry: bool) -> list[Row]:

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,15 +75,19 @@ def work(out: Path, until: float, dry: bool) -> int:
 def warm(index: int, count: int, dry: bool) -> int:
     """Compile each count-th kernel; what fails here fails again, and is recorded, when measured."""
     session = session_of(dry)
-    rows = [row for row in all_rows(dry) if row.warm is not None]
-    for row in rows[:1] if dry else rows[index::count]:
-        assert row.warm is not None
-        try:
-            row.warm(session)
-        except Exception as error:
-            print(f"{row.name}: {describe_error(error)}", flush=True)
-            if is_lost(error):
-                return LOST
+    calls: dict[str, list[Callable[[Session], Any]]] = {}
+    for row in all_rows(dry):
+        for key, call in row.warm.items():
+            calls.setdefault(key, []).append(call)
+    groups = list(calls.items())
+    for key, group in groups[:1] if dry else groups[index::count]:
+        for call in group:
+            try:
+                call(session)
+            except Exception as error:
+                print(f"{key}: {describe_error(error)}", flush=True)
+                if is_lost(error):
+                    return LOST
     return 0
 
 

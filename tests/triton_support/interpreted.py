@@ -4,7 +4,7 @@
 Each test is named after the kernel it runs, or is of "support": what the tests stand on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cases import CELLS, FEATURES, Case, LayerInputs, layer_inputs
+from cases import CELLS, FEATURES, Case, layer_inputs
 from gru_fast import kernels, reference
 from gru_fast.kernels import ops, problem, registry
 from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
 from triton_support import interpreter
 from triton_support.mutants import GRID_MUTANTS, installed
+from triton_support.outcome import RESULTS, outcome
 
 interpreter.install_numerics()
 
@@ -31,10 +32,6 @@ interpreter.install_numerics()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
 KERNELS = tuple(kernels.KERNELS)
-RESULTS = (
-    "output", "h_n", "workspace", "grad_x", "grad_h0", "grad_weight_ih", "grad_weight_hh",
-    "grad_bias_ih", "grad_bias_hh", "grad_reset_state", "grad_h_scale",
-)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -65,24 +62,6 @@ def small_tiles(
             yield
     finally:
         registry.KERNELS[kernel] = before
-
-
-def outcome(
-    function: Callable, backward: Callable, inputs: LayerInputs, dtype: torch.dtype, recompute: bool
-) -> dict[str, Tensor]:
-    """Results and gradients, by name."""
-    inputs = inputs.to(dtype)
-    results = function(*inputs.arguments(recompute=recompute))
-    generator = torch.Generator().manual_seed(1)
-    outer: list[Tensor | None] = [
-        torch.randn(t.shape, generator=generator).bfloat16().to(dtype) for t in results
-    ]
-    if recompute:
-        outer[2] = None
-    saved = (results[0], results[2])
-    mode = (inputs.cell, inputs.reverse, recompute, [True] * 8)
-    gradients = backward(*outer, *inputs.arguments()[:10], *saved, *mode)
-    return dict(zip(RESULTS, (*results, *gradients), strict=True))
 
 
 def compare(

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What only a GPU can show: `pytest -m gpu`, alone or on several processes."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gru_fast
+from cases import CELLS, Case, LayerInputs, layer_inputs
+from gru_fast import reference
+from helpers import assert_parity
+from triton_support.outcome import RESULTS, outcome
+
+if not torch.cuda.is_available():
+    pytest.skip("there is no GPU here", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+kernels = pytest.importorskip("gru_fast.kernels")
+
+KERNELS = tuple(kernels.KERNELS)
+NUMBERS = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+HIDDEN = {"cta": (32, 50, 64), "grid": (256, 200), "step": (72,)}
+"""Sizes that every dtype of a kernel takes: of `grid` one that stays on chip and one that does not."""
+
+
+@contextmanager
+def rounding(numbers: str) -> Iterator[None]:
+    """float32 products with TF32 or without, by torch's own switches."""
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    before = [s.fp32_precision for s in settings]
+    for s in settings:
+        s.fp32_precision = "tf32" if numbers == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for s, value in zip(settings, before, strict=True):
+            s.fp32_precision = value
+
+
+def on_gpu(inputs: LayerInputs) -> LayerInputs:
+    moved = {
+        f.name: value.cuda()
+        for f in fields(inputs)
+        if isinstance(value := getattr(inputs, f.name), Tensor)
+    }
+    return replace(inputs, **moved)
+
+
+def check(kernel: str, case: Case, numbers: str, recompute: bool = False, draws: int = 2) -> None:
+    """Forward and every gradient against the reference on the same GPU, by the parity rule."""
+    dtype = NUMBERS[numbers]
+    collected: list[dict[str, list[Tensor]]] = [{}, {}, {}]
+    specification = (reference.layer, reference.layer_backward)
+    for draw in range(draws):
+        inputs = on_gpu(layer_inputs(case, dtype, draw=draw))
+        with rounding(numbers):
+            mine = outcome(
+                partial(kernels.layer, kernel=kernel),
+                partial(kernels.layer_backward, kernel=kernel),
+                inputs, dtype, recompute,
+            )  # fmt: skip
+            expected = outcome(*specification, inputs, dtype, recompute)
+        truth = outcome(*specification, inputs, torch.float64, recompute)
+        for values, found in zip((mine, expected, truth), collected, strict=True):
+            for name, value in values.items():
+                found.setdefault(name, []).append(value)
+    for name in RESULTS:
+        assert_parity(name, *(found[name] for found in collected))
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("kernel", KERNELS)
+class TestParity:
+    def test_plain(self, kernel, cell, numbers):
+        for H in HIDDEN[kernel]:
+            check(kernel, Case(cell, T=9, B=37, I=24, H=H), numbers)
+
+    def test_everything_in_both_directions(self, kernel, cell, numbers):
+        H = HIDDEN[kernel][0]
+        check(kernel, Case(cell, "everything", (False, True), T=7, B=19, I=24, H=H), numbers)
+
+    def test_recompute(self, kernel, cell, numbers):
+        H = HIDDEN[kernel][0]
+        check(kernel, Case(cell, "resets", T=7, B=19, I=24, H=H), numbers, recompute=True)
+
+
+@pytest.mark.parametrize("kernel, H", [("cta", 128), ("grid", 512), ("grid", 1024), ("step", 512)])
+def test_large_tiles(kernel, H):
+    for B in (3, 64, 300):
+        check(kernel, Case(T=5, B=B, I=H, H=H), "bfloat16", draws=1)
+
+
+def call_of(module: nn.Module, *inputs: Tensor) -> Callable[[], list[Tensor]]:
+    """Results and gradients of every parameter."""
+
+    def call() -> list[Tensor]:
+        output, h_n = module(*inputs)
+        loss = (output.float() * 0.1).sum() + h_n.float().square().sum()
+        return [output, h_n, *torch.autograd.grad(loss, list(module.parameters()))]
+
+    return call
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b), float((a.float() - b.float()).abs().max())
+
+
+@pytest.mark.parametrize("H", [64, 256, 1600])
+class TestModule:
+    """`backend="triton"` at a size of each kernel: `cta`, `grid` on chip, `grid` from L2."""
+
+    @staticmethod
+    def make(H, **options):
+        torch.manual_seed(0)
+        like = {"device": "cuda", "dtype": torch.bfloat16}
+        module = gru_fast.GRU(48, H, backend="triton", **like, **options)
+        return module, torch.randn(12, 20, 48, **like), torch.randn(1, 20, H, **like)
+
+    def test_runs_repeat_bit_by_bit(self, H):
+        call = call_of(*self.make(H))
+        assert_same(call(), call())
+
+    def test_deterministic_algorithms(self, H):
+        call = call_of(*self.make(H))
+        expected = call()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert_same(call(), expected)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def test_inside_a_cuda_graph(self, H):
+        module, x, h0 = self.make(H)
+        with torch.no_grad():
+            expected = list(module(x, h0))
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                module(x, h0)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = list(module(x, h0))
+        for t in found:
+            t.zero_()
+        graph.replay()
+        assert_same(found, expected)
+
+    def test_a_training_step_inside_a_cuda_graph(self, H):
+        call = call_of(*self.make(H))
+        expected = call()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = call()
+        for t in found:
+            t.zero_()
+        graph.replay()
+        assert_same(found, expected)
+
+    @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+    def test_compiled_whole(self, H, mode, fresh_compiler):
+        module, x, h0 = self.make(H)
+        expected = call_of(module, x, h0)()
+        compiled = torch.compile(module, fullgraph=True, mode=mode)
+
+        def call():
+            output, h_n = compiled(x, h0)
+            loss = (output.float() * 0.1).sum() + h_n.float().square().sum()
+            gradients = torch.autograd.grad(loss, list(module.parameters()))
+            return [t.clone() for t in (output, h_n, *gradients)]
+
+        for _ in range(3):
+            found = call()
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(b.abs().max()))
+
+    def test_long_runs_repeat(self, H):
+        """A barrier that lets a program through too early shows as a run that differs."""
+        module, x, h0 = self.make(H)
+        with torch.no_grad():
+            gates = torch.randn(3000 if H == 1600 else 20000, 20, 48, device="cuda").bfloat16()
+            runs = [module(gates, h0) for _ in range(4)]
+        for output, h_n in runs[1:]:
+            assert torch.equal(output, runs[0][0]) and torch.equal(h_n, runs[0][1])
+
+
+class TestCuDNN:
+    """What "auto" hands to cuDNN."""
+
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_same_numbers_as_nn_gru(self, bidirectional):
+        torch.manual_seed(0)
+        theirs = nn.GRU(16, 24, num_layers=2, bidirectional=bidirectional, device="cuda")
+        ours = gru_fast.GRU(
+            16, 24, num_layers=2, bidirectional=bidirectional, device="cuda", backend="cudnn"
+        )
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(7, 5, 16, device="cuda")
+        for a, b in zip(call_of(ours, x)(), call_of(theirs, x)(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("backend", ["auto", "cudnn"])
+    def test_backward_in_eval(self, backend):
+        module = gru_fast.GRU(16, 24, device="cuda", backend=backend).eval()
+        module(torch.randn(7, 5, 16, device="cuda"))[0].sum().backward()
+        assert module.weight_hh_l0.grad is not None
+
+    def test_compiled_whole(self, fresh_compiler):
+        module = gru_fast.GRU(16, 24, device="cuda")
+        x = torch.randn(7, 5, 16, device="cuda")
+        found = torch.compile(module, fullgraph=True)(x)[0]
+        torch.testing.assert_close(found, module(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_autocast_gives_the_dtypes_of_nn_gru(backend):
+    x = torch.randn(7, 5, 16, device="cuda")
+    theirs, ours = (
+        nn.GRU(16, 24, device="cuda"),
+        gru_fast.GRU(16, 24, device="cuda", backend=backend),
+    )
+    ours.load_state_dict(theirs.state_dict())
+    with torch.autocast("cuda", torch.bfloat16):
+        expected, found = theirs(x), ours(x)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    torch.testing.assert_close(found[0], expected[0], rtol=0.05, atol=0.05)
+
+
+def test_one_step_is_one_launch():
+    cell = gru_fast.GRUCell(32, 64, device="cuda", dtype=torch.bfloat16, backend="triton")
+    x, h = (torch.randn(8, n, device="cuda", dtype=torch.bfloat16) for n in (32, 64))
+    with torch.no_grad():
+        cell(x, h)
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            cell(x, h)
+            torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert sum("forward_step" in name for name in names) == 1
+    assert len([n for n in names if "Memcpy" in n or "Memset" in n]) == 0
+
+
+def test_offsets_beyond_32_bits():
+    """The last rows of an output of more than 2**31 values are those of a small call."""
+    T, B, H = 1100, 16384, 128
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    module = gru_fast.GRU(8, H, backend="triton", **like)
+    x = torch.randn(T, B, 8, **like)
+    with torch.no_grad():
+        output, _ = module(x)
+        few, _ = module(x[:, -16:].contiguous())
+    assert output.numel() > 2**31
+    assert torch.equal(output[:, -16:], few)
+
+
+def test_import_touches_no_gpu():
+    code = (
+        "import sys, torch, gru_fast\n"
+        "gru_fast.GRU(4, 4)(torch.zeros(2, 1, 4))\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'triton' not in sys.modules and 'gru_fast.kernels' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
