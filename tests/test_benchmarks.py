@@ -426,11 +426,16 @@ class TestGpuProgram:
         rows = [row.name for row in load("benchmarks.gpu.rows").gpu_rows()]
         assert len(rows) == len(set(rows))
         assert rows[0] == "micro/launches"
-        grid = [name for name in rows if name.startswith("cudnn/train") and "-T512/" in name]
-        assert len(grid) == 10 * 5 * 3
-        assert "cudnn.split_pad/train/H256-B128-T128-R0.03/bfloat16" in rows
+        grid = [name for name in rows if name.startswith("train/") and "-T512/" in name]
+        assert len(grid) == 10 * 5 * 3 + 5 * 3
+        assert "train/H256-B128-T128-R0.03/bfloat16" in rows
+        assert rows.index("train/H512-B64-T512/bfloat16") < rows.index("train/H192-B64-T512/tf32")
+
+    def test_precompilation_meets_each_kernel_once(self):
+        """Calls that compile the same stand under one key, which one process takes."""
+        keys = {key for row in load("benchmarks.gpu.rows").gpu_rows() for key in row.warm}
         for name in providers_kernels.kernel_names()[0]:
-            assert f"gru_fast.triton.{name}/train/H512-B64-T512/bfloat16" in rows
+            assert f"{name}/H512/bfloat16" in keys
 
     def test_json_is_plain(self, tmp_path):
         with pytest.raises(ValueError, match="JSON"):

@@ -33,7 +33,7 @@ NUMBERS = {
     "float16": torch.float16,
 }
 HIDDEN = {"cta": (32, 50, 64), "grid": (256, 200), "step": (72,)}
-"""Sizes that every dtype of a kernel takes: of `grid` one that stays on chip and one that does not."""
+"""Sizes that a kernel takes in every dtype: for `grid` one on chip and one that is not."""
 
 
 @contextmanager
@@ -198,8 +198,8 @@ class TestModule:
         """A barrier that lets a program through too early shows as a run that differs."""
         module, x, h0 = self.make(H)
         with torch.no_grad():
-            gates = torch.randn(3000 if H == 1600 else 20000, 20, 48, device="cuda").bfloat16()
-            runs = [module(gates, h0) for _ in range(4)]
+            x = x.repeat(200 if H == 1600 else 1600, 1, 1)
+            runs = [module(x, h0) for _ in range(4)]
         for output, h_n in runs[1:]:
             assert torch.equal(output, runs[0][0]) and torch.equal(h_n, runs[0][1])
 
