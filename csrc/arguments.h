@@ -84,9 +84,9 @@ class Marshal {
       strides[dim] = stride;
     }
     AtenTensorHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                           sizes.data(), strides, dtype_code(),
-                                                           aoti_torch_device_type_cpu(), 0, &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                    sizes.data(), strides, dtype_code(),
+                                                    aoti_torch_device_type_cpu(), 0, &made));
     const Tensor result(made);
     poison_if_set(result.mutable_data_ptr(), result.numel() * sizeof(Real));
     return result;
