@@ -225,6 +225,23 @@ for _name in _CHECKS:
         torch.library.register_kernel(f"gru_fast::{_name}", "cpu", _cpu_fallback(_name), lib=_lib)
 
 
+_BelowAutograd: type = torch._C._AutoDispatchBelowAutograd
+
+
+def without_grad(op: Any, *args: Any) -> tuple[Tensor, ...]:
+    """The op past its autograd formula, where nothing is to be differentiated.
+
+    The formula's own wrapper costs as much as a small call even then.
+    """
+    outputs: tuple[Tensor, ...]
+    if torch.compiler.is_compiling():
+        outputs = op(*args)
+    else:
+        with _BelowAutograd():
+            outputs = op._op(*args)  # OpOverload.__call__, less its own frame
+    return outputs
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.reverse, ctx.recompute = inputs[-3:]
@@ -243,10 +260,12 @@ def _gradient_rule(
             grad_ws = None
         if grad_output is None and grad_h_n is None and grad_ws is None:
             return tuple(result)
-        grads = op(
+        arguments = (
             grad_output, grad_h_n, grad_ws, *ctx.saved_tensors, ctx.cell, ctx.reverse,
             ctx.recompute, [needed[i] for i in gradients],
         )  # fmt: skip
+        differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        grads = op(*arguments) if differentiated else without_grad(op, *arguments)
         for i, k in gradients.items():
             if needed[i]:
                 result[i] = grads[k]
@@ -291,12 +310,33 @@ def _double_backward_rule(
     return backward
 
 
-torch.library.register_autograd(
-    "gru_fast::layer", _gradient_rule(layer_backward, _LAYER_GRADS), setup_context=_save, lib=_lib
-)
-torch.library.register_autograd(
-    "gru_fast::scan", _gradient_rule(scan_backward, _SCAN_GRADS), setup_context=_save, lib=_lib
-)
+class _Eager(torch.autograd.Function):
+    """What `register_autograd` does, less its bookkeeping, for calls that nothing transforms."""
+
+    op: Any
+
+    @classmethod
+    def forward(cls, ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        """The op, with what backward needs saved."""
+        output = without_grad(cls.op, *args)
+        _save(ctx, args, output)
+        return output
+
+
+def _eager(op: Any, backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    methods = {"op": op, "backward": staticmethod(backward)}
+    function: Any = type(f"{op.name()}.eager", (_Eager,), methods)
+    return function.apply  # type: ignore[no-any-return]
+
+
+_layer_gradient = _gradient_rule(layer_backward, _LAYER_GRADS)
+_scan_gradient = _gradient_rule(scan_backward, _SCAN_GRADS)
+
+eager_layer = _eager(layer, _layer_gradient)
+eager_scan = _eager(scan, _scan_gradient)
+
+torch.library.register_autograd("gru_fast::layer", _layer_gradient, setup_context=_save, lib=_lib)
+torch.library.register_autograd("gru_fast::scan", _scan_gradient, setup_context=_save, lib=_lib)
 for _name in ("layer_backward", "scan_backward"):
     torch.library.register_autograd(
         f"gru_fast::{_name}",

@@ -7,7 +7,6 @@ Nothing here looks at sizes to choose an implementation, so a change of T or B d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +16,6 @@ from gru_fast.backends import KERNEL_DTYPES, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
 FORWARD = (False,)
-
-_BelowAutograd: type = torch._C._AutoDispatchBelowAutograd
-
-_layer_op = ops.layer
-_scan_op = ops.scan
 
 
 def _takes_ops(steps: Tensor, backend: str) -> bool:
@@ -112,14 +106,15 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     )
 
 
-def _without_grad(op: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    """The op with nothing saved, past its autograd formula: that costs as much as a small call."""
-    if torch.compiler.is_compiling():
-        output, h_n, _ = op(*args, True)
-    else:
-        with _BelowAutograd():
-            output, h_n, _ = op._op(*args, True)  # OpOverload.__call__, less its own frame
-    return output, h_n
+def _is_plain(steps: Tensor) -> bool:
+    """Whether nothing but autograd itself looks at the call: no compiler, transform or mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state()
+        or (steps.is_cuda and torch.is_autocast_enabled("cuda"))
+    )
 
 
 def _compose(
@@ -215,8 +210,10 @@ def layer(
             return _cudnn(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, training)
         return _compose(reference.layer, tensors, cell, reverse)
     if not training:
-        return _without_grad(_layer_op, *tensors, cell, reverse)
-    output, h_n, _ = _layer_op(*tensors, cell, reverse, recompute)
+        output, h_n, _ = ops.without_grad(ops.layer, *tensors, cell, reverse, True)
+    else:
+        op = ops.eager_layer if _is_plain(x) else ops.layer
+        output, h_n, _ = op(*tensors, cell, reverse, recompute)
     return output, h_n
 
 
@@ -277,6 +274,8 @@ def scan(
         check_scan(*tensors, cell, reverse)
         return _compose(reference.scan, tensors, cell, reverse)
     if not training:
-        return _without_grad(_scan_op, *tensors, cell, reverse)
-    output, h_n, _ = _scan_op(*tensors, cell, reverse, recompute)
+        output, h_n, _ = ops.without_grad(ops.scan, *tensors, cell, reverse, True)
+    else:
+        op = ops.eager_scan if _is_plain(gates_x) else ops.scan
+        output, h_n, _ = op(*tensors, cell, reverse, recompute)
     return output, h_n

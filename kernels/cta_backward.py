@@ -12,7 +12,7 @@ from .problem import Chunk
 from .tile import (
     is_backwards,
     load_scale,
-    load_weight_transposed,
+    load_weight,
     row_lengths,
     store_gate,
     time_of,
@@ -74,7 +74,7 @@ def backward_cta(
     grad_output_ptr,  # (T, B, G*H) or None
     grad_workspace_ptr,  # (T, B, G, S*H) or None
     h0_ptr,  # (G, B, H)
-    weight_ptr,  # (G, N*H, H)
+    turned_ptr,  # (G, N, H, H): every gate of W_hh transposed
     lengths_ptr,  # (B) or None
     reset_mask_ptr,  # (T, B) or None
     reset_state_ptr,  # (G, B, H) or None
@@ -97,9 +97,11 @@ def backward_cta(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,  # a power of two, at least H
     BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,  # 1: loads ahead by hand, else by the compiler
     PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
+    PREFETCH: tl.constexpr = STAGES == 1
     backwards = is_backwards(reverse_bits, tl.program_id(1))
     g = (first_group + tl.program_id(1)).to(tl.int64)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -110,13 +112,13 @@ def backward_cta(
     length = row_lengths(lengths_ptr, first_row, lane, in_rows, T)
     state_at = (g * B + first_row) * H + lane[None, :] * H + units[:, None]
     base = chunk_begin(step_begin, step_end, T, backwards)
-    dtype = weight_ptr.dtype.element_ty
+    dtype = turned_ptr.dtype.element_ty
 
-    weight_at = weight_ptr + g * (N * H * H)
-    v_z = load_weight_transposed(weight_at + (N - 2) * H * H, units, units, H)
-    v_n = load_weight_transposed(weight_at + (N - 1) * H * H, units, units, H)
+    weight_at = turned_ptr + g * (N * H * H)
+    v_z = load_weight(weight_at + (N - 2) * H * H, units, units, H)
+    v_n = load_weight(weight_at + (N - 1) * H * H, units, units, H)
     if CELL != "no_reset":
-        v_r = load_weight_transposed(weight_at, units, units, H)
+        v_r = load_weight(weight_at, units, units, H)
     scale = load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
 
     dp = tl.load(grad_state_ptr + state_at, mask=inside, other=0.0)
@@ -125,21 +127,29 @@ def backward_cta(
     if grad_scale_ptr is not None:
         d_scale = tl.load(grad_scale_ptr + state_at, mask=inside, other=0.0)
 
-    t = time_of(step_end - 1, T, backwards)
-    q, r, z, n, p, dy = load_step(
-        grad_output_ptr, h0_ptr, reset_mask_ptr, reset_state_ptr, output_ptr, workspace_ptr, t,
-        base, length, first_row, g, units, lane, in_rows, inside, B, G, backwards, CELL, H,
-    )  # fmt: skip
-    for back in range(step_end - step_begin):
+    if PREFETCH:
+        t = time_of(step_end - 1, T, backwards)
+        q, r, z, n, p, dy = load_step(
+            grad_output_ptr, h0_ptr, reset_mask_ptr, reset_state_ptr, output_ptr, workspace_ptr, t,
+            base, length, first_row, g, units, lane, in_rows, inside, B, G, backwards, CELL, H,
+        )  # fmt: skip
+    for back in tl.range(0, step_end - step_begin, num_stages=STAGES):
         step = step_end - 1 - back
         t = time_of(step, T, backwards)
-        # The last step loads once more its own; there may be no step before it in the chunk.
-        t_next = time_of(tl.maximum(step - 1, step_begin), T, backwards)
-        next_q, next_r, next_z, next_n, next_p, next_dy = load_step(
-            grad_output_ptr, h0_ptr, reset_mask_ptr, reset_state_ptr, output_ptr, workspace_ptr,
-            t_next, base, length, first_row, g, units, lane, in_rows, inside, B, G, backwards,
-            CELL, H,
-        )  # fmt: skip
+        if PREFETCH:
+            # The last step loads once more its own; there may be no step before it in the chunk.
+            t_next = time_of(tl.maximum(step - 1, step_begin), T, backwards)
+            next_q, next_r, next_z, next_n, next_p, next_dy = load_step(
+                grad_output_ptr, h0_ptr, reset_mask_ptr, reset_state_ptr, output_ptr,
+                workspace_ptr, t_next, base, length, first_row, g, units, lane, in_rows, inside, B,
+                G, backwards, CELL, H,
+            )  # fmt: skip
+        else:
+            q, r, z, n, p, dy = load_step(
+                grad_output_ptr, h0_ptr, reset_mask_ptr, reset_state_ptr, output_ptr,
+                workspace_ptr, t, base, length, first_row, g, units, lane, in_rows, inside, B, G,
+                backwards, CELL, H,
+            )  # fmt: skip
 
         live = inside
         if lengths_ptr is not None:
@@ -159,18 +169,20 @@ def backward_cta(
         store_gradients(
             grad_gates_ptr, grad_q_ptr, row, units, lane, inside, G, ar, az, an, dq, CELL, H
         )
-        ds = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        # A sum for each gate: one over all would be a chain of products three times as long. They
+        # start from a zero that the compiler does not know, for else it joins them to that chain.
+        zero = dh * 0.0
+        ds = tl.dot(v_z, az.to(dtype), input_precision=PRECISION)
         if CELL == "reset_before":
             e = tl.dot(v_n, an.to(dtype), input_precision=PRECISION)
             ar = (e * (p * scale) + r0) * r * (1.0 - r)
             tile = lane[None, :] * (G * 3 * H) + units[:, None]
             store_gate(grad_gates_ptr, row * (3 * H), tile, 0, ar, inside, H)
-            ds = e * r
-        ds = tl.dot(v_z, az.to(dtype), acc=ds, input_precision=PRECISION)
+            ds += e * r
+        else:
+            ds += tl.dot(v_n, dq.to(dtype), acc=zero, input_precision=PRECISION)
         if CELL != "no_reset":
-            ds = tl.dot(v_r, ar.to(dtype), acc=ds, input_precision=PRECISION)
-        if CELL != "reset_before":
-            ds = tl.dot(v_n, dq.to(dtype), acc=ds, input_precision=PRECISION)
+            ds += tl.dot(v_r, ar.to(dtype), acc=zero, input_precision=PRECISION)
         dp, start = pass_back(
             kept, ds, scale, reset_mask_ptr, t, length, first_row, lane, in_rows, B, backwards
         )
@@ -178,7 +190,8 @@ def backward_cta(
             d_start += start
         if grad_scale_ptr is not None:
             d_scale += ds * p
-        q, r, z, n, p, dy = next_q, next_r, next_z, next_n, next_p, next_dy
+        if PREFETCH:
+            q, r, z, n, p, dy = next_q, next_r, next_z, next_n, next_p, next_dy
     tl.store(grad_state_ptr + state_at, dp, mask=inside)
     if grad_start_ptr is not None:
         tl.store(grad_start_ptr + state_at, d_start, mask=inside)
@@ -188,10 +201,13 @@ def backward_cta(
 
 def launch_backward_cta(chunk: Chunk, config: Config) -> None:
     """Run the scan steps of a chunk, from the last to the first."""
+    turned = chunk.turned_weight()
     for first_group, groups, reverse_bits in chunk.problem.launches():
         backward_cta[(triton.cdiv(chunk.problem.B, config.BLOCK_B), groups)](
             **chunk.arguments(),
+            turned_ptr=turned,
             first_group=first_group,
             reverse_bits=reverse_bits,
+            STAGES=config.num_stages,
             **config.arguments("BLOCK_H", "BLOCK_B"),
         )

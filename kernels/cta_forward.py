@@ -2,7 +2,8 @@
 """`cta`, forward: one program per batch tile and group runs all T steps with W_hh on chip.
 
 Programs never meet. The state stays in registers, in float32; what a step reads of gates_x is
-loaded while the step before it computes.
+loaded while the steps before it compute: by hand, one step ahead, or by the compiler's pipeline
+(num_stages > 1), which brings 32-bit values straight to where the product's layout reads them.
 """
 
 import triton
@@ -18,6 +19,7 @@ from .tile import (
     load_weight,
     next_state,
     row_lengths,
+    sigmoid,
     store_step,
     tanh,
     time_of,
@@ -69,9 +71,11 @@ def forward_cta(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,  # a power of two, at least H
     BLOCK_B: tl.constexpr,
+    STAGES: tl.constexpr,  # 1: loads ahead by hand, else by the compiler
     PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
+    PREFETCH: tl.constexpr = STAGES == 1
     backwards = is_backwards(reverse_bits, tl.program_id(1))
     g = (first_group + tl.program_id(1)).to(tl.int64)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -102,27 +106,34 @@ def forward_cta(
         p, t, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row, lane,
         in_rows, inside, B, backwards,
     )  # fmt: skip
-    live = inside & (t < length)[None, :]
-    a_r, a_z, a_n = load_step(gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H)
-    for step_ in range(T):
+    if PREFETCH:
+        live = inside & (t < length)[None, :]
+        a_r, a_z, a_n = load_step(
+            gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
+        )
+    for step_ in tl.range(0, T, num_stages=STAGES):
         step = step_ + T * 0
         t = time_of(step, T, backwards)
         t_next = time_of(step + 1, T, backwards)
-        here = lane * 0 + t_next
-        live = inside & (here >= 0)[None, :] & (here < length)[None, :]
-        next_r, next_z, next_n = load_step(
-            gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
-        )
+        if PREFETCH:
+            here = lane * 0 + t_next
+            live = inside & (here >= 0)[None, :] & (here < length)[None, :]
+            next_r, next_z, next_n = load_step(
+                gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
+            )
+        else:
+            live = inside & (lane * 0 + t < length)[None, :]
+            a_r, a_z, a_n = load_step(
+                gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
+            )
 
         s = p * scale
         operand = s.to(dtype)
-        z = tl.sigmoid(
-            tl.dot(w_z, operand, acc=a_z.to(tl.float32) + b_z, input_precision=PRECISION)
-        )
+        z = sigmoid(tl.dot(w_z, operand, acc=a_z.to(tl.float32) + b_z, input_precision=PRECISION))
         r = z
         if CELL != "no_reset":
             a_r = a_r.to(tl.float32) + b_r
-            r = tl.sigmoid(tl.dot(w_r, operand, acc=a_r, input_precision=PRECISION))
+            r = sigmoid(tl.dot(w_r, operand, acc=a_r, input_precision=PRECISION))
         a_n = a_n.to(tl.float32)
         q = z
         if CELL == "reset_after":
@@ -142,7 +153,8 @@ def forward_cta(
             p, t_next, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row,
             lane, in_rows, inside, B, backwards,
         )  # fmt: skip
-        a_r, a_z, a_n = next_r, next_z, next_n
+        if PREFETCH:
+            a_r, a_z, a_n = next_r, next_z, next_n
     tl.store(h_n_ptr + state_at + state_tile, p.to(h_n_ptr.dtype.element_ty), mask=inside)
 
 
@@ -158,6 +170,7 @@ def launch_forward_cta(
             workspace_ptr=workspace,
             first_group=first_group,
             reverse_bits=reverse_bits,
+            STAGES=config.num_stages,
             PRECISION=problem.precision,
             **config.arguments("BLOCK_H", "BLOCK_B"),
         )

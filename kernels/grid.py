@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .problem import Problem
-from .tile import load_weight, load_weight_transposed
+from .tile import load_weight
 from .tiling import Config, device_of
 
 
@@ -65,14 +65,13 @@ def load_rows(
 
 @triton.jit
 def load_panels(
-    weight_ptr,  # (H, H), one gate
+    weight_ptr,  # (H, H), one gate, or that transposed
     units,
     H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     RESIDENT: tl.constexpr,
 ):
-    """The rows (TRANSPOSED: columns) `units` of one gate, as a tuple of tiles (units, BLOCK_K).
+    """The rows `units` of one gate as a tuple of tiles (units, BLOCK_K).
 
     Several tiles, since one over the whole of H would need as many registers for the state that it
     is multiplied by. Empty unless RESIDENT.
@@ -81,10 +80,7 @@ def load_panels(
     if RESIDENT:
         for block in tl.static_range((H + BLOCK_K - 1) // BLOCK_K):
             k = block * BLOCK_K + tl.arange(0, BLOCK_K)
-            if TRANSPOSED:
-                panels += (load_weight_transposed(weight_ptr, units, k, H),)
-            else:
-                panels += (load_weight(weight_ptr, units, k, H),)
+            panels += (load_weight(weight_ptr, units, k, H),)
     return panels
 
 

@@ -15,7 +15,7 @@ from .problem import Chunk
 from .tile import (
     is_backwards,
     load_scale,
-    load_weight_transposed,
+    load_weight,
     row_lengths,
     store_gate,
     time_of,
@@ -37,7 +37,7 @@ def _term(
     rows_ptr,  # (chunk, B, G, K*H), gradients of a chunk
     at,
     stride,
-    weight_ptr,  # (H, H), one gate
+    weight_ptr,  # (H, H), one gate transposed
     units,
     lane,
     in_rows,
@@ -56,7 +56,7 @@ def _term(
         for k0 in range(0, H, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             d_k = load_rows(rows_ptr, at, stride, k, lane, in_rows, H)
-            w = load_weight_transposed(weight_ptr, units, k, H)
+            w = load_weight(weight_ptr, units, k, H)
             acc = tl.dot(w, d_k, acc=acc, input_precision=PRECISION)
     return acc
 
@@ -70,7 +70,7 @@ def backward_grid(
     grad_output_ptr,  # (T, B, G*H) or None
     grad_workspace_ptr,  # (T, B, G, S*H) or None
     h0_ptr,  # (G, B, H)
-    weight_ptr,  # (G, N*H, H)
+    turned_ptr,  # (G, N, H, H): every gate of W_hh transposed
     lengths_ptr,  # (B) or None
     reset_mask_ptr,  # (T, B) or None
     reset_state_ptr,  # (G, B, H) or None
@@ -113,13 +113,13 @@ def backward_grid(
     state_at = (g * B + first_row) * H + lane[None, :] * H + units[:, None]
     base = chunk_begin(step_begin, step_end, T, backwards)
 
-    weight_r = weight_ptr + g * (N * H * H)
+    weight_r = turned_ptr + g * (N * H * H)
     weight_z = weight_r + (N - 2) * H * H
     weight_n = weight_r + (N - 1) * H * H
-    v_z = load_panels(weight_z, units, H, BLOCK_K, True, RESIDENT)
-    v_n = load_panels(weight_n, units, H, BLOCK_K, True, RESIDENT)
+    v_z = load_panels(weight_z, units, H, BLOCK_K, RESIDENT)
+    v_n = load_panels(weight_n, units, H, BLOCK_K, RESIDENT)
     if CELL != "no_reset":
-        v_r = load_panels(weight_r, units, H, BLOCK_K, True, RESIDENT)
+        v_r = load_panels(weight_r, units, H, BLOCK_K, RESIDENT)
     scale = load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
 
     dp = tl.load(grad_state_ptr + state_at, mask=inside, other=0.0)
@@ -168,10 +168,13 @@ def backward_grid(
 
         at = row * (N * H)
         stride = G * N * H
-        ds = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        zeros = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
+        # On chip a sum for each gate: one over all would be a chain of products three times as
+        # long. Streamed tiles are large, and a second sum has no registers.
+        ds = zeros
         if CELL == "reset_before":
             e = _term(
-                ds, v_n, grad_gates_ptr, at + 2 * H, stride, weight_n, units, lane, in_rows,
+                zeros, v_n, grad_gates_ptr, at + 2 * H, stride, weight_n, units, lane, in_rows,
                 H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
             ar = (e * (p * scale) + r0) * r * (1.0 - r)
@@ -186,20 +189,23 @@ def backward_grid(
             H, BLOCK_K, RESIDENT, PRECISION,
         )  # fmt: skip
         if CELL != "no_reset":
-            ds = _term(
-                ds, v_r, grad_gates_ptr, at, stride, weight_r, units, lane, in_rows,
-                H, BLOCK_K, RESIDENT, PRECISION,
+            part = _term(
+                zeros if RESIDENT else ds, v_r, grad_gates_ptr, at, stride, weight_r, units, lane,
+                in_rows, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
+            ds = ds + part if RESIDENT else part
         if CELL == "reset_after":
-            ds = _term(
-                ds, v_n, grad_q_ptr, row * H, G * H, weight_n, units, lane, in_rows,
-                H, BLOCK_K, RESIDENT, PRECISION,
+            part = _term(
+                zeros if RESIDENT else ds, v_n, grad_q_ptr, row * H, G * H, weight_n, units, lane,
+                in_rows, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
+            ds = ds + part if RESIDENT else part
         elif CELL == "no_reset":
-            ds = _term(
-                ds, v_n, grad_gates_ptr, at + H, stride, weight_n, units, lane, in_rows,
-                H, BLOCK_K, RESIDENT, PRECISION,
+            part = _term(
+                zeros if RESIDENT else ds, v_n, grad_gates_ptr, at + H, stride, weight_n, units,
+                lane, in_rows, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
+            ds = ds + part if RESIDENT else part
         dp, start = pass_back(
             kept, ds, scale, reset_mask_ptr, t, length, first_row, lane, in_rows, B, backwards
         )
@@ -217,9 +223,11 @@ def backward_grid(
 
 def launch_backward_grid(chunk: Chunk, config: Config) -> None:
     """Run the scan steps of a chunk, from the last to the first."""
+    turned = chunk.turned_weight()
     for launch in grid_launches(chunk.problem, config):
         backward_grid[launch.grid](
             **chunk.arguments(),
+            turned_ptr=turned,
             counters_ptr=launch.counters,
             first_group=launch.first_group,
             reverse_bits=launch.reverse_bits,

@@ -24,6 +24,7 @@ from .tile import (
     load_weight,
     next_state,
     row_lengths,
+    sigmoid,
     store_step,
     tanh,
     time_of,
@@ -157,11 +158,11 @@ def forward_grid(
     dtype = weight_ptr.dtype.element_ty
 
     weight_at = weight_ptr + g * (N * H * H)
-    panels_z = load_panels(weight_at + (N - 2) * H * H, units, H, BLOCK_K, False, RESIDENT)
-    panels_n = load_panels(weight_at + (N - 1) * H * H, units, H, BLOCK_K, False, RESIDENT)
+    panels_z = load_panels(weight_at + (N - 2) * H * H, units, H, BLOCK_K, RESIDENT)
+    panels_n = load_panels(weight_at + (N - 1) * H * H, units, H, BLOCK_K, RESIDENT)
     panels_r = panels_z
     if CELL != "no_reset":
-        panels_r = load_panels(weight_at, units, H, BLOCK_K, False, RESIDENT)
+        panels_r = load_panels(weight_at, units, H, BLOCK_K, RESIDENT)
     b_z = load_bias(bias_ptr, g, N - 2, units, N, H)
     b_n = load_bias(bias_ptr, g, N - 1, units, N, H)
     if CELL != "no_reset":
@@ -201,10 +202,10 @@ def forward_grid(
             acc_r, acc_z, acc_n, panels_r, panels_z, panels_n, weight_at, operand_ptr, operand_at,
             units, lane, in_rows, FIRST_PART, CELL, H, BLOCK_K, RESIDENT, PRECISION,
         )  # fmt: skip
-        z = tl.sigmoid(acc_z)
+        z = sigmoid(acc_z)
         r = z
         if CELL != "no_reset":
-            r = tl.sigmoid(acc_r)
+            r = sigmoid(acc_r)
         if CELL == "reset_before":
             tl.store(gated_ptr + state_at + state_tile, (r * s).to(dtype), mask=inside)
             arrive(counter_ptr)

@@ -15,6 +15,9 @@ from .tiling import Device, Sizes
 LEAST_T = 16
 """Fewer steps than this, but for one, are another thing than the 512 that were measured."""
 
+MOST_KNOWN = 4096
+"""Answers to remember: searching the table costs more than launching a kernel."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -48,14 +51,27 @@ def nearest(device: Device, sizes: Sizes, suite: str) -> Point | None:
         suite = "step"
     elif sizes.T < LEAST_T:
         return None
+    key = (device.arch, suite, sizes.numbers, sizes.H, sizes.B)
+    known = _known.get(id(POINTS))
+    if known is None or len(known) >= MOST_KNOWN:
+        _known.clear()
+        known = _known[id(POINTS)] = {}
+    if key not in known:
+        known[key] = _search(*key)
+    return known[key]
 
+
+_known: dict[int, dict[tuple[int, str, str, int, int], Point | None]] = {}
+
+
+def _search(arch: int, suite: str, numbers: str, H: int, B: int) -> Point | None:
     def distance(point: Point) -> float:
-        return max(abs(log2(point.H / sizes.H)), abs(log2(point.B / sizes.B)))
+        return max(abs(log2(point.H / H)), abs(log2(point.B / B)))
 
     same = [
         point
         for point in POINTS
-        if (point.arch, point.suite, point.numbers) == (device.arch, suite, sizes.numbers)
+        if (point.arch, point.suite, point.numbers) == (arch, suite, numbers)
         and distance(point) < 1
     ]
     return min(same, key=distance, default=None)

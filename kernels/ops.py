@@ -106,7 +106,7 @@ def scan_backward(
     )
     grad_gates = [gates_x.new_empty(0)]
 
-    def on_chunk(rows: Tensor, steps: tuple[int, int]) -> None:
+    def on_chunk(rows: Tensor, _: Tensor | None, steps: tuple[int, int]) -> None:
         if not output_mask[0]:
             return
         if rows.shape[0] == problem.T:
@@ -120,7 +120,8 @@ def scan_backward(
     with on_device(gates_x), products.matmul_precision(problem.precision, gates_x):
         rest = _backward(
             problem, grad_output, grad_h_n, grad_workspace, output, workspace,
-            (lambda begin, end: gates_x) if recompute else None, on_chunk, output_mask[1:], kernel,
+            (lambda begin, end: gates_x) if recompute else None, on_chunk, False, output_mask[1:],
+            kernel,
         )  # fmt: skip
     if output_mask[0] and gates_x.numel() == 0:
         grad_gates[0] = torch.empty_like(gates_x, memory_format=torch.contiguous_format)
@@ -173,9 +174,10 @@ def layer_backward(
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def on_chunk(rows: Tensor, steps: tuple[int, int]) -> None:
+    def on_chunk(rows: Tensor, sums: Tensor | None, steps: tuple[int, int]) -> None:
         if need_b_ih and bias_ih is not None:
-            bias.add(rows.sum((0, 1)))
+            assert sums is not None
+            bias.add(sums)
         weights = []
         for groups, times in _runs(problem, steps):
             part = rows[:, :, groups]
@@ -191,12 +193,12 @@ def layer_backward(
                 inputs = padded[times] if shared else padded[times, :, groups]
                 weights.append(products.weight_gradient(part, inputs))
         if need_ih:
-            weight.add(torch.cat(weights))
+            weight.add(weights[0] if len(weights) == 1 else torch.cat(weights))
 
     with on_device(x), products.matmul_precision(problem.precision, x):
         grad_h0, grad_hh, grad_b_hh, grad_start, grad_scale = _backward(
             problem, grad_output, grad_h_n, grad_workspace, output, workspace,
-            gates if recompute else None, on_chunk,
+            gates if recompute else None, on_chunk, need_b_ih and bias_ih is not None,
             (need_h0, need_hh, need_b_hh, need_start, need_scale), kernel,
         )  # fmt: skip
     empty = x.new_empty(0)
@@ -229,13 +231,15 @@ def _backward(
     output: Tensor,
     workspace: Tensor,
     gates: Gates | None,
-    on_chunk: Callable[[Tensor, tuple[int, int]], None],
+    on_chunk: Callable[[Tensor, Tensor | None, tuple[int, int]], None],
+    need_sums: bool,
     output_mask: Sequence[bool],
     kernel: str | None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of h0, weight_hh, bias_hh, reset_state, h_scale; on_chunk gets the rows A.
+    """Gradients of h0, weight_hh, bias_hh, reset_state, h_scale.
 
-    gates gives gates_x of a chunk, or of the whole sequence; None: the workspace was saved.
+    on_chunk gets the rows A and, with need_sums, their sums over the chunk. gates gives gates_x of
+    a chunk, or of the whole sequence; None: the workspace was saved.
     """
     T, B, G, H, h0 = problem.T, problem.B, problem.G, problem.H, problem.h0
     need_h0, need_w, need_b, need_start, need_scale = output_mask
@@ -243,10 +247,12 @@ def _backward(
     need_start = need_start and problem.reset_state is not None
     need_scale = need_scale and problem.h_scale is not None
 
-    zeros = torch.zeros_like(h0, dtype=torch.float32)
-    grad_state = zeros if grad_h_n is None else grad_h_n.float().contiguous().clone()
-    grad_start = torch.zeros_like(zeros) if need_start else None
-    grad_scale = torch.zeros_like(zeros) if need_scale else None
+    def zeros() -> Tensor:
+        return torch.zeros_like(h0, dtype=torch.float32)
+
+    grad_state = zeros() if grad_h_n is None else _copy(grad_h_n)
+    grad_start = zeros() if need_start else None
+    grad_scale = zeros() if need_scale else None
     weight, bias = products.Total(), products.Total()
     if T > 0 and B > 0:
         chosen, config = take(kernel, problem, "backward", "train")
@@ -267,22 +273,25 @@ def _backward(
                 grad_state, grad_start, grad_scale,
             )  # fmt: skip
             chosen.launch_backward(chunk, config)
-            on_chunk(rows, steps)
+            sums = rows.sum((0, 1)) if need_sums or need_b else None
+            on_chunk(rows, sums, steps)
             gate_rows = rows.shape[3] - H
             candidate = rows[..., gate_rows:] if grad_q is None else grad_q
             if need_b:
-                sums = (rows[..., :gate_rows].sum((0, 1)), candidate.sum((0, 1)))
-                bias.add(torch.cat(sums, 1))
+                assert sums is not None
+                if grad_q is not None:
+                    sums = torch.cat((sums[:, :gate_rows], grad_q.sum((0, 1))), 1)
+                bias.add(sums)
             if need_w:
                 if entering is None:
                     source = slots if problem.cell == "reset_before" else None
                     entering, gated = rebuild.launch_entering_states(problem, output, source, steps)
                 operand = entering if gated is None else gated
-                gradients = (
-                    products.weight_gradient(rows[..., :gate_rows], entering),
-                    products.weight_gradient(candidate, operand),
+                weight.add(
+                    products.weight_gradients(
+                        (rows[..., :gate_rows], entering), (candidate, operand)
+                    )
                 )
-                weight.add(torch.cat(gradients, 1))
     empty = h0.new_empty(0)
     nothing = T == 0 or B == 0
     grad_w = grad_b = empty
@@ -297,6 +306,12 @@ def _backward(
         empty if grad_start is None else grad_start.to(h0.dtype),
         empty if grad_scale is None else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
     )
+
+
+def _copy(gradient: Tensor) -> Tensor:
+    """A contiguous float32 copy."""
+    contiguous = torch.contiguous_format
+    return gradient.to(torch.float32, copy=True, memory_format=contiguous)
 
 
 def _chunks(problem: Problem, rebuilt: bool) -> list[tuple[int, int]]:

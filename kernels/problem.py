@@ -76,7 +76,6 @@ class Problem:
         """What forward and backward kernels both take, by the name of the parameter."""
         return {
             "h0_ptr": self.h0,
-            "weight_ptr": self.weight_hh,
             "lengths_ptr": self.lengths,
             "reset_mask_ptr": self.reset_mask,
             "reset_state_ptr": self.reset_state,
@@ -93,6 +92,7 @@ class Problem:
         stride_t, stride_b, stride_g, _ = self.gates_x.stride()
         return self.shared_arguments() | {
             "gates_x_ptr": self.gates_x,
+            "weight_ptr": self.weight_hh,
             "stride_gates_t": stride_t,
             "stride_gates_b": stride_b,
             "stride_gates_g": stride_g,
@@ -130,6 +130,14 @@ class Chunk:
     grad_state: Tensor
     grad_start: Tensor | None
     grad_scale: Tensor | None
+
+    def turned_weight(self) -> Tensor:
+        """W_hh with each gate transposed, (G, N, H, H): what the gradient is multiplied by.
+
+        A copy, because tensor cores take 32-bit operands only as they lie.
+        """
+        G, rows, H = self.problem.weight_hh.shape
+        return self.problem.weight_hh.view(G, rows // H, H, H).transpose(2, 3).contiguous()
 
     def arguments(self) -> dict[str, Any]:
         """What every backward kernel takes, by the name of the parameter."""

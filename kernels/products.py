@@ -67,6 +67,19 @@ def weight_gradient(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.bmm(rows.permute(1, 2, 0), columns.transpose(0, 1))
 
 
+def weight_gradients(*pairs: tuple[Tensor, Tensor]) -> Tensor:
+    """`weight_gradient` of each pair of rows and columns, one below the other."""
+    (first, columns), *_ = pairs
+    G, J = columns.shape[2:]
+    if G > 1:
+        return torch.cat([weight_gradient(*pair) for pair in pairs], 1)
+    heights = [rows.shape[3] for rows, _ in pairs]
+    result = first.new_empty(1, sum(heights), J)
+    for (rows, values), part in zip(pairs, result[0].split(heights), strict=True):
+        torch.mm(rows.flatten(0, 2).t(), values.flatten(0, 2), out=part)
+    return result
+
+
 def input_gradient(rows: Tensor, weight_ih: Tensor, shared: bool) -> Tensor:
     """rows (T, B, G, N*H) @ weight_ih (G, N*H, I): (T, B, I), summed over groups, if shared."""
     T, B = rows.shape[:2]

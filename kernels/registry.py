@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -30,12 +30,18 @@ class Kernel:
     config: Callable[[Device, Sizes, str], Config | None]
 
     def launch_forward(self, *args: Any) -> None:
-        module = import_module(f".{self.name}_forward", __package__)
-        getattr(module, f"launch_forward_{self.name}")(*args)
+        _launcher(self.name, "forward")(*args)
 
     def launch_backward(self, chunk: Chunk, config: Config) -> None:
-        module = import_module(f".{self.name}_backward", __package__)
-        getattr(module, f"launch_backward_{self.name}")(chunk, config)
+        _launcher(self.name, "backward")(chunk, config)
+
+
+@cache
+def _launcher(kernel: str, direction: str) -> Callable[..., None]:
+    """Imported on first use, as triton is with it."""
+    module = import_module(f".{kernel}_{direction}", __package__)
+    launch: Callable[..., None] = getattr(module, f"launch_{direction}_{kernel}")
+    return launch
 
 
 KERNELS = {name: Kernel(name, partial(tables.config, name)) for name in ("cta", "grid", "step")}

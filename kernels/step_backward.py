@@ -208,7 +208,7 @@ def launch_backward_step(chunk: Chunk, config: Config) -> None:
         if before:
             plan.append((step, False, "reset"))
     plan.append((begin - 1, True, "none"))
-    arguments = chunk.arguments()
+    arguments = chunk.arguments() | {"weight_ptr": problem.weight_hh}
     for first_group, groups, reverse_bits in problem.launches():
         grid = (
             triton.cdiv(problem.B, config.BLOCK_B),

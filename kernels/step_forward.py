@@ -22,6 +22,7 @@ from .tile import (
     next_state,
     row_lengths,
     save_gates,
+    sigmoid,
     store_step,
     tanh,
     time_of,
@@ -165,11 +166,11 @@ def forward_step(
 
     if PART != "candidate":
         a_z = load_gate(gates_x_ptr, gates_at, gates_tile, N - 2, live, H)
-        z = tl.sigmoid(a_z + acc_z + load_bias(bias_ptr, g, N - 2, units, N, H))
+        z = sigmoid(a_z + acc_z + load_bias(bias_ptr, g, N - 2, units, N, H))
         r = z
         if CELL != "no_reset":
             a_r = load_gate(gates_x_ptr, gates_at, gates_tile, 0, live, H)
-            r = tl.sigmoid(a_r + acc_r + load_bias(bias_ptr, g, 0, units, N, H))
+            r = sigmoid(a_r + acc_r + load_bias(bias_ptr, g, 0, units, N, H))
     if PART == "gates":
         gated = (r * (p * scale)).to(gated_ptr.dtype.element_ty)
         tl.store(gated_ptr + state_at + state_tile, gated, mask=inside)

@@ -8,7 +8,7 @@ range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from .tiling import Config, Device, Sizes
 
@@ -88,6 +88,7 @@ def unfit(device: Device, sizes: Sizes) -> str:
     )
 
 
+@lru_cache(4096)
 def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config | None:
     """The tiles for a call, or None where the kernel does not fit.
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from gru_fast.kernels import registry
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -87,8 +89,10 @@ def installed(mutant: Mutant, folder: Path) -> Iterator[None]:
     )
     spec = spec_from_file_location(name, source)
     module = sys.modules[name] = module_from_spec(spec)
+    registry._launcher.cache_clear()
     try:
         spec.loader.exec_module(module)
         yield
     finally:
         sys.modules[name] = original
+        registry._launcher.cache_clear()
