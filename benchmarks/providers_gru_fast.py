@@ -18,8 +18,8 @@ from gru_fast import backends
 class Layer(Provider):
     """`gru_fast.GRU` with a backend asked for by name."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, backend: str, recompute: bool = False) -> None:
+        self.backend, self.recompute = backend, recompute
         self.name = f"gru_fast.{backend}"
 
     def version(self) -> str:
@@ -36,6 +36,7 @@ class Layer(Provider):
             problem.case.I,
             problem.case.H,
             backend=self.backend,
+            recompute=self.recompute,
             device=problem.device,
             dtype=DTYPES[problem.dtype],
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -73,22 +73,26 @@ def _functions() -> dict[str, Callable[..., Any]]:
 
 
 @cache
-def _serve_cuda() -> None:
-    """For the rest of the process."""
-    served_by(_functions(), "CUDA").__enter__()
+def _serve_cuda() -> AbstractContextManager[None]:
+    """For the rest of the process: a block whose context is let go ends."""
+    serving = served_by(_functions(), "CUDA")
+    serving.__enter__()
+    return serving
 
 
 class Kernel(Layer):
     """`gru_fast.GRU` held to one kernel; on the CPU Triton has to interpret it."""
 
-    def __init__(self, kernel: str) -> None:
-        super().__init__("auto")
+    def __init__(self, kernel: str, recompute: bool = False) -> None:
+        super().__init__("auto", recompute)
         self.kernel = kernel
-        self.name = f"gru_fast.triton.{kernel}"
+        self.name = f"gru_fast.triton.{kernel}" + ".recompute" * recompute
 
     def why_not(self, problem: Problem) -> str | None:
         kernels: ModuleType = importlib.import_module("gru_fast.kernels")
         case = problem.case
+        if self.recompute and not problem.training:
+            return "inference saves nothing"
         device, dtype = torch.device(problem.device), DTYPES[problem.dtype]
         sizes = (case.T, case.B, 1, case.H)
         with float32_as(problem.dtype):
@@ -99,7 +103,8 @@ class Kernel(Layer):
 
     def prepare(self, problem: Problem, threads: int) -> Prepared:
         # On a GPU "auto" may take cuDNN; on a CPU no name but "auto" reaches the operators.
-        plain = Layer("auto" if problem.device == "cpu" else "triton").prepare(problem, threads)
+        backend = "auto" if problem.device == "cpu" else "triton"
+        plain = Layer(backend, self.recompute).prepare(problem, threads)
 
         def call() -> Any:
             _selection.kernel = self.kernel

@@ -46,6 +46,22 @@ def needs_composition() -> bool:
     return torch._C._are_functorch_transforms_active() and not _only_vmap()
 
 
+def dtype_of_call(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """What a call with inputs of this dtype computes in: what autocast asks for, but on the CPU.
+
+    Float64 stays, and so does what is no floating-point number.
+    """
+    if (
+        device_type != "cpu"
+        and dtype.is_floating_point
+        and dtype != torch.float64
+        and torch.amp.is_autocast_available(device_type)
+        and torch.is_autocast_enabled(device_type)
+    ):
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
 def why_not(
     device_type: str,
     dtype: torch.dtype,

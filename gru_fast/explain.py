@@ -125,7 +125,8 @@ def explain(
         "resets": reset_mask is not None,
         "composed": backends.needs_composition(),
     }
-    place = (data.device.type, data.dtype, module.cell)
+    dtype = backends.dtype_of_call(data.device.type, data.dtype)
+    place = (data.device.type, dtype, module.cell)
     T, B, steps = _sizes(module, input, lengths)
     tensors = (data, hx, reset_state, *module._flat_weights)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -133,7 +134,7 @@ def explain(
     sizes = (T, B, 2 if getattr(module, "bidirectional", False) else 1, module.hidden_size)
     preferred = None
     if data.is_cuda and module.backend == "auto":
-        preferred = backends.why_cudnn(data.device, data.dtype, sizes, module.cell, training)
+        preferred = backends.why_cudnn(data.device, dtype, sizes, module.cell, training)
     error = backend = None
     try:
         backend = backends.select(
@@ -159,10 +160,10 @@ def explain(
     bound = None
     if peak_flops is not None and peak_bytes is not None:
         bound = max(flops / peak_flops, moved / peak_bytes)
-    dtype = str(data.dtype).removeprefix("torch.")
+    shown = str(data.dtype).removeprefix("torch.")
     return Explanation(
         call=f"{module}, {'training' if training else 'inference'}, input T={T} B={B} "
-        f"I={data.shape[-1]} {dtype} {data.device}",
+        f"I={data.shape[-1]} {shown} {data.device}",
         backend=backend,
         kernel=_kernel(backend, module, data, sizes, training, facts),
         why_not=why_not,
@@ -198,7 +199,8 @@ def _kernel(
         kernels = import_module("gru_fast.kernels")
         suite = "train" if training else "infer"
         plain = not (facts["lengths"] or facts["resets"])
-        name, measured = kernels.chosen(data.device, data.dtype, sizes, module.cell, suite, plain)
+        dtype = backends.dtype_of_call(data.device.type, data.dtype)
+        name, measured = kernels.chosen(data.device, dtype, sizes, module.cell, suite, plain)
         how = "as measured" if measured else "because it fits; not measured at this size"
         return f"Triton, {name}, {how}"
     return "PyTorch operations"

@@ -177,13 +177,44 @@ class GRU(nn.RNNBase):
         pass
 
     def _init_flat_weights(self) -> None:
-        pass
+        self.flatten_parameters()
 
     def _update_flat_weights(self) -> None:
         pass
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels read each weight where it lies."""
+        """Lay the weights of each layer out in one block on CUDA, as cuDNN reads them.
+
+        It is called when the module is made or moved. Our own kernels read each weight where it
+        lies: for them, on the CPU, in both directions and for other cells it does nothing.
+        """
+        weights = self._flat_weights
+        if self.cell != _DEFAULT_CELL or self.bidirectional or not weights:
+            return
+        plain = all(type(w) is nn.Parameter and w.is_cuda for w in weights)
+        if not plain or torch._C._len_torch_dispatch_stack():
+            return
+        if len({w.data_ptr() for w in weights}) != len(weights):  # tied
+            return
+        per_layer = len(weights) // self.num_layers
+        with torch.no_grad(), torch.cuda.device_of(weights[0]):  # type: ignore[no-untyped-call]
+            if not (
+                torch.backends.cudnn.is_acceptable(weights[0])  # type: ignore[no-untyped-call]
+                and torch._use_cudnn_rnn_flatten_weight()
+            ):
+                return
+            for layer in range(self.num_layers):
+                torch._cudnn_rnn_flatten_weight(
+                    weights[layer * per_layer : (layer + 1) * per_layer],
+                    per_layer,
+                    self.input_size if layer == 0 else self.hidden_size,
+                    3,  # CUDNN_GRU
+                    self.hidden_size,
+                    0,
+                    1,
+                    False,
+                    False,
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy, without what is derived from the parameters."""

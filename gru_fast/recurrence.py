@@ -7,6 +7,7 @@ Nothing here looks at sizes to choose an implementation, so a change of T or B d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,18 +34,19 @@ def _route(
 ) -> str:
     """What takes the call: "ops", "cudnn", or "reference" for it composed of plain operations."""
     prefer_cudnn = True
+    dtype = backends.dtype_of_call(steps.device.type, steps.dtype)
     if backend == "auto" and steps.is_cuda:
         prefer_cudnn = backends.nothing_measured()
         # Compiled code does not choose by T and B, which would compile it again for others.
         if not torch.compiler.is_compiling():
             T, B = steps.shape[:2]
             sizes = (T, B, h0.shape[0], h0.shape[2])
-            reason = backends.why_cudnn(steps.device, steps.dtype, sizes, cell, training)
+            reason = backends.why_cudnn(steps.device, dtype, sizes, cell, training)
             prefer_cudnn = reason is not None and T > 0 and B > 0
     name = backends.select(
         backend,
         steps.device.type,
-        steps.dtype,
+        dtype,
         cell,
         composed=needs_composition(),
         prefer_cudnn=prefer_cudnn,
@@ -79,12 +81,12 @@ def _cudnn(
     parts = [t.unbind(0) for t in every if t is not None]
     output, h_n, *_ = torch._cudnn_rnn(
         x,
-        [t for group in zip(*parts, strict=True) for t in group],
+        weights := [t for group in zip(*parts, strict=True) for t in group],
         len(parts),
-        None,
+        _cudnn_weights(weights, len(parts)),
         h0,
         None,
-        3,  # CUDNN_GRU
+        _CUDNN_GRU,
         weight_hh.shape[2],
         0,
         1,
@@ -96,6 +98,32 @@ def _cudnn(
         None,
     )
     return output, h_n
+
+
+_CUDNN_GRU = 3
+
+
+def _cudnn_weights(weights: list[Tensor], per_direction: int) -> Tensor | None:
+    """All weights as the one block that cuDNN reads: as `flatten_parameters` left them, or a copy.
+
+    Without a block PyTorch makes the copy itself, and warns at each call. None where the tensors
+    hold no data: under a compiler, or in a mode such as FakeTensorMode.
+    """
+    first = weights[0]
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not first.is_cuda:
+        return None
+    with torch.no_grad():
+        ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+        if len(weights) == per_direction and ends[:-1] == [w.data_ptr() for w in weights[1:]]:
+            size = sum(w.numel() for w in weights)
+            storage = first.untyped_storage().nbytes() // first.element_size()
+            if first.storage_offset() + size <= storage:
+                return first.as_strided((size,), (1,))
+        # It points what it is given to the block: aliases, not the parameters.
+        aliases = [w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
+        sizes = (first.shape[1], _CUDNN_GRU, weights[1].shape[1], 0, 1, False)
+        both = len(weights) == 2 * per_direction
+        return torch._cudnn_rnn_flatten_weight(aliases, per_direction, *sizes, both)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -117,29 +145,19 @@ def _is_plain(steps: Tensor) -> bool:
     )
 
 
-def _compose(
-    function: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    tensors: Sequence[Tensor | None],
-    cell: str,
-    reverse: Sequence[bool],
+def _as_autocast(
+    function: Callable[..., tuple[Any, ...]], tensors: Sequence[Tensor | None], *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """The reference under autocast's rules for the ops: cast on CUDA, never on the CPU."""
+    """A function under autocast's rules for the ops: tensors are cast on CUDA, not on the CPU."""
     first = tensors[0]
     assert first is not None
     device = first.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        output, h_n, _ = function(*tensors, cell, reverse, True)
+        output, h_n, *_ = function(*tensors, *rest)
         return output, h_n
-    if device != "cpu":
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [
-            t.to(dtype)
-            if t is not None and t.is_floating_point() and t.dtype != torch.float64
-            else t
-            for t in tensors
-        ]
+    tensors = [t if t is None else t.to(backends.dtype_of_call(device, t.dtype)) for t in tensors]
     with torch.autocast(device, enabled=False):
-        output, h_n, _ = function(*tensors, cell, reverse, True)
+        output, h_n, *_ = function(*tensors, *rest)
     return output, h_n
 
 
@@ -207,8 +225,8 @@ def layer(
     if route != "ops":
         check_layer(*tensors, cell, reverse)
         if route == "cudnn":
-            return _cudnn(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, training)
-        return _compose(reference.layer, tensors, cell, reverse)
+            return _as_autocast(_cudnn, tensors[:6], training)
+        return _as_autocast(reference.layer, tensors, cell, reverse, True)
     if not training:
         output, h_n, _ = ops.without_grad(ops.layer, *tensors, cell, reverse, True)
     else:
@@ -272,7 +290,7 @@ def scan(
         )
     if route == "reference":
         check_scan(*tensors, cell, reverse)
-        return _compose(reference.scan, tensors, cell, reverse)
+        return _as_autocast(reference.scan, tensors, cell, reverse, True)
     if not training:
         output, h_n, _ = ops.without_grad(ops.scan, *tensors, cell, reverse, True)
     else:

@@ -45,9 +45,11 @@ class Row:
     def holds(self, sizes: Sizes) -> bool:
         """Whether the row holds for a call on a device that it fits.
 
-        `grid` with weights on chip has no registers left for addresses that are not aligned.
+        `grid` with weights on chip has no registers left for addresses that are not aligned, and
+        where it loads ahead, only copies of 16 bytes go past the L1 cache.
         """
-        aligned = sizes.H % 16 == 0 or self.kernel != "grid" or not self.config.RESIDENT
+        simple = not self.config.RESIDENT and self.config.num_stages == 1
+        aligned = sizes.H % 16 == 0 or self.kernel != "grid" or simple
         return (
             aligned
             and (sizes.plain or not self.plain)
@@ -119,49 +121,76 @@ def _step(device: Device, sizes: Sizes, direction: str) -> Config:
     return Config(16, 32, 64, 4, stages)
 
 
+def _cta(BLOCK_B: int, BLOCK_H: int, num_warps: int, num_stages: int = 1) -> Config:
+    return Config(BLOCK_B, BLOCK_H, 0, num_warps, num_stages)
+
+
 def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
     return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps)
 
 
-def _streamed(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
-    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, RESIDENT=False)
+def _streamed(
+    BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int, num_stages: int = 1
+) -> Config:
+    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, num_stages, RESIDENT=False)
 
+
+FORWARD, BACKWARD = ("forward",), ("backward",)
 
 ROWS = (
-    Row("cta", "16", 32, 64, Config(8, 32, 0, 4), TURING),
-    Row("cta", "16", 32, 64, Config(16, 32, 0, 4), TURING),
-    Row("cta", "16", 64, 64, Config(8, 64, 0, 4), TURING),
-    Row("cta", "16", 64, 64, Config(16, 64, 0, 4), AMPERE),
-    Row("cta", "16", 128, 163, Config(8, 128, 0, 8), AMPERE_TO_HOPPER),
-    Row("cta", "16", 128, 163, Config(16, 128, 0, 8), AMPERE),
-    Row("cta", "tf32", 32, 64, Config(8, 32, 0, 4), AMPERE),
-    Row("cta", "tf32", 32, 64, Config(16, 32, 0, 4), AMPERE),
-    Row("cta", "tf32", 64, 99, Config(8, 64, 0, 8), AMPERE),
-    Row("cta", "tf32", 64, 99, Config(16, 64, 0, 8), AMPERE),
-    Row("cta", "tf32", 128, 227, Config(8, 128, 0, 8), AMPERE_TO_HOPPER),
-    Row("cta", "tf32", 128, 227, Config(16, 128, 0, 8), AMPERE_TO_HOPPER),
-    Row("cta", "tf32", 128, 227, Config(16, 128, 0, 8), BLACKWELL, ("forward",)),
-    Row("cta", "tf32x3", 32, 64, Config(8, 32, 0, 4), AMPERE),
-    Row("cta", "tf32x3", 64, 163, Config(8, 64, 0, 8), AMPERE),
-    Row("cta", "ieee", 32, 64, Config(8, 32, 0, 4), TURING_ONLY),
-    Row("cta", "ieee", 32, 64, Config(16, 32, 0, 4), TURING_ONLY),
-    Row("cta", "ieee", 64, 64, Config(8, 64, 0, 8), TURING_ONLY),
+    Row("cta", "16", 32, 64, _cta(8, 32, 4), TURING),
+    Row("cta", "16", 32, 64, _cta(16, 32, 4), TURING),
+    Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING),
+    Row("cta", "16", 64, 64, _cta(16, 64, 4), AMPERE),
+    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_TO_HOPPER, FORWARD),
+    Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, BACKWARD),
+    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_ONLY, BACKWARD),
+    Row("cta", "16", 128, 163, _cta(16, 128, 8), AMPERE),
+    Row("cta", "tf32", 32, 64, _cta(8, 32, 4, 3), AMPERE),
+    Row("cta", "tf32", 32, 64, _cta(16, 32, 4, 3), AMPERE),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE),
+    Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
+    Row("cta", "tf32", 128, 227, _cta(8, 128, 8, 2), AMPERE_TO_HOPPER, FORWARD),
+    Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER, BACKWARD),
+    Row("cta", "tf32", 128, 227, _cta(16, 128, 8), AMPERE_TO_HOPPER),
+    Row("cta", "tf32", 128, 227, _cta(16, 128, 8), BLACKWELL, FORWARD),
+    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE),
+    Row("cta", "tf32x3", 64, 163, _cta(8, 64, 8), AMPERE),
+    Row("cta", "ieee", 32, 64, _cta(8, 32, 4), TURING_ONLY),
+    Row("cta", "ieee", 32, 64, _cta(16, 32, 4), TURING_ONLY),
+    Row("cta", "ieee", 64, 64, _cta(8, 64, 8), TURING_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 4), HOPPER),
     Row("grid", "16", 256, 163, _resident(16, 64, 128, 4), HOPPER_ONLY),
+    Row("grid", "16", 256, 163, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
+    Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 8), AMPERE_ONLY),
     Row("grid", "16", 256, 99, _resident(8, 32, 128, 4), AMPERE),
     Row("grid", "16", 512, 227, _resident(8, 64, 128, 4), HOPPER_ONLY),
-    Row("grid", "16", 512, 227, _resident(16, 64, 128, 4), HOPPER_ONLY, plain=True),
+    Row("grid", "16", 512, 227, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
+    Row("grid", "16", 512, 227, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
     Row("grid", "16", 512, 163, _resident(8, 32, 128, 8), AMPERE),
     Row("grid", "16", 512, 99, _resident(8, 16, 128, 4), AMPERE),
     Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER),
+    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 8), HOPPER_ONLY),
+    Row("grid", "16", 1024, 227, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
+    Row("grid", "16", 1024, 227, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
+    Row("grid", "16", ANY, 163, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
+    Row("grid", "16", ANY, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
+    Row("grid", "16", ANY, 163, _streamed(16, 64, 64, 8), HOPPER_ONLY),
     Row("grid", "16", ANY, 64, _streamed(16, 64, 64, 8), AMPERE),
     Row("grid", "16", ANY, 64, _streamed(16, 32, 32, 4), TURING_ONLY),
     Row("grid", "tf32", 256, 227, _resident(8, 64, 64, 4), HOPPER_ONLY),
+    Row("grid", "tf32", 256, 227, _streamed(64, 64, 32, 8, 3), HOPPER_ONLY, FORWARD, plain=True),
+    Row("grid", "tf32", 256, 227, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY),
     Row("grid", "tf32", 256, 163, _resident(8, 32, 64, 8), AMPERE),
     Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), AMPERE_ONLY),
-    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), BLACKWELL, ("forward",)),
-    Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY),
+    Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), BLACKWELL, FORWARD),
+    Row("grid", "tf32", 512, 227, _resident(16, 16, 64, 4), HOPPER_ONLY),
+    Row("grid", "tf32", 512, 227, _streamed(64, 64, 32, 8, 3), HOPPER_ONLY, FORWARD, plain=True),
+    Row("grid", "tf32", 512, 227, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY),
+    Row("grid", "tf32", ANY, 163, _streamed(64, 64, 32, 8, 3), HOPPER_ONLY, FORWARD, plain=True),
+    Row("grid", "tf32", ANY, 163, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY),
+    Row("grid", "tf32", ANY, 163, _streamed(16, 64, 32, 8), HOPPER_ONLY),
     Row("grid", "tf32", ANY, 64, _streamed(16, 64, 32, 8), AMPERE),
     Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 4), AMPERE),
     Row("grid", "ieee", ANY, 64, _streamed(16, 16, 16, 4), TURING_ONLY),

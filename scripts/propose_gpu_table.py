@@ -14,6 +14,7 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
+from gru_fast.kernels import KERNELS
 from gru_fast.kernels.measured import POINTS, Point
 
 TABLE = Path(__file__).parents[1] / "kernels" / "measured.py"
@@ -36,7 +37,7 @@ def propose(results: dict[str, Any]) -> list[Point]:
         case, kernel = record["case"], record["provider"].removeprefix(PREFIX)
         ratio = record.get("ratio_to_torch")
         if (
-            record["provider"] == kernel
+            kernel not in KERNELS
             or record["suite"] not in ("train", "infer", "step")
             or record["dtype"] not in NUMBERS
             or record.get("dry")

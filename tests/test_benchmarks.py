@@ -435,7 +435,7 @@ class TestGpuProgram:
         """Calls that compile the same stand under one key, which one process takes."""
         keys = {key for row in load("benchmarks.gpu.rows").gpu_rows() for key in row.warm}
         for name in providers_kernels.kernel_names()[0]:
-            assert f"{name}/H512/bfloat16" in keys
+            assert f"{name}/H512/bfloat16/False" in keys
 
     def test_json_is_plain(self, tmp_path):
         with pytest.raises(ValueError, match="JSON"):

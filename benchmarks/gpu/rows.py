@@ -30,7 +30,7 @@ HIDDEN = (32, 64, 100, 128, 160, 192, 256, 512, 1024, 2048)
 BATCHES = (1, 16, 64, 256, 1024)
 CORE = [(H, B) for H, B in product((64, 128, 256, 512, 1024), (1, 64, 1024))]
 DTYPES = ("bfloat16", "tf32", "float16")
-EFFORT = timing.Effort(block_s=0.004, budget_s=0.5, least=5, most=15)
+EFFORT = timing.Effort(block_s=0.004, budget_s=0.4, least=5, most=15)
 
 Found = tuple[list[Record], list[micro.Figure], list[str]]
 """Records, figures and notes."""
@@ -102,7 +102,12 @@ def _baseline(device: str, case: Case) -> Provider:
 
 
 def _row(
-    case: Case, suite: str, dtype: str, kernels: Sequence[str] = (), graph: bool = False
+    case: Case,
+    suite: str,
+    dtype: str,
+    kernels: Sequence[str] = (),
+    graph: bool = False,
+    recompute: bool = False,
 ) -> Row:
     """cuDNN and its peers on one problem, interleaved.
 
@@ -112,29 +117,30 @@ def _row(
         dtype: of `benchmarks.cases.DTYPES`.
         kernels: ours that take part, where they can take the call.
         graph: whether the loop over nn.GRUCell in a CUDA graph takes part.
+        recompute: whether ours take part without saved gates as well.
     """
+    ours = [Kernel(name, again) for again in (False, True)[: 1 + recompute] for name in kernels]
 
     def on(session: Session, **changes: Any) -> Problem:
         sizes = {**case.as_dict(), **changes}
         return Problem(Case(**sizes), suite, dtype, session.device)
 
     def run(session: Session) -> Found:
-        providers = [_baseline(session.device, case), *(Kernel(name) for name in kernels)]
+        providers = [_baseline(session.device, case), *ours]
         providers += [CapturedCellLoop()] if graph else []
         records, notes = run_problem(on(session), providers, session.setting())
         return records, [], notes
 
-    def warm(session: Session, kernel: str) -> None:
+    def warm(session: Session, kernel: Kernel) -> None:
         short = on(session, T=min(2, case.T))
         with float32_as(dtype):
-            chosen = Kernel(kernel)
-            if chosen.why_not(short) is None:
-                chosen.prepare(short, 1).call()
+            if kernel.why_not(short) is None:
+                kernel.prepare(short, 1).call()
 
     return Row(
         f"{suite}/{case}/{dtype}",
         run,
-        {f"{name}/H{case.H}/{dtype}": partial(warm, kernel=name) for name in kernels},
+        {f"{k.kernel}/H{case.H}/{dtype}/{k.recompute}": partial(warm, kernel=k) for k in ours},
     )
 
 
@@ -166,10 +172,12 @@ def _sampler(case: Case, dtype: str) -> Row:
     return Row(f"sample/{case}/{dtype}", run)
 
 
-def _both(case: Case, dtype: str, kernels: Sequence[str] = (), graph: bool = False) -> list[Row]:
+def _both(
+    case: Case, dtype: str, kernels: Sequence[str] = (), recompute: bool = False
+) -> list[Row]:
     return [
-        _row(case, suite, dtype, kernels, graph and suite == "infer")
-        for suite in ("infer", "train")
+        _row(case, "infer", dtype, kernels),
+        _row(case, "train", dtype, kernels, recompute=recompute),
     ]
 
 
@@ -205,9 +213,9 @@ def gpu_rows() -> list[Row]:
     kernels = kernel_names()[0]
     scans = [name for name in kernels if name != "step"]
     for dtype, (H, B) in product(("bfloat16", "tf32"), CORE):
-        rows += _both(square(H, B, 512), dtype, kernels, graph=dtype == "bfloat16")
+        rows += _both(square(H, B, 512), dtype, scans, recompute=dtype == "bfloat16")
     for case in RL:
-        rows += _both(case, "bfloat16", kernels)
+        rows += _both(case, "bfloat16", scans)
     for dtype, (H, B) in product(("bfloat16", "tf32"), CORE):
         rows.append(_row(square(H, B, 1), "step", dtype, ["step"], graph=True))
     for H, B in product((64, 128, 512), (1, 64, 1024)):
@@ -215,9 +223,11 @@ def gpu_rows() -> list[Row]:
     for dtype, H, B in product(DTYPES, HIDDEN, BATCHES):
         rows += _both(square(H, B, 512), dtype, scans)
     for case in RL:
-        rows += _both(case, "tf32", kernels)
+        rows += _both(case, "tf32", scans)
     for H, B in CORE:
         rows += _both(square(H, B, 512), "float32", scans)
+    for H, B in CORE:
+        rows.append(_row(square(H, B, 256), "infer", "bfloat16", kernels, graph=True))
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.name, row)

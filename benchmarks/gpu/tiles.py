@@ -51,48 +51,53 @@ def candidates() -> Iterator[Candidate]:
                 yield Candidate(kernel, dtype, H, config, direction)
 
 
-def _cta(H: int, *tiles: tuple[int, int]) -> list[Config]:
-    return [Config(BLOCK_B, H, 0, warps) for BLOCK_B, warps in tiles]
+def _cta(H: int, *tiles: tuple[int, ...]) -> list[Config]:
+    return [Config(BLOCK_B, H, 0, *launch) for BLOCK_B, *launch in tiles]
 
 
-def _grid(*tiles: tuple[int, int, int, int], resident: bool = True) -> list[Config]:
-    return [Config(*sizes, RESIDENT=resident) for sizes in tiles]
+def _grid(*tiles: tuple[int, ...]) -> list[Config]:
+    return [Config(*sizes) for sizes in tiles]
+
+
+def _streamed(*tiles: tuple[int, ...]) -> list[Config]:
+    return [Config(*sizes, RESIDENT=False) for sizes in tiles]
 
 
 TRIED: list[tuple[str, str, int, list[Config]]] = [
-    ("cta", "bfloat16", 64, _cta(64, (8, 4), (16, 4), (32, 4), (64, 4), (16, 8), (32, 8))),
-    ("cta", "bfloat16", 128, _cta(128, (8, 8), (16, 8), (32, 8), (64, 8), (8, 4), (16, 4))),
-    ("cta", "tf32", 64, _cta(64, (8, 8), (16, 8), (8, 4), (16, 4), (32, 8))),
-    ("cta", "tf32", 128, _cta(128, (8, 8), (16, 8), (8, 4))),
+    ("cta", "bfloat16", 64, _cta(64, (8, 4), (16, 4), (16, 8))),
+    ("cta", "bfloat16", 128, _cta(128, (8, 8), (8, 4), (16, 8))),
+    ("cta", "tf32", 64, _cta(64, (8, 4, 3), (8, 4), (8, 8, 3), (16, 4, 3), (16, 8))),
+    ("cta", "tf32", 128, _cta(128, (8, 8, 2), (8, 8), (16, 8))),
     (
         "grid", "bfloat16", 256,
-        _grid(
-            (8, 64, 128, 4), (16, 64, 128, 4), (16, 64, 256, 4), (8, 32, 128, 4),
-            (16, 32, 128, 4), (32, 32, 128, 4), (16, 32, 256, 4), (16, 16, 128, 4),
-            (32, 16, 128, 4), (64, 16, 128, 4), (64, 64, 128, 4), (64, 64, 128, 8),
-        ),
+        _grid((8, 64, 128, 4), (8, 32, 128, 4), (16, 64, 128, 4), (16, 64, 256, 4))
+        + _streamed((64, 64, 64, 8, 3), (32, 64, 64, 8, 4), (64, 32, 64, 8, 4)),
     ),
     (
         "grid", "bfloat16", 512,
-        _grid(
-            (8, 64, 128, 4), (16, 64, 128, 4), (8, 32, 128, 8), (16, 32, 128, 8),
-            (16, 32, 128, 4), (32, 32, 128, 8), (16, 16, 128, 4), (32, 16, 128, 4),
-            (64, 16, 128, 4), (64, 16, 128, 8),
-        ) + _grid((16, 64, 64, 8), (64, 64, 64, 8), (64, 64, 64, 4), resident=False),
+        _grid((8, 64, 128, 4), (16, 16, 128, 4), (32, 16, 128, 4))
+        + _streamed(
+            (64, 64, 64, 8, 3), (64, 64, 64, 8, 4), (32, 64, 64, 8, 4), (128, 64, 64, 16, 3),
+            (64, 32, 64, 8, 4), (64, 32, 128, 8, 3),
+        ),
     ),
     (
         "grid", "bfloat16", 1024,
-        _grid((8, 32, 128, 8), (16, 16, 128, 4), (32, 16, 128, 8), (64, 16, 128, 8))
-        + _grid((16, 64, 64, 8), (64, 64, 64, 8), (64, 32, 64, 4), resident=False),
+        _grid((32, 16, 128, 8), (32, 16, 128, 4), (16, 16, 128, 8))
+        + _streamed(
+            (64, 64, 64, 8, 3), (64, 64, 64, 8, 4), (32, 64, 64, 8, 4), (128, 64, 64, 16, 3),
+            (128, 64, 64, 8, 3),
+        ),
     ),
     (
         "grid", "tf32", 256,
-        _grid((8, 64, 64, 4), (16, 32, 64, 4), (16, 16, 64, 4), (32, 16, 64, 4), (16, 32, 64, 8)),
+        _grid((8, 64, 64, 4), (16, 16, 64, 4), (32, 16, 64, 4))
+        + _streamed((64, 64, 32, 8, 3), (32, 64, 32, 8, 3), (64, 32, 32, 8, 3)),
     ),
     (
         "grid", "tf32", 512,
-        _grid((8, 32, 64, 8), (16, 16, 64, 4), (32, 16, 64, 4), (16, 16, 64, 8))
-        + _grid((16, 64, 32, 8), (64, 64, 32, 8), resident=False),
+        _grid((16, 16, 64, 4), (8, 32, 64, 8), (32, 16, 64, 4))
+        + _streamed((64, 64, 32, 8, 3), (32, 64, 32, 8, 3), (64, 32, 32, 8, 3)),
     ),
 ]  # fmt: skip
 
@@ -234,11 +239,12 @@ def main() -> int:
             print(
                 f"{candidate.kernel:5} {candidate.dtype:8} H{candidate.H:<5} B{B:<5} "
                 f"{candidate.direction:8} b{c.BLOCK_B:<3} h{c.BLOCK_H:<4} k{c.BLOCK_K:<4} "
-                f"w{c.num_warps} {'resident' if c.RESIDENT else 'streamed'} "
+                f"w{c.num_warps} s{c.num_stages} {'resident' if c.RESIDENT else 'streamed'} "
                 f"{row['us_per_step']:8.3f} us/step  regs {row.get('registers')} "
                 f"spills {row.get('spills')} diff {row['difference']:.1e}",
                 flush=True,
             )
+            del value
         (options.out / "tiles.json").write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
