@@ -23,6 +23,9 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = find_spec("triton") is not None
 """Whether Triton is installed; it is imported on first use only."""
 
+AUTOCAST_DEVICES = ("cuda", "xpu", "mps")
+"""Devices where autocast applies to a call: on the CPU it does not."""
+
 _VMAP = torch._C._functorch.TransformType.Vmap
 
 
@@ -52,10 +55,9 @@ def dtype_of_call(device_type: str, dtype: torch.dtype) -> torch.dtype:
     Float64 stays, and so does what is no floating-point number.
     """
     if (
-        device_type != "cpu"
+        device_type in AUTOCAST_DEVICES
         and dtype.is_floating_point
         and dtype != torch.float64
-        and torch.amp.is_autocast_available(device_type)
         and torch.is_autocast_enabled(device_type)
     ):
         return torch.get_autocast_dtype(device_type)

@@ -112,18 +112,29 @@ def _cudnn_weights(weights: list[Tensor], per_direction: int) -> Tensor | None:
     first = weights[0]
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not first.is_cuda:
         return None
+    block = _block_of(weights) if len(weights) == per_direction else None
+    if block is not None:
+        return block
     with torch.no_grad():
-        ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
-        if len(weights) == per_direction and ends[:-1] == [w.data_ptr() for w in weights[1:]]:
-            size = sum(w.numel() for w in weights)
-            storage = first.untyped_storage().nbytes() // first.element_size()
-            if first.storage_offset() + size <= storage:
-                return first.as_strided((size,), (1,))
         # It points what it is given to the block: aliases, not the parameters.
         aliases = [w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
         sizes = (first.shape[1], _CUDNN_GRU, weights[1].shape[1], 0, 1, False)
         both = len(weights) == 2 * per_direction
         return torch._cudnn_rnn_flatten_weight(aliases, per_direction, *sizes, both)
+
+
+def _block_of(weights: list[Tensor]) -> Tensor | None:
+    """The weights as one tensor without gradient, if each begins where the one before it ends."""
+    first = weights[0]
+    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+    if ends[:-1] != [w.data_ptr() for w in weights[1:]]:
+        return None
+    size = sum(w.numel() for w in weights)
+    held = first.untyped_storage().nbytes() // first.element_size()
+    if first.storage_offset() + size > held or not all(w.is_contiguous() for w in weights):
+        return None
+    with torch.no_grad():
+        return first.as_strided((size,), (1,)).detach()
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -152,7 +163,7 @@ def _as_autocast(
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in backends.AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         output, h_n, *_ = function(*tensors, *rest)
         return output, h_n
     tensors = [t if t is None else t.to(backends.dtype_of_call(device, t.dtype)) for t in tensors]

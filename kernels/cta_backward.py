@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`cta`, backward: one program per batch tile and group, W_hh^T on chip; gate gradients only.
 
-What a step reads does not depend on the gradient, so it is loaded while the step visited before it
-computes.
+What a step reads does not depend on the gradient, so it is loaded while the steps visited before it
+compute: one step ahead by hand, or by the compiler's pipeline (STAGES > 1), which brings 32-bit
+values straight to where the layout of the products reads them.
 """
 
 import triton

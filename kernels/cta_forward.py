@@ -2,8 +2,7 @@
 """`cta`, forward: one program per batch tile and group runs all T steps with W_hh on chip.
 
 Programs never meet. The state stays in registers, in float32; what a step reads of gates_x is
-loaded while the steps before it compute: by hand, one step ahead, or by the compiler's pipeline
-(num_stages > 1), which brings 32-bit values straight to where the product's layout reads them.
+loaded while the step before it computes. (Left to the compiler's pipeline it was slower.)
 """
 
 import triton
@@ -71,11 +70,9 @@ def forward_cta(
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,  # a power of two, at least H
     BLOCK_B: tl.constexpr,
-    STAGES: tl.constexpr,  # 1: loads ahead by hand, else by the compiler
     PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
-    PREFETCH: tl.constexpr = STAGES == 1
     backwards = is_backwards(reverse_bits, tl.program_id(1))
     g = (first_group + tl.program_id(1)).to(tl.int64)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -106,26 +103,17 @@ def forward_cta(
         p, t, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row, lane,
         in_rows, inside, B, backwards,
     )  # fmt: skip
-    if PREFETCH:
-        live = inside & (t < length)[None, :]
-        a_r, a_z, a_n = load_step(
-            gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
-        )
-    for step_ in tl.range(0, T, num_stages=STAGES):
+    live = inside & (t < length)[None, :]
+    a_r, a_z, a_n = load_step(gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H)
+    for step_ in range(T):
         step = step_ + T * 0
         t = time_of(step, T, backwards)
         t_next = time_of(step + 1, T, backwards)
-        if PREFETCH:
-            here = lane * 0 + t_next
-            live = inside & (here >= 0)[None, :] & (here < length)[None, :]
-            next_r, next_z, next_n = load_step(
-                gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
-            )
-        else:
-            live = inside & (lane * 0 + t < length)[None, :]
-            a_r, a_z, a_n = load_step(
-                gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
-            )
+        here = lane * 0 + t_next
+        live = inside & (here >= 0)[None, :] & (here < length)[None, :]
+        next_r, next_z, next_n = load_step(
+            gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
+        )
 
         s = p * scale
         operand = s.to(dtype)
@@ -153,8 +141,7 @@ def forward_cta(
             p, t_next, length, reset_mask_ptr, reset_state_ptr, state_at, state_tile, first_row,
             lane, in_rows, inside, B, backwards,
         )  # fmt: skip
-        if PREFETCH:
-            a_r, a_z, a_n = next_r, next_z, next_n
+        a_r, a_z, a_n = next_r, next_z, next_n
     tl.store(h_n_ptr + state_at + state_tile, p.to(h_n_ptr.dtype.element_ty), mask=inside)
 
 
@@ -170,7 +157,6 @@ def launch_forward_cta(
             workspace_ptr=workspace,
             first_group=first_group,
             reverse_bits=reverse_bits,
-            STAGES=config.num_stages,
             PRECISION=problem.precision,
             **config.arguments("BLOCK_H", "BLOCK_B"),
         )

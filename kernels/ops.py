@@ -18,8 +18,11 @@ from . import products, rebuild
 from .problem import Chunk, Problem, dot_precision, on_device, problem_of
 from .registry import take
 
-CHUNK_ELEMENTS = 2**25
-"""Values of a rebuilt workspace that may be alive at once."""
+CHUNKS = 4
+"""Parts in which a long sequence is rebuilt: of what is saved, one part is alive at once."""
+
+CHUNK_ELEMENTS = 2**20, 2**28
+"""Least and most values of a rebuilt workspace: a chunk costs launches, a large one memory."""
 
 Gates = Callable[[int, int], Tensor]
 
@@ -320,7 +323,8 @@ def _chunks(problem: Problem, rebuilt: bool) -> list[tuple[int, int]]:
     if not rebuilt:
         return [(0, T)]
     elements = problem.B * problem.G * problem.H * 4
-    length = min(T, max(1, CHUNK_ELEMENTS // elements))
+    least, most = (-(-count // elements) for count in CHUNK_ELEMENTS)
+    length = min(T, max(1, least, min(-(-T // CHUNKS), most)))
     return [(max(0, end - length), end) for end in range(T, 0, -length)]
 
 

@@ -78,7 +78,7 @@ def _call(
 ) -> tuple[Device, Sizes]:
     stand_in = torch.empty((), dtype=dtype, device=device)
     precision = dot_precision(stand_in)
-    return device_of(stand_in), Sizes(*sizes, cell, stand_in.element_size(), precision)
+    return device_of(stand_in), Sizes(*sizes, cell, dtype, precision)
 
 
 def why_cudnn(

@@ -114,7 +114,7 @@ def _step(device: Device, sizes: Sizes, direction: str) -> Config:
     """Tiles of `step`: they fit 64 KiB whatever the sizes are."""
     if device.arch < AMPERE[0]:
         return Config(16, 32, 16, 4)
-    if sizes.itemsize == 4:
+    if sizes.numbers != "16":
         return Config(16, 32, 32, 4, 3)
     # With three stages backward spills 8 bytes there.
     stages = 2 if direction == "backward" and device.arch >= HOPPER[0] else 3
@@ -137,21 +137,40 @@ def _streamed(
 
 FORWARD, BACKWARD = ("forward",), ("backward",)
 
+
+def _large(numbers: str, H: int, shared_kib: int) -> list[Row]:
+    """Streamed rows for many rows of the batch, and those that hold where they would spill."""
+
+    def row(config: Config, directions: tuple[str, ...], plain: bool = False) -> Row:
+        return Row("grid", numbers, H, shared_kib, config, HOPPER_ONLY, directions, plain)
+
+    if numbers == "16":
+        return [
+            row(_streamed(64, 64, 64, 8, 3), FORWARD, plain=True),
+            row(_streamed(64, 64, 64, 8, 4), BACKWARD, plain=True),
+            row(_streamed(32, 64, 64, 8, 4), (*FORWARD, *BACKWARD)),
+        ]
+    return [
+        row(_streamed(64, 64, 32, 8, 3), FORWARD, plain=True),
+        row(_streamed(32, 64, 32, 8, 3), BACKWARD),
+    ]
+
+
 ROWS = (
     Row("cta", "16", 32, 64, _cta(8, 32, 4), TURING),
     Row("cta", "16", 32, 64, _cta(16, 32, 4), TURING),
     Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING),
     Row("cta", "16", 64, 64, _cta(16, 64, 4), AMPERE),
-    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_TO_HOPPER, FORWARD),
-    Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, BACKWARD),
-    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_ONLY, BACKWARD),
+    Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY),
+    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_ONLY),
     Row("cta", "16", 128, 163, _cta(16, 128, 8), AMPERE),
-    Row("cta", "tf32", 32, 64, _cta(8, 32, 4, 3), AMPERE),
-    Row("cta", "tf32", 32, 64, _cta(16, 32, 4, 3), AMPERE),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE),
+    Row("cta", "tf32", 32, 64, _cta(8, 32, 4), AMPERE, FORWARD),
+    Row("cta", "tf32", 32, 64, _cta(8, 32, 4, 3), AMPERE, BACKWARD),
+    Row("cta", "tf32", 32, 64, _cta(16, 32, 4), AMPERE),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4), AMPERE, FORWARD),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE, BACKWARD),
     Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
-    Row("cta", "tf32", 128, 227, _cta(8, 128, 8, 2), AMPERE_TO_HOPPER, FORWARD),
-    Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER, BACKWARD),
+    Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER),
     Row("cta", "tf32", 128, 227, _cta(16, 128, 8), AMPERE_TO_HOPPER),
     Row("cta", "tf32", 128, 227, _cta(16, 128, 8), BLACKWELL, FORWARD),
     Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE),
@@ -160,36 +179,30 @@ ROWS = (
     Row("cta", "ieee", 32, 64, _cta(16, 32, 4), TURING_ONLY),
     Row("cta", "ieee", 64, 64, _cta(8, 64, 8), TURING_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 4), HOPPER),
-    Row("grid", "16", 256, 163, _resident(16, 64, 128, 4), HOPPER_ONLY),
-    Row("grid", "16", 256, 163, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
     Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 8), AMPERE_ONLY),
     Row("grid", "16", 256, 99, _resident(8, 32, 128, 4), AMPERE),
     Row("grid", "16", 512, 227, _resident(8, 64, 128, 4), HOPPER_ONLY),
-    Row("grid", "16", 512, 227, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
-    Row("grid", "16", 512, 227, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
+    *_large("16", 512, 227),
     Row("grid", "16", 512, 163, _resident(8, 32, 128, 8), AMPERE),
     Row("grid", "16", 512, 99, _resident(8, 16, 128, 4), AMPERE),
     Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER),
-    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 8), HOPPER_ONLY),
-    Row("grid", "16", 1024, 227, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
-    Row("grid", "16", 1024, 227, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
-    Row("grid", "16", ANY, 163, _streamed(64, 64, 64, 8, 3), HOPPER_ONLY, plain=True),
-    Row("grid", "16", ANY, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
+    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 4), HOPPER_ONLY, FORWARD),
+    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 8), HOPPER_ONLY, BACKWARD),
+    *_large("16", 1024, 227),
+    *_large("16", ANY, 163),
     Row("grid", "16", ANY, 163, _streamed(16, 64, 64, 8), HOPPER_ONLY),
     Row("grid", "16", ANY, 64, _streamed(16, 64, 64, 8), AMPERE),
     Row("grid", "16", ANY, 64, _streamed(16, 32, 32, 4), TURING_ONLY),
     Row("grid", "tf32", 256, 227, _resident(8, 64, 64, 4), HOPPER_ONLY),
-    Row("grid", "tf32", 256, 227, _streamed(64, 64, 32, 8, 3), HOPPER_ONLY, FORWARD, plain=True),
-    Row("grid", "tf32", 256, 227, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY, BACKWARD),
+    Row("grid", "tf32", 256, 227, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY, plain=True),
     Row("grid", "tf32", 256, 163, _resident(8, 32, 64, 8), AMPERE),
     Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), AMPERE_ONLY),
     Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), BLACKWELL, FORWARD),
-    Row("grid", "tf32", 512, 227, _resident(16, 16, 64, 4), HOPPER_ONLY),
-    Row("grid", "tf32", 512, 227, _streamed(64, 64, 32, 8, 3), HOPPER_ONLY, FORWARD, plain=True),
-    Row("grid", "tf32", 512, 227, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY, BACKWARD),
-    Row("grid", "tf32", ANY, 163, _streamed(64, 64, 32, 8, 3), HOPPER_ONLY, FORWARD, plain=True),
-    Row("grid", "tf32", ANY, 163, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY, BACKWARD),
+    Row("grid", "tf32", 512, 227, _resident(16, 16, 64, 4), HOPPER_ONLY, FORWARD),
+    Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY, BACKWARD),
+    *_large("tf32", 512, 227),
+    *_large("tf32", ANY, 163),
     Row("grid", "tf32", ANY, 163, _streamed(16, 64, 32, 8), HOPPER_ONLY),
     Row("grid", "tf32", ANY, 64, _streamed(16, 64, 32, 8), AMPERE),
     Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 4), AMPERE),

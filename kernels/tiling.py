@@ -38,14 +38,19 @@ class Sizes:
     G: int
     H: int
     cell: str
-    itemsize: int
+    dtype: torch.dtype
     precision: str
     plain: bool = True
 
     @property
     def numbers(self) -> str:
         """What is multiplied: "16" for 16-bit floats, else how float32 is rounded."""
-        return "16" if self.itemsize == 2 else self.precision
+        return "16" if self.dtype.itemsize == 2 else self.precision
+
+    @property
+    def kind(self) -> str:
+        """As `numbers`, but with the names of the 16-bit dtypes: to cuDNN they are not the same."""
+        return str(self.dtype).removeprefix("torch.") if self.numbers == "16" else self.precision
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,6 @@ def device_of(tensor: Tensor) -> Device:
 
 def sizes_of(problem: Problem) -> Sizes:
     """The sizes of a call."""
-    itemsize = problem.h0.element_size()
     sizes = (problem.T, problem.B, problem.G, problem.H, problem.cell)
     features = (problem.lengths, problem.reset_mask, problem.h_scale)
-    return Sizes(*sizes, itemsize, problem.precision, all(f is None for f in features))
+    return Sizes(*sizes, problem.h0.dtype, problem.precision, all(f is None for f in features))

@@ -19,11 +19,11 @@ from gru_fast.kernels.measured import POINTS, Point
 
 TABLE = Path(__file__).parents[1] / "kernels" / "measured.py"
 PREFIX = "gru_fast.triton."
-NUMBERS = {"bfloat16": "16", "float16": "16", "tf32": "tf32", "float32": "tf32x3"}
+KINDS = {"bfloat16": "bfloat16", "float16": "float16", "tf32": "tf32", "float32": "tf32x3"}
 
 
 def propose(results: dict[str, Any]) -> list[Point]:
-    """The fastest of our kernels at each size; of bfloat16 and float16 the less favourable ratio.
+    """The fastest of our kernels at each size.
 
     Raises:
         ValueError: the file is not of a GPU, or names no kernel that was right.
@@ -32,14 +32,14 @@ def propose(results: dict[str, Any]) -> list[Point]:
     if not gpu:
         raise ValueError("machine.gpu: expected a GPU, got none: a dry run proposes nothing")
     arch = int(gpu["capability"].replace(".", ""))
-    best: dict[tuple[str, str, int, int, str], tuple[float, str]] = {}
+    best: dict[tuple[str, str, int, int, int], tuple[float, str]] = {}
     for record in results["records"]:
         case, kernel = record["case"], record["provider"].removeprefix(PREFIX)
         ratio = record.get("ratio_to_torch")
         if (
             kernel not in KERNELS
             or record["suite"] not in ("train", "infer", "step")
-            or record["dtype"] not in NUMBERS
+            or record["dtype"] not in KINDS
             or record.get("dry")
             or record.get("parity") != "ok"
             or record.get("baseline") != "cudnn"
@@ -47,16 +47,13 @@ def propose(results: dict[str, Any]) -> list[Point]:
             or not ratio
         ):
             continue
-        key = (record["suite"], NUMBERS[record["dtype"]], case["H"], case["B"], record["dtype"])
-        best[key] = max(best.get(key, (0.0, "")), (ratio, kernel))
-    found: dict[tuple[str, str, int, int], tuple[float, str]] = {}
-    for (*place, _), value in best.items():
-        found[tuple(place)] = min(found.get(tuple(place), value), value)
-    if not found:
+        place = (record["suite"], KINDS[record["dtype"]], case["H"], case["B"], case["T"])
+        best[place] = max(best.get(place, (0.0, "")), (ratio, kernel))
+    if not best:
         raise ValueError("records: expected a kernel of ours with parity ok beside cuDNN, got none")
     return [
-        Point(arch, suite, numbers, H, B, kernel, round(ratio, 3))
-        for (suite, numbers, H, B), (ratio, kernel) in sorted(found.items())
+        Point(arch, *place, kernel, round(ratio, 3))
+        for place, (ratio, kernel) in sorted(best.items())
     ]
 
 

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CELLS, Case, layer_inputs
@@ -26,9 +27,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 
 
 def sizes(T=512, B=64, G=1, H=128, numbers="16", plain=True) -> Sizes:
-    itemsize = 2 if numbers == "16" else 4
+    dtype = torch.bfloat16 if numbers == "16" else torch.float32
     precision = "tf32" if numbers == "16" else numbers
-    return Sizes(T, B, G, H, "reset_after", itemsize, precision, plain)
+    return Sizes(T, B, G, H, "reset_after", dtype, precision, plain)
 
 
 def name(device: Device, call: Sizes, direction="forward", suite="train") -> str:
@@ -45,10 +46,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def points(monkeypatch: pytest.MonkeyPatch) -> None:
     found = (
-        Point(90, "infer", "16", 128, 64, "cta", 1.5),
-        Point(90, "infer", "16", 512, 64, "step", 0.9),
-        Point(90, "train", "16", 512, 64, "step", 1.1),
-        Point(90, "step", "16", 512, 64, "step", 1.2),
+        Point(90, "infer", "bfloat16", 128, 64, 512, "cta", 1.5),
+        Point(90, "infer", "bfloat16", 128, 1024, 512, "grid", 1.2),
+        Point(90, "infer", "bfloat16", 512, 64, 512, "step", 0.9),
+        Point(90, "train", "bfloat16", 512, 64, 24, "step", 1.1),
+        Point(90, "step", "bfloat16", 512, 64, 1, "step", 1.2),
     )
     monkeypatch.setattr(measured, "POINTS", found)
 
@@ -124,16 +126,36 @@ class TestTables:
 
 
 class TestMeasured:
-    def test_is_empty_until_a_gpu_has_run(self):
-        assert measured.POINTS == () and backends.nothing_measured()
+    def test_the_table_is_of_kernels_that_fit(self):
+        """Every point names a kernel with tiles for its size on a device of its architecture."""
+        assert not backends.nothing_measured()
+        places = [(p.arch, p.suite, p.kind, p.H, p.B, p.T) for p in measured.POINTS]
+        assert len(places) == len(set(places))
+        devices = {d.arch: d for d in DEVICES}
+        for p in measured.POINTS:
+            assert p.suite in ("train", "infer", "step") and p.ratio > 0
+            dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(
+                p.kind, torch.float32
+            )
+            call = Sizes(p.T, p.B, 1, p.H, "reset_after", dtype, p.kind)
+            assert registry.KERNELS[p.kernel].config(devices[p.arch], call, "forward")
 
     def test_the_nearest_size_decides(self, points):
         assert measured.nearest(HOPPER, sizes(H=150, B=40), "infer").kernel == "cta"
-        for far in (sizes(H=256, B=128), sizes(H=128, B=128), sizes(T=8), sizes(numbers="tf32")):
-            assert measured.nearest(HOPPER, far, "infer") is None
+        far = (sizes(H=256, B=64), sizes(H=128, B=32), sizes(T=127), sizes(numbers="tf32"))
+        for call in far:
+            assert measured.nearest(HOPPER, call, "infer") is None
+        half = Sizes(512, 64, 1, 128, "reset_after", torch.float16, "tf32")
+        assert measured.nearest(HOPPER, half, "infer") is None
         assert measured.nearest(Device(80, 163 * KIB, 108), sizes(), "infer") is None
         assert measured.nearest(HOPPER, sizes(T=1, H=512), "infer").suite == "step"
         assert measured.nearest(HOPPER, sizes(T=1, H=512), "train") is None
+        assert measured.nearest(HOPPER, sizes(T=6, H=512), "train").T == 24
+
+    def test_between_two_batch_sizes_the_less_favourable_decides(self, points):
+        assert measured.nearest(HOPPER, sizes(H=128, B=256), "infer").ratio == 1.2
+        assert measured.nearest(HOPPER, sizes(H=128, B=100), "infer").ratio == 1.5
+        assert measured.nearest(HOPPER, sizes(H=128, B=2048), "infer") is None
 
     def test_the_measured_kernel_is_chosen(self, points):
         assert name(HOPPER, sizes(H=512)) == "step"
@@ -187,12 +209,12 @@ class TestCalls:
 
     @pytest.mark.parametrize("bidirectional", [False, True])
     @pytest.mark.parametrize("bias", [False, True])
-    def test_cudnn_where_nothing_is_measured(self, cuda_calls, bidirectional, bias):
+    def test_cudnn_where_nothing_is_measured(self, cuda_calls, hopper, bidirectional, bias):
         with torch.no_grad(), FakeTensorMode():
             module = GRU(4, 8, bidirectional=bidirectional, bias=bias, device="cuda")
             found = self.run(module)
         assert cuda_calls == ["cudnn"] and found.backend == "cudnn"
-        assert found.why_not["triton"].endswith("no Triton kernel has been measured on a GPU yet")
+        assert found.why_not["triton"].endswith("nothing near this size is measured on sm_90")
 
     def test_triton_where_cudnn_cannot(self, cuda_calls, hopper):
         with torch.no_grad(), FakeTensorMode():
@@ -209,9 +231,8 @@ class TestCalls:
         assert found[2].why_not["cudnn"] == "it does not have resets"
 
     def test_triton_where_it_was_faster(self, cuda_calls, hopper, monkeypatch):
-        point = Point(90, "infer", "tf32", 8, 3, "grid", 1.5)
+        point = Point(90, "infer", "tf32", 8, 3, 5, "grid", 1.5)
         monkeypatch.setattr(measured, "POINTS", (point,))
-        monkeypatch.setattr(measured, "LEAST_T", 1)
         with torch.no_grad(), FakeTensorMode():
             found = self.run(GRU(4, 8, device="cuda"))
         assert cuda_calls == ["ops"]
@@ -281,20 +302,62 @@ def test_without_triton_or_in_float64_the_reference_serves_cuda(cell, monkeypatc
 
 
 @needs_triton
-@pytest.mark.parametrize("cell, expected", [("reset_after", "cudnn"), ("no_reset", "triton")])
-def test_the_choice_can_be_compiled(cell, expected, fresh_compiler):
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_choice_can_be_compiled(cell, fresh_compiler):
     """What a CUDA call asks, in one graph; the tensor itself is on the CPU."""
 
     @torch.compile(backend="eager", fullgraph=True)
     def choice(x):
         name = backends.select(
-            "auto", "cuda", x.dtype, cell, lengths=False,
+            "auto", "cuda", backends.dtype_of_call("cuda", x.dtype), cell, lengths=False,
             grouped=recurrence._is_grouped(x, None, None, (False,)),
             composed=backends.needs_composition(), prefer_cudnn=backends.nothing_measured(),
         )  # fmt: skip
-        return x + 1 if name == expected else x
+        return x + 1 if name == "triton" else x
 
     assert choice(torch.zeros(2, 2, 2)).all()
+
+
+class TestWeightsOfCuDNN:
+    """The block that cuDNN reads, found where the weights lie so already."""
+
+    @staticmethod
+    def block(*sizes):
+        whole = nn.Parameter(torch.randn(sum(map(math.prod, sizes))))
+        parts = whole.detach().split([math.prod(size) for size in sizes])
+        return whole, [part.view(size) for part, size in zip(parts, sizes, strict=True)]
+
+    def test_in_one_block(self):
+        whole, weights = self.block((6, 4), (6, 2), (6,), (6,))
+        weights = [nn.Parameter(w) for w in weights]
+        found = recurrence._block_of([w.unsqueeze(0).unbind(0)[0] for w in weights])
+        assert torch.equal(found, whole) and found.data_ptr() == whole.data_ptr()
+        assert not found.requires_grad
+
+    def test_elsewhere(self):
+        _, weights = self.block((6, 4), (6, 2), (6,), (6,))
+        assert recurrence._block_of([*weights[:2], weights[3], weights[2]]) is None
+        assert recurrence._block_of([*weights[:3], weights[3].clone()]) is None
+        assert recurrence._block_of([weights[0].t(), *weights[1:]]) is None
+
+
+@pytest.mark.parametrize(
+    "dtype, asked, expected",
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float16, torch.float16),
+        (torch.float16, torch.bfloat16, torch.bfloat16),
+        (torch.float64, torch.bfloat16, torch.float64),
+        (torch.bool, torch.bfloat16, torch.bool),
+    ],
+)
+def test_the_dtype_that_autocast_asks_for(monkeypatch, dtype, asked, expected):
+    assert backends.dtype_of_call("cuda", dtype) == dtype
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: asked)
+    assert backends.dtype_of_call("cuda", dtype) == expected
+    assert backends.dtype_of_call("cpu", dtype) == dtype
+    assert backends.dtype_of_call("meta", dtype) == dtype
 
 
 def test_triton_dtypes_are_those_of_the_kernels():

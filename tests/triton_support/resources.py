@@ -68,7 +68,7 @@ def points() -> Iterator[Point]:
                             min(row.H, MOST_H), row.config,
                         )  # fmt: skip
             for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
-                sizes = tables.Sizes(2, 4, 1, 256, cell, 2 if numbers == "16" else 4, numbers)
+                sizes = tables.Sizes(2, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
                 for direction in ("forward", "backward"):
                     config = tables.config("step", device, sizes, direction)
                     yield Point(arch, "step", numbers, cell, features, direction, 256, config)
