@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the README, made from committed results: `python -m benchmarks figures`.
+"""The tables of README and docs, made from committed results: `python -m benchmarks figures`.
 
 A block between `<!-- figures: NAME SUITE ... -->` and `<!-- end of figures -->` is replaced by the
 tables of these suites in `benchmarks/results/NAME`. Nothing is typed by hand; rows that we lose
@@ -16,7 +16,7 @@ from benchmarks import ROOT, machine
 from benchmarks.records import Record, Results, read
 from benchmarks.report import seconds, threads
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "gpu-kernels.md")
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) ([a-z ]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
@@ -130,6 +130,86 @@ def samples(results: Results) -> str:
     )
 
 
+def best_kernels(results: Results, suites: Iterable[str]) -> list[Record]:
+    """Of our kernels the fastest on each problem, in the order of the file."""
+    found: dict[tuple[str, str, str], Record] = {}
+    for r in results.records:
+        name = r.provider.removeprefix("gru_fast.triton.")
+        if name == r.provider or "." in name or r.suite not in suites or r.median_s is None:
+            continue
+        key = (r.suite, str(r.case), r.dtype)
+        if key not in found or r.median_s < found[key].median_s:  # type: ignore[operator]
+            found[key] = r
+    return list(found.values())
+
+
+def _per_step(r: Record) -> str:
+    kernel = r.provider.rpartition(".")[2]
+    return f"{times(r.ratio_to_torch)}, {1e6 * r.median_s / r.case['T']:.3g} us, {kernel}"  # type: ignore[operator]
+
+
+def gpu(results: Results) -> str:
+    """Sequences: those of the common length, then the others."""
+    chosen = best_kernels(results, LAYERS)
+    chosen.sort(key=lambda r: (r.dtype, LAYERS.index(r.suite)))
+    complete = {sizes(r) for r in chosen if r.dtype == "tf32"}
+    usual = [r for r in chosen if r.baseline == "cudnn" and sizes(r) in complete]
+    usual.sort(key=lambda r: (r.case["H"], r.case["B"], r.dtype, LAYERS.index(r.suite)))
+    others = [r for r in chosen if r not in usual]
+
+    def row(r: Record) -> str:
+        resets = f", {r.case['resets']:.0%} resets" if r.case["resets"] else ""
+        return sizes(r) + resets
+
+    return "\n\n".join(
+        pivot("I = H, B, T", ((row(r), f"{r.suite}, {r.dtype}", _per_step(r)) for r in part))
+        for part in (usual, others)
+    )
+
+
+def gpu_steps(results: Results) -> str:
+    medians = {
+        (r.provider, str(r.case), r.dtype): r.median_s for r in results.records if r.suite == "step"
+    }
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for r in best_kernels(results, ["step"]):
+            row = f"{r.case['H']}, {r.case['B']}"
+            yield (
+                row,
+                f"`nn.GRU` / ours, {r.dtype}",
+                f"{times(r.ratio_to_torch)}, {seconds(r.median_s)}",
+            )
+            graph = medians.get(("nn.GRUCell.graph", str(r.case), r.dtype))
+            yield row, f"`nn.GRUCell` in a graph, {r.dtype}", seconds(graph)
+
+    return pivot("I = H, B", cells())
+
+
+def gpu_memory(results: Results) -> str:
+    """Of training, where ours was measured with `recompute` too."""
+    peaks = {
+        (r.provider, str(r.case), r.dtype): r.peak_bytes
+        for r in results.records
+        if r.suite == "train" and r.peak_bytes
+    }
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for r in best_kernels(results, ["train"]):
+            place = (str(r.case), r.dtype)
+            theirs, again = (
+                peaks.get((name, *place)) for name in ("cudnn", f"{r.provider}.recompute")
+            )
+            if theirs is None or again is None or r.peak_bytes is None:
+                continue
+            row = f"{sizes(r)}, {r.dtype}"
+            yield row, "cuDNN", f"{theirs / 2**20:.0f} MiB"
+            yield row, "ours / cuDNN's", f"{r.peak_bytes / theirs:.2f}"
+            yield row, "with `recompute=True`", f"{again / theirs:.2f}"
+
+    return pivot("I = H, B, T", cells())
+
+
 PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "train": (
         "`nn.GRU`'s time / ours, and the share of the physical limit that is reached:",
@@ -139,6 +219,20 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "step": (
         "One call of one step under `no_grad`, PyTorch's time / ours, and ours:",
         steps,
+    ),
+    "gpu": (
+        "cuDNN's time / that of the fastest of our kernels, and ours per time step, Python and "
+        "launches included:",
+        gpu,
+    ),
+    "gpumemory": (
+        "Peak memory of a training step beyond what was there before it:",
+        gpu_memory,
+    ),
+    "gpusteps": (
+        "One call of one step under `no_grad`, launched from Python, and beside it a step of "
+        "`nn.GRUCell` captured in a CUDA graph:",
+        gpu_steps,
     ),
     "sample": ("The time of a loop around `nn.GRU` / ours, and our tokens a second:", samples),
 }
@@ -163,6 +257,7 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
 
 
 def main() -> int:
-    """Rewrite the README's figures."""
-    README.write_text(with_figures(README.read_text("utf-8")), "utf-8")
+    """Rewrite the figures of every page."""
+    for page in PAGES:
+        page.write_text(with_figures(page.read_text("utf-8")), "utf-8")
     return 0

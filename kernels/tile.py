@@ -42,7 +42,9 @@ def sigmoid(a):
 
 @triton.jit
 def tanh(a):
-    return 2.0 * _reciprocal(1.0 + _exp2(-2.8853900817779268 * a)) - 1.0
+    e = _exp2(-2.8853900817779268 * tl.abs(a))
+    magnitude = (1.0 - e) * _reciprocal(1.0 + e)
+    return tl.where(a < 0, -magnitude, magnitude)
 
 
 @triton.jit

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from repository_tools import load
 
 figures = load("benchmarks.figures")
@@ -20,14 +22,15 @@ def test_first_block_prints_parity_and_speed():
     assert float(match[1]) < 1e-5
 
 
-def test_figures_are_those_of_the_committed_results():
-    text = figures.README.read_text("utf-8")
+@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+def test_figures_are_those_of_the_committed_results(page):
+    text = page.read_text("utf-8")
     assert figures.BLOCK.search(text)
     assert figures.with_figures(text) == text
 
 
 def test_figures_that_were_typed_are_found():
-    text = figures.README.read_text("utf-8")
+    text = figures.PAGES[0].read_text("utf-8")
     block = figures.BLOCK.search(text)
     assert block is not None
     number = re.search(r"\d\.\d\dx", block[0])
