@@ -163,7 +163,8 @@ def _as_autocast(
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    if device not in backends.AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+    known = device == "cpu" or device in backends.AUTOCAST_DEVICES
+    if not known or not torch.is_autocast_enabled(device):
         output, h_n, *_ = function(*tensors, *rest)
         return output, h_n
     tensors = [t if t is None else t.to(backends.dtype_of_call(device, t.dtype)) for t in tensors]

@@ -153,7 +153,7 @@ class TestParityWidely:
 @pytest.mark.parametrize("kernel", KERNELS)
 class TestCalls:
     def test_one_step_of_one_row(self, kernel):
-        compare(kernel, Case(T=1, B=1, H=5), draws=3)
+        compare(kernel, Case(T=1, B=1, H=5), draws=24)
 
     @pytest.mark.parametrize("T, B", [(0, 3), (3, 0)])
     def test_nothing_to_do(self, kernel, T, B):
