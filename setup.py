@@ -41,6 +41,7 @@ X86_KERNELS = {
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
 }
 PYBIND11 = {"module.cpp", "sampler.cpp"}
+DLPACK = {"one_step.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),
@@ -76,13 +77,19 @@ def find_compiler() -> str:
 
 def flags_of(source: Path, torch: Path) -> list[str]:
     """Return what a file is compiled with beyond COMMON; only the edges see foreign headers."""
+
+    def system(*folders: str) -> list[str]:
+        return [flag for folder in folders for flag in ("-isystem", folder)]
+
+    python, torch_headers = sysconfig.get_path("include"), str(torch / "include")
     if source.name in PYBIND11:
         import pybind11
 
-        includes = [pybind11.get_include(), sysconfig.get_path("include")]
-        return [flag for include in includes for flag in ("-isystem", include)]
+        return system(pybind11.get_include(), python)
+    if source.name in DLPACK:
+        return system(python, torch_headers)
     if source.parent.name == "csrc":
-        return ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-isystem", str(torch / "include")]
+        return ["-DTORCH_TARGET_VERSION=0x020b000000000000", *system(torch_headers)]
     return X86_KERNELS.get(source.name, [])
 
 

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// gru_fast._C: what is not a tensor op. Tensors cross through torch.ops (ops.cpp), everything else
-// crosses here; importing the module is what registers the ops.
+// gru_fast._C: what is not a tensor op. Tensors cross through torch.ops (ops.cpp), but for single
+// steps (one_step.cpp); everything else crosses here. Importing the module registers the ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "cpu/stats.h"
+#include "one_step.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -37,4 +38,5 @@ PYBIND11_MODULE(_C, m) {
       },
       "Compiler, C++ standard and instruction sets this module was built with.");
   gru_fast::bind_sampler(m);
+  if (gru_fast::add_one_step(m.ptr()) != 0) throw py::error_already_set();
 }

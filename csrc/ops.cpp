@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/stats.h"
 #include "cpu/team.h"
+#include "run.h"
 
 namespace gru_fast {
 namespace {
@@ -60,6 +61,21 @@ void run_team(int threads, int64_t scratch_bytes, Body body) {
   launches.fetch_add(1, std::memory_order_relaxed);
 }
 
+}  // namespace
+
+template <class Real>
+void run_forward_kernel(const Forward<Real>& f) {
+  const int threads = threads_worth(f.in, 1, static_cast<int>(torch::stable::get_num_threads()));
+  const KernelTable<Real>& table = kernel_table<Real>();
+  run_team(threads, table.forward_scratch_bytes(f, threads),
+           [&](Team& team, int member, void* scratch) {
+             table.forward(f, team, threads, member, scratch);
+           });
+}
+template void run_forward_kernel<float>(const Forward<float>&);
+
+namespace {
+
 template <class Real>
 ForwardResult run_forward(const Arguments& a, bool recompute) {
   Marshal<Real> m(a.x);
@@ -76,12 +92,7 @@ ForwardResult run_forward(const Arguments& a, bool recompute) {
     f.output = output.mutable_data_ptr<Real>();
     f.h_n = h_n.mutable_data_ptr<Real>();
     f.workspace = recompute ? nullptr : workspace.mutable_data_ptr<Real>();
-    const int threads = threads_worth(f.in, 1, static_cast<int>(torch::stable::get_num_threads()));
-    const KernelTable<Real>& table = kernel_table<Real>();
-    run_team(threads, table.forward_scratch_bytes(f, threads),
-             [&](Team& team, int member, void* scratch) {
-               table.forward(f, team, threads, member, scratch);
-             });
+    run_forward_kernel(f);
   }
   return {m.give_back(output), m.give_back(h_n), m.give_back(workspace)};
 }

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import Tensor
 
 _Floats = NDArray[Any]
 _Layer = tuple[_Floats | None, _Floats, _Floats | None, _Floats | None]
@@ -69,3 +70,14 @@ def set_cpu_isa(name: str) -> None: ...
 def launches() -> int: ...
 def set_scratch_poison(on: bool) -> None: ...
 def build_info() -> dict[str, object]: ...
+def enable_one_step(tensor: type, parameter: type, /) -> bool: ...
+def one_step(
+    output: Tensor,
+    h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    weights: list[Tensor | None],
+    layers: int,
+    cell: str,
+    /,
+) -> bool: ...

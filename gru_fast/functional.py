@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from gru_fast import one_step
 from gru_fast.recurrence import FORWARD, layer, scan
 
 __all__ = ["gru", "gru_cell", "layer", "scan"]
@@ -48,6 +49,9 @@ def gru_cell(
         ValueError: input or hx is neither 1-D nor 2-D, or a dtype differs from the weights'.
         RuntimeError: sizes that do not fit, or a named backend that cannot take the call.
     """
+    h = one_step.gru_cell(input, hx, [weight_ih, weight_hh, bias_ih, bias_hh], cell, backend)
+    if h is not None:
+        return h
     if input.dim() not in (1, 2):
         raise ValueError(f"input: expected 1 or 2 dimensions, got {input.dim()}")
     if hx is not None and hx.dim() not in (1, 2):
@@ -198,6 +202,11 @@ def gru(
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
+    plain = not (bidirectional or (dropout and training))
+    if plain and lengths is reset_mask is reset_state is h_scale is None:
+        done = one_step.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
+        if done is not None:
+            return done
     if isinstance(input, PackedSequence):
         return _gru_packed(
             input, hx, params, num_layers, bias, dropout if training else 0.0, bidirectional, cell,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from gru_fast import ops
+from gru_fast import one_step, ops
+from one_step_spy import Spy
 
 if ops.HAS_CPU_KERNELS:
     from gru_fast import _C
@@ -79,3 +80,12 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """Counts the steps that go past the dispatcher."""
+    assert one_step._native is not None, "this torch has no exchange API, or there are no kernels"
+    spy = Spy(one_step._native)
+    monkeypatch.setattr(one_step, "_native", spy)
+    return spy

@@ -25,7 +25,7 @@ LAYERS = [
     ["language_model", "sampling", "sampler", "tokenizers"],
     ["packed"],
     ["modules", "convert", "explain", "notations"],
-    ["functional", "recurrence"],
+    ["functional", "recurrence", "one_step"],
     ["backends"],
     ["ops", "ops_*"],
     ["checks", "errors", "reference", "reference_*", "kernels", "_C", "_version"],
@@ -127,10 +127,13 @@ def test_import_pulls_in_no_triton():
 
 @pytest.mark.parametrize("path", CSRC, ids=lambda path: path.name)
 def test_torch_and_pybind11_meet_only_above_the_kernels(path):
-    """pybind11 in two files, torch in the other files of csrc/, neither in csrc/cpu/."""
+    """pybind11 in two files, DLPack in one, torch in the rest of csrc/, none in csrc/cpu/."""
     headers = re.findall(r"^\s*#include\s*[<\"]([^>\"]+)", path.read_text(), re.MULTILINE)
     foreign = {header.split("/")[0] for header in headers} & {"torch", "ATen", "c10", "pybind11"}
     if path.name in ("module.cpp", "sampler.cpp", "sampler.h"):
         assert foreign == {"pybind11"}
+    elif path.name == "one_step.cpp":
+        assert [h for h in headers if h.startswith("ATen/")] == ["ATen/dlpack.h"]
+        assert foreign == {"ATen"}
     else:
         assert foreign <= ({"torch"} if path.parent == ROOT / "csrc" else set())

@@ -28,14 +28,13 @@ void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t 
       Vec<Real> block[W];
       const int columns = stop - k < W ? static_cast<int>(stop - k) : W;
       if (n == W && columns == W) {
-#pragma GCC unroll 16
-        for (int lane = 0; lane < W; ++lane) block[lane] = load(weight + lane * K + k);
+        load_transposed(weight + k, K, block);
       } else {
         for (int lane = 0; lane < W; ++lane) {
           block[lane] = lane < n ? load_n(weight + lane * K + k, columns) : Vec<Real>{};
         }
+        transpose<Real>(block);
       }
-      transpose<Real>(block);
       if (columns == W) {
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) {

@@ -32,9 +32,7 @@ void pack_transposed(const Real* rows, int64_t row_stride, int n, int64_t K, Rea
   if (n == W) {
     for (; k + W <= K; k += W) {
       Vec<Real> block[W];
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) block[i] = load(rows + i * row_stride + k);
-      transpose<Real>(block);
+      load_transposed(rows + k, row_stride, block);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) store(to + (k + i) * to_stride, block[i]);
     }

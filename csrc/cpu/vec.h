@@ -31,12 +31,14 @@ template <>
 struct VecType<float> {
   typedef float Reg __attribute__((vector_size(kVecBytes)));
   typedef float Unaligned __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+  typedef float Half __attribute__((vector_size(kVecBytes / 2), aligned(4), may_alias));
   typedef int32_t Bits __attribute__((vector_size(kVecBytes)));
 };
 template <>
 struct VecType<double> {
   typedef double Reg __attribute__((vector_size(kVecBytes)));
   typedef double Unaligned __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+  typedef double Half __attribute__((vector_size(kVecBytes / 2), aligned(8), may_alias));
   typedef int64_t Bits __attribute__((vector_size(kVecBytes)));
 };
 template <class Real>
@@ -113,6 +115,38 @@ GRU_INLINE void transpose_stage(Vec<Real> (&rows)[kLanes<Real>]) {
 template <class Real>
 GRU_INLINE void transpose(Vec<Real> (&rows)[kLanes<Real>]) {
   transpose_stage<Real, kLanes<Real> / 2>(rows);
+}
+
+#ifdef GRU_FAST_SHUFFLEVECTOR
+template <class Real, size_t... L>
+GRU_INLINE Vec<Real> load_halves(const Real* low, const Real* high, std::index_sequence<L...>) {
+  using Half = typename VecType<Real>::Half;
+  return __builtin_shufflevector(*reinterpret_cast<const Half*>(low),
+                                 *reinterpret_cast<const Half*>(high), L...);
+}
+#endif
+
+// rows[j][i] = p[i * stride + j]. Loads of half rows do the first stage of the transpose: the
+// shuffles are what bounds it.
+template <class Real>
+GRU_INLINE void load_transposed(const Real* p, int64_t stride, Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = kLanes<Real>;
+#ifdef GRU_FAST_SHUFFLEVECTOR
+  if constexpr (W > 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      const Real* near = p + i * stride;
+      const Real* far = near + W / 2 * stride;
+      rows[i] = load_halves(near, far, std::make_index_sequence<W>{});
+      rows[i + W / 2] = load_halves(near + W / 2, far + W / 2, std::make_index_sequence<W>{});
+    }
+    transpose_stage<Real, W / 4>(rows);
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = load(p + i * stride);
+  transpose<Real>(rows);
 }
 
 }  // namespace

@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// One time step of float32 layers, called from Python without torch's dispatcher, which costs more
+// than a small step. Tensors are read through the C exchange API that DLPack 1.3 defines and
+// torch.Tensor offers: a stable ABI, as the ops' is. Plain C functions, not pybind11's, whose
+// conversion of the arguments would cost as much as the rest of a small step.
+#include "one_step.h"
+
+#include <ATen/dlpack.h>
+
+#include <cstdint>
+#include <exception>
+
+#include "run.h"
+
+namespace gru_fast {
+namespace {
+
+DLPackDLTensorFromPyObjectNoSync read_tensor = nullptr;
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
+
+constexpr int kMaxLayers = 8;
+constexpr int kMaxWeights = 4;
+
+// A contiguous float32 tensor with elements, on the CPU. Borrowed from the tensor, so what is read
+// of it must be used before Python code can run.
+struct Dense {
+  float* data = nullptr;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+
+  int64_t width() const { return shape[ndim - 1]; }
+  int64_t rows() const {
+    int64_t count = 1;
+    for (int dim = 0; dim + 1 < ndim; ++dim) count *= shape[dim];
+    return count;
+  }
+  bool is(int64_t first, int64_t second) const {
+    return ndim == 2 && shape[0] == first && shape[1] == second;
+  }
+};
+
+// False if the object is anything else.
+bool read(PyObject* object, Dense& dense) {
+  if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
+  DLTensor t;
+  // Fails for what has no memory of its own: sparse, nested, meta, wrapped by a transform.
+  if (read_tensor(object, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  if (t.device.device_type != kDLCPU || t.dtype.code != kDLFloat || t.dtype.bits != 32 ||
+      t.dtype.lanes != 1 || t.ndim < 1 || t.data == nullptr || t.strides == nullptr) {
+    return false;
+  }
+  int64_t count = 1;
+  for (int dim = t.ndim - 1; dim >= 0; --dim) {
+    if (t.shape[dim] < 1 || (t.shape[dim] > 1 && t.strides[dim] != count)) return false;
+    count *= t.shape[dim];
+  }
+  // A view that negates what it reads differs in nothing above.
+  PyObject* negates = PyObject_CallOneArg(is_neg, object);
+  Py_XDECREF(negates);
+  if (negates != Py_False) {
+    PyErr_Clear();
+    return false;
+  }
+  dense = {reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape};
+  return true;
+}
+
+bool read_cell(PyObject* given, Cell& cell) {
+  constexpr struct {
+    const char* name;
+    Cell cell;
+  } cells[] = {{"reset_after", Cell::kResetAfter},
+               {"reset_before", Cell::kResetBefore},
+               {"no_reset", Cell::kNoReset}};
+  if (!PyUnicode_Check(given)) return false;
+  for (const auto& known : cells) {
+    if (PyUnicode_CompareWithASCIIString(given, known.name) == 0) {
+      cell = known.cell;
+      return true;
+    }
+  }
+  return false;
+}
+
+// weight_ih, weight_hh and, of four, bias_ih and bias_hh; a cell may lack one of them.
+bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Problem<float>& p) {
+  const int64_t rows = gate_count(p.cell) * p.H;
+  Dense w_ih, w_hh;
+  if (!read(weights[0], w_ih) || !w_ih.is(rows, p.I)) return false;
+  if (!read(weights[1], w_hh) || !w_hh.is(rows, p.H)) return false;
+  p.weight_ih = w_ih.data;
+  p.weight_hh = w_hh.data;
+  const float** biases[] = {&p.bias_ih, &p.bias_hh};
+  for (Py_ssize_t i = 2; i < count; ++i) {
+    if (optional && weights[i] == Py_None) continue;
+    Dense bias;
+    if (!read(weights[i], bias) || bias.ndim != 1 || bias.width() != rows) return false;
+    *biases[i - 2] = bias.data;
+  }
+  return true;
+}
+
+struct Arguments {
+  PyObject *output, *h_n, *input, *hx;
+  PyObject* const* weights;
+  Py_ssize_t weight_count;
+  long layers;
+  PyObject* cell;
+};
+
+// The steps of all layers, each of which reads what the one before it writes; false if anything is
+// not plain or does not fit.
+bool read_steps(const Arguments& a, Forward<float>* steps) {
+  static constexpr uint8_t forward_only[1] = {0};
+  Cell cell;
+  Dense output, h_n, input, hx;
+  if (!read_cell(a.cell, cell) || !read(a.output, output) || !read(a.input, input) ||
+      !read(a.hx, hx) || hx.ndim != input.ndim) {
+    return false;
+  }
+  const bool stacked = a.h_n != Py_None;
+  const int64_t B = input.rows(), H = hx.width();
+  if (stacked) {
+    if (input.ndim != 2 && input.ndim != 3) return false;
+    if (!read(a.h_n, h_n) || h_n.rows() != a.layers * B || h_n.width() != H) return false;
+    if (hx.shape[0] != a.layers) return false;
+  } else if (input.ndim > 2 || a.layers != 1) {
+    return false;
+  }
+  if (hx.rows() != a.layers * B || output.rows() != B || output.width() != H) return false;
+  const Py_ssize_t per_layer = a.weight_count / a.layers;
+  if (a.weight_count % a.layers != 0 || (per_layer != 2 && per_layer != kMaxWeights)) return false;
+
+  const float* x = input.data;
+  int64_t width = input.width();
+  for (long k = 0; k < a.layers; ++k) {
+    Forward<float>& f = steps[k];
+    f.in.T = 1;
+    f.in.B = B;
+    f.in.G = 1;
+    f.in.I = width;
+    f.in.H = H;
+    f.in.cell = cell;
+    f.in.reverse = forward_only;
+    f.in.x = x;
+    f.in.x_stride_t = B * width;
+    f.in.x_stride_b = width;
+    f.in.x_shared = true;
+    f.in.h0 = hx.data + k * B * H;
+    if (!read_weights(a.weights + k * per_layer, per_layer, !stacked, f.in)) return false;
+    f.h_n = stacked ? h_n.data + k * B * H : output.data;
+    f.output = k + 1 == a.layers ? output.data : f.h_n;
+    x = f.output;
+    width = H;
+  }
+  return true;
+}
+
+// Arguments: output, h_n or None, input, hx, list of weights, layers, cell. Without h_n it is a
+// cell: output and hx are (B, H) or (H,). With it, input has one step in either layout, and h_n and
+// hx are (layers, B, H), or (layers, H) where input is (1, I). True if the step was done; False,
+// with nothing written, if it is not a plain one.
+PyObject* one_step(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 7) {
+    PyErr_Format(PyExc_TypeError, "one_step: expected 7 arguments, got %zd", nargs);
+    return nullptr;
+  }
+  if (read_tensor == nullptr || !PyList_CheckExact(args[4])) Py_RETURN_FALSE;
+  const long layers = PyLong_AsLong(args[5]);
+  if (layers == -1 && PyErr_Occurred()) return nullptr;
+  const Py_ssize_t count = PyList_GET_SIZE(args[4]);
+  if (layers < 1 || layers > kMaxLayers || count > kMaxLayers * kMaxWeights) Py_RETURN_FALSE;
+  PyObject* weights[kMaxLayers * kMaxWeights];
+  for (Py_ssize_t i = 0; i < count; ++i) weights[i] = PyList_GET_ITEM(args[4], i);
+
+  Forward<float> steps[kMaxLayers] = {};
+  if (!read_steps({args[0], args[1], args[2], args[3], weights, count, layers, args[6]}, steps)) {
+    Py_RETURN_FALSE;
+  }
+  // The caller holds the other tensors; the list may change while the lock is released.
+  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(weights[i]);
+  bool failed = false;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    for (long k = 0; k < layers; ++k) run_forward_kernel(steps[k]);
+  } catch (const std::exception&) {
+    failed = true;
+  }
+  Py_END_ALLOW_THREADS;
+  for (Py_ssize_t i = 0; i < count; ++i) Py_DECREF(weights[i]);
+  if (failed) return PyErr_NoMemory();
+  Py_RETURN_TRUE;
+}
+
+// Arguments: torch.Tensor, torch.nn.Parameter. Whether this torch has the exchange API.
+PyObject* enable_one_step(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 2 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
+    PyErr_SetString(PyExc_TypeError, "enable_one_step: expected the types Tensor and Parameter");
+    return nullptr;
+  }
+  if (read_tensor != nullptr) Py_RETURN_TRUE;
+  PyObject* capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
+  const auto* api = capsule == nullptr ? nullptr
+                                       : static_cast<const DLPackExchangeAPI*>(
+                                             PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_XDECREF(capsule);
+  PyErr_Clear();
+  if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION ||
+      api->dltensor_from_py_object_no_sync == nullptr) {
+    Py_RETURN_FALSE;
+  }
+  is_neg = PyObject_GetAttrString(args[0], "is_neg");
+  if (is_neg == nullptr) return nullptr;
+  // Never given back: the types live as long as torch.
+  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[0]));
+  parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[1]));
+  read_tensor = api->dltensor_from_py_object_no_sync;
+  Py_RETURN_TRUE;
+}
+
+PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+}  // namespace
+
+int add_one_step(PyObject* module) {
+  static PyMethodDef methods[] = {
+      {"enable_one_step", as_method(&enable_one_step), METH_FASTCALL,
+       "Learn torch's types; whether this torch can be read without its dispatcher."},
+      {"one_step", as_method(&one_step), METH_FASTCALL,
+       "One float32 step into output and h_n; False, with nothing written, if it is not plain."},
+      {nullptr, nullptr, 0, nullptr},
+  };
+  return PyModule_AddFunctions(module, methods);
+}
+
+}  // namespace gru_fast

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+#include "cpu/problem.h"
+
+namespace gru_fast {
+
+// Runs a forward kernel on as many of torch's threads as the call is worth.
+template <class Real>
+void run_forward_kernel(const Forward<Real>& f);
+extern template void run_forward_kernel<float>(const Forward<float>&);
+
+}  // namespace gru_fast

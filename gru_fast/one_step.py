@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One float32 time step on the CPU past the dispatcher, which costs more than a small step does.
+
+The kernels are those of the ops, and so are the results, to the bit. A call goes this way only
+where no part of PyTorch would miss the operator: no gradients, and no compiler, tracer, transform,
+mode or profiler on this thread. Whatever is not a plain call of plain tensors returns None, and
+the ops take it or say what is wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
+
+from gru_fast import ops
+
+_native: Any = None
+# Without one of the functions that say who is watching, a call could not know.
+_WATCHERS = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
+if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
+    from gru_fast import _C
+
+    if hasattr(torch.autograd, "_profiler_enabled") and _C.enable_one_step(Tensor, nn.Parameter):
+        _native = _C.one_step
+
+_BACKENDS = ("auto", "cpu")
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _is_unobserved() -> bool:
+    """Whether nothing would see that no operator was called.
+
+    Dynamo never gets behind `is_compiling`, to which it knows the answer.
+    """
+    C: Any = torch._C
+    return not (
+        torch.compiler.is_compiling()
+        or C._are_functorch_transforms_active()
+        or C._len_torch_dispatch_stack()
+        or C._len_torch_function_stack()
+        or C._get_tracing_state()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or forward_ad._current_level >= 0
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether looking at the tensor, and allocating like it, calls nobody and cannot fail."""
+    return (
+        type(tensor) in _PLAIN
+        and tensor.is_cpu
+        and tensor.dtype is torch.float32
+        and tensor.layout is torch.strided
+    )
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: list[Tensor | None],
+    cell: str,
+    backend: str,
+) -> Tensor | None:
+    """`functional.gru_cell`, or None where the call is not plain."""
+    if _native is None or torch.is_grad_enabled() or not _is_unobserved():
+        return None
+    if hx is None or not _is_plain(hx) or backend not in _BACKENDS:
+        return None
+    output = torch.empty_like(hx)
+    return output if _native(output, None, input, hx, weights, 1, cell) else None
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    cell: str,
+    backend: str,
+) -> tuple[Tensor, Tensor] | None:
+    """`functional.gru` in one direction, or None where the call is not plain or has more steps."""
+    if _native is None or torch.is_grad_enabled() or not _is_unobserved():
+        return None
+    if hx is None or not _is_plain(hx) or not isinstance(input, Tensor) or not _is_plain(input):
+        return None
+    shape = input.shape
+    if len(shape) not in (2, 3) or shape[1 if batch_first and len(shape) == 3 else 0] != 1:
+        return None
+    if hx.dim() != len(shape):
+        return None
+    if backend not in _BACKENDS or len(params) != num_layers * (4 if bias else 2):
+        return None
+    h_n = torch.empty_like(hx)
+    if num_layers == 1 and not batch_first:
+        output = torch.empty_like(hx)
+    else:
+        output = hx.new_empty((*shape[:-1], hx.shape[-1]))
+    done = _native(output, h_n, input, hx, list(params), num_layers, cell)
+    return (output, h_n) if done else None

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which single steps go past the dispatcher, and what they would be without that."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from gru_fast import one_step
+
+
+class Spy:
+    """Counts the calls that went past the dispatcher."""
+
+    def __init__(self, native: Callable[..., bool]) -> None:
+        self.native = native
+        self.taken = 0
+
+    def __call__(self, *args: Any) -> bool:
+        done = self.native(*args)
+        self.taken += done
+        return done
+
+
+@contextmanager
+def ops_only() -> Iterator[None]:
+    native, one_step._native = one_step._native, None
+    try:
+        yield
+    finally:
+        one_step._native = native
+
+
+def outcome(call: Callable[[], Any]) -> tuple[Tensor, ...] | tuple[type[Exception], str]:
+    """The results, or what is raised."""
+    try:
+        results = call()
+    except Exception as error:
+        return type(error), str(error)
+    if not isinstance(results, tuple):
+        return (results,)
+    return tuple(r.data if isinstance(r, PackedSequence) else r for r in results)
+
+
+def assert_same(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    for a, b in zip(given, expected, strict=True):
+        if isinstance(b, Tensor):
+            assert type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape
+            assert a.is_contiguous() == b.is_contiguous() and a.is_inference() == b.is_inference()
+            assert a.requires_grad == b.requires_grad
+            assert torch.equal(a, b) or a.is_meta
+        else:
+            assert a == b
+
+
+def assert_as_by_ops(call: Callable[[], Any]) -> None:
+    given = outcome(call)
+    with ops_only():
+        expected = outcome(call)
+    assert_same(given, expected)

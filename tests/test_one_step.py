@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step past the dispatcher: taken where it is plain and nobody looks, with the ops' bits."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gru_fast
+from cases import CELLS
+from one_step_spy import Spy, assert_as_by_ops, assert_same
+
+pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+
+I, H = 5, 19  # noqa: E741
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cell_is_bitwise_the_op(
+    spy: Spy, isa: str, cell: str, batch: int | None, bias: bool, mode: Any
+) -> None:
+    module = gru_fast.GRUCell(I, H, bias, cell=cell)
+    rows = () if batch is None else (batch,)
+    with mode():
+        x, h = torch.randn(*rows, I), torch.randn(*rows, H)
+        assert_as_by_ops(lambda: module(x, h))
+    assert spy.taken == 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gru_is_bitwise_the_op(
+    spy: Spy, isa: str, cell: str, batch_first: bool, batch: int | None, bias: bool, layers: int
+) -> None:
+    module = gru_fast.GRU(I, H, layers, bias, batch_first, cell=cell)
+    rows = () if batch is None else (batch,)
+    x = torch.randn(*((*rows[:1], 1, I) if batch_first else (1, *rows, I)))
+    h = torch.randn(layers, *rows, H)
+    with torch.no_grad():
+        assert_as_by_ops(lambda: module(x, h))
+        h_before = h.clone()
+        output, h_n = module(x, h)
+    assert spy.taken == 2
+    assert torch.equal(h, h_before)
+    assert output.data_ptr() != h_n.data_ptr()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("B", [1, 2, 3])
+@torch.no_grad()
+def test_stepping_is_bitwise_the_whole_sequence_and_any_batch(
+    spy: Spy, isa: str, B: int, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        module = gru_fast.GRU(300, 270, 2)
+        x, start = torch.randn(6, B, 300), torch.randn(2, B, 270)
+        output, h_n = module(x, start)
+        state = start
+        for t in range(6):
+            step, state = module(x[t : t + 1], state)
+            assert torch.equal(step[0], output[t])
+        assert torch.equal(state, h_n)
+        some, _ = module(x[:1, :1], start[:, :1].contiguous())
+        assert torch.equal(some[0], output[0, :1])
+    finally:
+        torch.set_num_threads(before)
+    assert spy.taken == 7
+
+
+class SeesOps(TorchDispatchMode):
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+CONTEXTS: dict[str, Callable[[], Any]] = {
+    "gradients": torch.enable_grad,
+    "dispatch mode": lambda: SeesOps([]),
+    "function mode": SeesFunctions,
+    "default device": lambda: torch.device("cpu"),
+    "profiler": torch.profiler.profile,
+    "profiler of autograd": torch.autograd.profiler.profile,
+    "forward mode": torch.autograd.forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@torch.no_grad()
+def test_whoever_looks_at_operators_gets_them(spy: Spy, name: str) -> None:
+    gru, cell = gru_fast.GRU(I, H), gru_fast.GRUCell(I, H)
+    x, h = torch.randn(1, 2, I), torch.randn(1, 2, H)
+    expected = *gru(x, h), cell(x[0], h[0])
+    assert spy.taken == 2
+    with CONTEXTS[name]():
+        given = *gru(x, h), cell(x[0], h[0])
+    assert spy.taken == 2
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@torch.no_grad()
+def test_modes_and_profilers_see_the_operator() -> None:
+    module = gru_fast.GRUCell(I, H)
+    x, h = torch.randn(2, I), torch.randn(2, H)
+    seen: list[str] = []
+    with SeesOps(seen):
+        module(x, h)
+    assert "gru_fast.layer.default" in seen
+    with torch.profiler.profile() as profile:
+        module(x, h)
+    assert "gru_fast::layer" in {event.key for event in profile.key_averages()}
+
+
+TRANSFORMS: dict[str, Callable[..., Callable[..., Tensor]]] = {
+    "vmap": torch.func.vmap,
+    "functionalize": torch.func.functionalize,
+    "make_fx": lambda f: lambda x, h: make_fx(f)(x, h)(x, h),
+    "trace": lambda f: lambda x, h: torch.jit.trace(f, (x, h))(x, h),
+    "jvp": lambda f: lambda x, h: torch.func.jvp(f, (x, h), (x, h))[0],
+    "compile": lambda f: torch.compile(f, backend="eager", fullgraph=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", TRANSFORMS)
+@torch.no_grad()
+def test_transforms_and_tracers_get_the_operator(spy: Spy, name: str, fresh_compiler: None) -> None:
+    module = gru_fast.GRUCell(I, H).requires_grad_(False)
+
+    def call(x: Tensor, h: Tensor) -> Tensor:
+        return module(x, h)
+
+    x, h = torch.randn(2, I), torch.randn(2, H)
+    assert_as_by_ops(lambda: TRANSFORMS[name](call)(x, h))
+    assert spy.taken == 0
+
+
+@torch.no_grad()
+def test_inside_a_transform_also_what_is_not_transformed(spy: Spy) -> None:
+    module = gru_fast.GRUCell(I, H)
+    x, h = torch.randn(2, I), torch.randn(2, H)
+    assert_as_by_ops(lambda: torch.func.functionalize(lambda a: a + module(x, h))(h))
+    assert spy.taken == 0
+
+
+@torch.no_grad()
+def test_a_change_of_steps_compiles_no_more_often(fresh_compiler: None) -> None:
+    frames = CompileCounter()
+    module = torch.compile(gru_fast.GRU(I, H), backend=frames, fullgraph=True, dynamic=True)
+    for T in (3, 4, 5):
+        module(torch.randn(T, 2, I), torch.zeros(1, 2, H))
+    assert frames.frame_count == 1
+
+
+@pytest.mark.parametrize("hx", [Tensor.clone, nn.Parameter])
+def test_states_that_are_plain(spy: Spy, hx: Callable[[Tensor], Tensor]) -> None:
+    """A learnt state; a row of a sequence, whose first stride says nothing; autocast."""
+    cell, gru = gru_fast.GRUCell(I, H), gru_fast.GRU(I, H, batch_first=True)
+    x, h = torch.randn(1, 4, I), hx(torch.randn(1, 1, H))
+    with torch.no_grad():
+        assert_as_by_ops(lambda: gru(x[:, 2:3], h))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_as_by_ops(lambda: cell(x[:, 1], h[0]))
+    assert spy.taken == 2
+
+
+def surrounded(tensor: Tensor) -> Tensor:
+    """A copy with NaN on both sides, which a read out of bounds would bring in."""
+    memory = torch.full((tensor.numel() + 128,), torch.nan)
+    inner = memory[61 : 61 + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("B", [1, 2, 3, 9])
+@pytest.mark.parametrize("cell", CELLS)
+@torch.no_grad()
+def test_nothing_is_read_beside_the_tensors(
+    spy: Spy, isa: str, poisoned_memory: None, cell: str, B: int, layers: int
+) -> None:
+    module = gru_fast.GRU(I, H, layers, cell=cell)
+    x, h = torch.randn(1, B, I), torch.randn(layers, B, H)
+    expected = module(x, h)
+    for parameter in module.parameters():
+        parameter.data = surrounded(parameter.data)
+    assert_same(module(surrounded(x), surrounded(h)), expected)
+    assert not any(t.isnan().any() for t in expected)
+    assert spy.taken == 2
+
+
+def test_python_threads_step_beside_each_other() -> None:
+    modules = [gru_fast.GRUCell(I, H) for _ in range(4)]
+    x, start = torch.randn(3, I), torch.randn(3, H)
+    results: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def run(k: int) -> None:
+        h = start
+        for _ in range(500):
+            h = modules[k](x, h)
+        results[k] = h
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = dict(results)
+    for k in range(4):
+        run(k)
+        assert torch.equal(together[k], results[k])
+
+
+def test_without_the_exchange_api_the_ops_take_it() -> None:
+    code = """if True:
+        import torch
+        del torch.Tensor.__dlpack_c_exchange_api__
+        import gru_fast
+        from gru_fast import _C, one_step
+        assert one_step._native is None
+        args = (torch.zeros(2, 4), None, torch.zeros(2, 3), torch.zeros(2, 4), [], 1, "reset_after")
+        assert _C.one_step(*args) is False
+        with torch.no_grad():
+            print(gru_fast.GRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4)).shape)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "torch.Size([2, 4])"

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is not a plain step goes to the ops: the same results, the same errors, nothing read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import pack_sequence
+
+import gru_fast
+from gru_fast import functional, one_step
+from one_step_spy import Spy, assert_as_by_ops
+
+pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+
+I, H = 5, 19  # noqa: E741
+
+
+class Tracked(Tensor):
+    """A subclass, which may have operations of its own."""
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """The same values in a view that negates its memory."""
+    return torch._neg_view(-tensor)
+
+
+def negated_by_conjugation(tensor: Tensor) -> Tensor:
+    """As `negated`, with the strides of a plain tensor, from public operations."""
+    assert tensor.numel() == 1
+    return torch.complex(tensor, -tensor).reshape(1).conj().imag.unsqueeze(-1)
+
+
+# What becomes of hx (2, H), or of the state of the GRU without its first dimension.
+STATES: dict[str, Callable[[Tensor], Any]] = {
+    "transposed": lambda h: h.t().contiguous().t(),
+    "every other": lambda h: h.repeat_interleave(2, 1)[:, ::2],
+    "expanded": lambda h: h[:1].expand(2, -1),
+    "negated": negated,
+    "subclass": lambda h: h.as_subclass(Tracked),
+    "float64": Tensor.double,
+    "bfloat16": Tensor.bfloat16,
+    "int": Tensor.int,
+    "complex": lambda h: torch.complex(h, h),
+    "meta": lambda h: h.to("meta"),
+    "sparse": Tensor.to_sparse,
+    "mkldnn": Tensor.to_mkldnn,
+    "zero tensor": lambda h: torch._efficientzerotensor(h.shape),
+    "0-d": lambda h: h[0, 0],
+    "1-d": lambda h: h[0],
+    "narrow": lambda h: h[:, 1:].contiguous(),
+    "wide": lambda h: h.repeat(1, 2),
+    "one row": lambda h: h[:1],
+    "three rows": lambda h: h[:1].repeat(3, 1),
+    "no rows": lambda h: h[:0],
+    "more dimensions": lambda h: h[None, None],
+    "list": Tensor.tolist,
+    "array": Tensor.numpy,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@torch.no_grad()
+def test_a_state_that_is_not_plain_goes_to_the_ops(spy: Spy, name: str) -> None:
+    gru, cell = gru_fast.GRU(I, H), gru_fast.GRUCell(I, H)
+    x, h = torch.randn(1, 2, I), STATES[name](torch.randn(2, H))
+    stacked = h[None] if isinstance(h, Tensor) and h.layout is torch.strided else h
+    assert_as_by_ops(lambda: cell(x[0], h))
+    assert_as_by_ops(lambda: gru(x, stacked))
+    gru.batch_first = True
+    assert_as_by_ops(lambda: gru(x.transpose(0, 1), h))
+    assert spy.taken == 0
+
+
+# What becomes of input (1, 2, I).
+INPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "every other": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+    "expanded": lambda x: x[:, :1].expand(1, 2, I),
+    "negated": negated,
+    "subclass": lambda x: x.as_subclass(Tracked),
+    "float64": Tensor.double,
+    "meta": lambda x: x.to("meta"),
+    "narrow": lambda x: x[:, :, 1:].contiguous(),
+    "wide": lambda x: x.repeat(1, 1, 2),
+    "no rows": lambda x: x[:, :0],
+    "no steps": lambda x: x[:0],
+    "two steps": lambda x: x.repeat(2, 1, 1),
+    "unbatched": lambda x: x[0],
+    "more dimensions": lambda x: x[None],
+    "0-d": lambda x: x[0, 0, 0],
+    "1-d": lambda x: x[0, 0],
+    "list": Tensor.tolist,
+    "packed": lambda x: pack_sequence([x[:, 0], x[:, 1]]),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("batch_first", [False, True])
+@torch.no_grad()
+def test_an_input_that_is_not_plain_goes_to_the_ops(spy: Spy, name: str, batch_first: bool) -> None:
+    gru, cell = gru_fast.GRU(I, H, batch_first=batch_first), gru_fast.GRUCell(I, H)
+    given = INPUTS[name](torch.randn(1, 2, I))
+    h = torch.randn(1, 2, H)
+    if batch_first and isinstance(given, Tensor) and given.dim() == 3:
+        given = given.transpose(0, 1)
+    assert_as_by_ops(lambda: gru(given, h))
+    if name not in ("two steps", "no steps", "unbatched"):
+        if isinstance(given, Tensor) and given.dim() > 1:
+            given = given.squeeze(1 if batch_first else 0)
+        assert_as_by_ops(lambda: cell(given, h[0]))
+    assert spy.taken == 0
+
+
+@torch.no_grad()
+def test_a_negated_number_is_not_read_as_it_lies(spy: Spy) -> None:
+    cell = gru_fast.GRUCell(1, 1)
+    x, h = torch.tensor([[1.5]]), torch.tensor([[0.5]])
+    assert_as_by_ops(lambda: cell(negated_by_conjugation(x), h))
+    assert_as_by_ops(lambda: cell(x, negated_by_conjugation(h)))
+    assert spy.taken == 0
+
+
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: setattr(w, "data", w.data[:-1].clone()),
+        lambda w: setattr(w, "data", w.data[None].clone()),
+        lambda w: setattr(w, "data", w.data.double()),
+        lambda w: setattr(w, "data", w.data.repeat_interleave(2, 0)[::2]),
+        lambda w: setattr(w, "data", negated(w.data)),
+        lambda w: w.untyped_storage().resize_(0),
+        lambda w: setattr(w, "data", w.data.new_empty(0)),
+    ],
+    ids=["shorter", "dimension", "float64", "strided", "negated", "freed", "emptied"],
+)
+def test_weights_that_were_changed_in_place_are_seen(
+    spy: Spy, name: str, change: Callable[[Tensor], Any]
+) -> None:
+    cell, gru = gru_fast.GRUCell(I, H), gru_fast.GRU(I, H)
+    x, h = torch.randn(1, 2, I), torch.randn(1, 2, H)
+    with torch.no_grad():
+        change(getattr(cell, name))
+        change(getattr(gru, f"{name}_l0"))
+        assert_as_by_ops(lambda: cell(x[0], h[0]))
+        assert_as_by_ops(lambda: gru(x, h))
+    assert spy.taken == 0
+
+
+@torch.no_grad()
+def test_weights_that_were_replaced_are_used(spy: Spy) -> None:
+    cell = gru_fast.GRUCell(I, H)
+    x, h = torch.randn(2, I), torch.randn(2, H)
+    before = cell(x, h)
+    cell.weight_hh.data = torch.randn(3 * H, H)
+    cell.bias_ih = nn.Parameter(torch.randn(3 * H))
+    cell.bias_hh = None
+    assert_as_by_ops(lambda: cell(x, h))
+    assert not torch.equal(cell(x, h), before)
+    parametrizations.weight_norm(cell, "weight_ih")
+    assert_as_by_ops(lambda: cell(x, h))
+    assert spy.taken == 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bias": False},
+        {"num_layers": 1},
+        {"num_layers": 4},
+        {"bidirectional": True},
+        {"cell": "no_reset"},
+        {"cell": "gru"},
+        {"cell": None},
+        {"backend": "reference"},
+        {"backend": "triton"},
+        {"backend": "nothing"},
+        {"lengths": torch.tensor([1, 0])},
+        {"reset_mask": torch.tensor([[True, False]])},
+        {"h_scale": torch.full((2, 2, H), 0.5)},
+        {"dropout": 0.5, "training": True},
+        {"params": []},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_other_options_go_to_the_ops(spy: Spy, changes: dict[str, Any]) -> None:
+    module = gru_fast.GRU(I, H, 2)
+    arguments: dict[str, Any] = {
+        "input": torch.randn(1, 2, I),
+        "hx": torch.randn(2, 2, H),
+        "params": module._flat_weights,
+        "num_layers": 2,
+    }
+
+    def call() -> Any:
+        torch.manual_seed(0)
+        return functional.gru(**(arguments | changes))
+
+    assert_as_by_ops(call)
+    assert spy.taken == 0
+
+
+@pytest.mark.parametrize(
+    "option", [{"backend": "reference"}, {"backend": "nothing"}, {"cell": "gru"}]
+)
+@torch.no_grad()
+def test_other_options_of_a_cell_go_to_the_ops(spy: Spy, option: dict[str, str]) -> None:
+    weights = gru_fast.GRUCell(I, H)._flat_weights
+    x, h = torch.randn(2, I), torch.randn(2, H)
+    assert_as_by_ops(lambda: functional.gru_cell(x, h, *weights, **option))
+    assert spy.taken == 0
+
+
+@torch.no_grad()
+def test_a_batch_without_rows_goes_to_the_ops(spy: Spy) -> None:
+    cell, gru = gru_fast.GRUCell(I, H), gru_fast.GRU(I, H)
+    x, h = torch.randn(1, 2, I)[:, :0], torch.randn(1, 2, H)[:, :0]
+    assert_as_by_ops(lambda: cell(x[0], h[0]))
+    assert_as_by_ops(lambda: gru(x, h))
+    assert spy.taken == 0
+
+
+@pytest.mark.parametrize("missing", range(4))
+@torch.no_grad()
+def test_a_missing_weight_goes_to_the_ops(spy: Spy, missing: int) -> None:
+    params: list[Any] = gru_fast.GRU(I, H)._flat_weights
+    params[missing] = None
+    x, h = torch.randn(1, 2, I), torch.randn(1, 2, H)
+    assert_as_by_ops(lambda: functional.gru(x, h, params))
+    assert spy.taken == 0
+
+
+def test_the_native_function_checks_what_it_is_given() -> None:
+    cell = gru_fast.GRUCell(I, H)
+    weights = cell._flat_weights
+    two = [*gru_fast.GRU(I, H, 2)._flat_weights, None]
+    x, h, output = torch.zeros(2, I), torch.zeros(2, H), torch.full((2, H), 7.0)
+    step = one_step._native
+    for bad in (
+        (output, None, x, h, tuple(weights), 1, "reset_after"),
+        (output, None, x, h, weights, 0, "reset_after"),
+        (output, None, x, h, weights, 9, "reset_after"),
+        (output, None, x, h, weights, 2, "reset_after"),
+        (output, None, x, h, weights * 1000, 1, "reset_after"),
+        (output, None, x, h, [], 1, "reset_after"),
+        (output, None, x, h, weights, 1, 3),
+        (output[:1], None, x, h, weights, 1, "reset_after"),
+        (output[0], None, x, h, weights, 1, "reset_after"),
+        (output, output, x, h, weights, 1, "reset_after"),
+        (output[None], output[None, :1], x[None], h[None], weights, 1, "reset_after"),
+        (output[None], torch.zeros(1, 2, H - 1), x[None], h[None], weights, 1, "reset_after"),
+        (output[None, None], None, x[None, None], h[None, None], weights, 1, "reset_after"),
+        (
+            output[None, None],
+            h[None, None],
+            x[None, None],
+            h[None, None],
+            weights,
+            1,
+            "reset_after",
+        ),
+        (output, None, x, h[:1], weights, 1, "reset_after"),
+        (output, h[:1], x[0], h[0], weights, 1, "reset_after"),
+        (output[None], torch.zeros(2, 2, H), x[None], torch.zeros(2, 2, H), two, 2, "reset_after"),
+    ):
+        assert step(*bad) is False
+    assert (output == 7).all()
+    with pytest.raises(TypeError, match="expected 7 arguments, got 1"):
+        step(output)
+    with pytest.raises(TypeError):
+        step(output, None, x, h, weights, "one", "reset_after")
