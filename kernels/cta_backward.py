@@ -103,6 +103,7 @@ def backward_cta(
 ):
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
     PREFETCH: tl.constexpr = STAGES == 1
+    APART: tl.constexpr = BLOCK_H > 32 and PRECISION != "ieee"
     backwards = is_backwards(reverse_bits, tl.program_id(1))
     g = (first_group + tl.program_id(1)).to(tl.int64)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
@@ -171,8 +172,9 @@ def backward_cta(
             grad_gates_ptr, grad_q_ptr, row, units, lane, inside, G, ar, az, an, dq, CELL, H
         )
         # A sum for each gate: one over all would be a chain of products three times as long. They
-        # start from a zero that the compiler does not know, for else it joins them to that chain.
-        zero = dh * 0.0
+        # start from a zero that the compiler does not know, for else it joins them to that chain,
+        # as it may where the chain is short, or products take many registers.
+        zero = dh * 0.0 if APART else tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
         ds = tl.dot(v_z, az.to(dtype), input_precision=PRECISION)
         if CELL == "reset_before":
             e = tl.dot(v_n, an.to(dtype), input_precision=PRECISION)

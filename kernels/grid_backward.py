@@ -100,6 +100,7 @@ def backward_grid(
     PRECISION: tl.constexpr,
 ):
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
+    APART: tl.constexpr = RESIDENT and H <= 512
     programs = tl.num_programs(1)
     counter_ptr = counters_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     backwards = is_backwards(reverse_bits, tl.program_id(2))
@@ -169,8 +170,8 @@ def backward_grid(
         at = row * (N * H)
         stride = G * N * H
         zeros = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
-        # On chip a sum for each gate: one over all would be a chain of products three times as
-        # long. Streamed tiles are large, and a second sum has no registers.
+        # APART, a sum for each gate: one over all would be a chain of products three times as long.
+        # Where tiles are large a second sum has no registers.
         ds = zeros
         if CELL == "reset_before":
             e = _term(
@@ -190,22 +191,22 @@ def backward_grid(
         )  # fmt: skip
         if CELL != "no_reset":
             part = _term(
-                zeros if RESIDENT else ds, v_r, grad_gates_ptr, at, stride, weight_r, units, lane,
+                zeros if APART else ds, v_r, grad_gates_ptr, at, stride, weight_r, units, lane,
                 in_rows, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
-            ds = ds + part if RESIDENT else part
+            ds = ds + part if APART else part
         if CELL == "reset_after":
             part = _term(
-                zeros if RESIDENT else ds, v_n, grad_q_ptr, row * H, G * H, weight_n, units, lane,
+                zeros if APART else ds, v_n, grad_q_ptr, row * H, G * H, weight_n, units, lane,
                 in_rows, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
-            ds = ds + part if RESIDENT else part
+            ds = ds + part if APART else part
         elif CELL == "no_reset":
             part = _term(
-                zeros if RESIDENT else ds, v_n, grad_gates_ptr, at + H, stride, weight_n, units,
+                zeros if APART else ds, v_n, grad_gates_ptr, at + H, stride, weight_n, units,
                 lane, in_rows, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip
-            ds = ds + part if RESIDENT else part
+            ds = ds + part if APART else part
         dp, start = pass_back(
             kept, ds, scale, reset_mask_ptr, t, length, first_row, lane, in_rows, B, backwards
         )

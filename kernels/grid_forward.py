@@ -140,6 +140,8 @@ def forward_grid(
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
     FIRST_PART: tl.constexpr = "gates" if CELL == "reset_before" else "all"
     MEETINGS: tl.constexpr = 2 if CELL == "reset_before" else 1
+    # Large tiles of float32 have no registers for the gates of two steps.
+    AHEAD: tl.constexpr = RESIDENT or weight_ptr.dtype.element_ty != tl.float32
     programs = tl.num_programs(1)
     counter_ptr = counters_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     backwards = is_backwards(reverse_bits, tl.program_id(2))
@@ -178,17 +180,26 @@ def forward_grid(
     s = p * scale
     tl.store(operand_ptr + state_at + state_tile, s.to(dtype), mask=inside)
     arrive(counter_ptr)
-    live = inside & (t < length)[None, :]
-    a_r, a_z, a_n = load_step(gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H)
+    if AHEAD:
+        live = inside & (t < length)[None, :]
+        a_r, a_z, a_n = load_step(
+            gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
+        )
     for step_ in range(T):
         step = step_ + T * 0
         t = time_of(step, T, backwards)
         t_next = time_of(step + 1, T, backwards)
-        here = lane * 0 + t_next
-        live = inside & (here >= 0)[None, :] & (here < length)[None, :]
-        next_r, next_z, next_n = load_step(
-            gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
-        )
+        if AHEAD:
+            here = lane * 0 + t_next
+            live = inside & (here >= 0)[None, :] & (here < length)[None, :]
+            next_r, next_z, next_n = load_step(
+                gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
+            )
+        else:
+            live = inside & (lane * 0 + t < length)[None, :]
+            a_r, a_z, a_n = load_step(
+                gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
+            )
         acc_z = a_z.to(tl.float32) + b_z
         acc_r = acc_z
         if CELL != "no_reset":
@@ -233,7 +244,8 @@ def forward_grid(
             output_ptr, workspace_ptr, state, q, r, z, n, t, length, first_row, g, units, lane,
             inside, B, G, CELL, H, lengths_ptr is not None, True,
         )  # fmt: skip
-        a_r, a_z, a_n = next_r, next_z, next_n
+        if AHEAD:
+            a_r, a_z, a_n = next_r, next_z, next_n
     tl.store(h_n_ptr + state_at + state_tile, p.to(h_n_ptr.dtype.element_ty), mask=inside)
 
 

@@ -145,9 +145,10 @@ def _large(numbers: str, H: int, shared_kib: int) -> list[Row]:
         return Row("grid", numbers, H, shared_kib, config, HOPPER_ONLY, directions, plain)
 
     if numbers == "16":
+        stages = 3 if H <= 512 else 4
         return [
             row(_streamed(64, 64, 64, 8, 3), FORWARD, plain=True),
-            row(_streamed(64, 64, 64, 8, 4), BACKWARD, plain=True),
+            row(_streamed(64, 64, 64, 8, stages), BACKWARD, plain=True),
             row(_streamed(32, 64, 64, 8, 4), (*FORWARD, *BACKWARD)),
         ]
     return [
@@ -161,8 +162,8 @@ ROWS = (
     Row("cta", "16", 32, 64, _cta(16, 32, 4), TURING),
     Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING),
     Row("cta", "16", 64, 64, _cta(16, 64, 4), AMPERE),
-    Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY),
-    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_ONLY),
+    Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, plain=True),
+    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_TO_HOPPER),
     Row("cta", "16", 128, 163, _cta(16, 128, 8), AMPERE),
     Row("cta", "tf32", 32, 64, _cta(8, 32, 4), AMPERE, FORWARD),
     Row("cta", "tf32", 32, 64, _cta(8, 32, 4, 3), AMPERE, BACKWARD),
@@ -172,7 +173,6 @@ ROWS = (
     Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
     Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER),
     Row("cta", "tf32", 128, 227, _cta(16, 128, 8), AMPERE_TO_HOPPER),
-    Row("cta", "tf32", 128, 227, _cta(16, 128, 8), BLACKWELL, FORWARD),
     Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE),
     Row("cta", "tf32x3", 64, 163, _cta(8, 64, 8), AMPERE),
     Row("cta", "ieee", 32, 64, _cta(8, 32, 4), TURING_ONLY),
@@ -186,9 +186,10 @@ ROWS = (
     *_large("16", 512, 227),
     Row("grid", "16", 512, 163, _resident(8, 32, 128, 8), AMPERE),
     Row("grid", "16", 512, 99, _resident(8, 16, 128, 4), AMPERE),
-    Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER),
-    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 4), HOPPER_ONLY, FORWARD),
-    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 8), HOPPER_ONLY, BACKWARD),
+    Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER, FORWARD, plain=True),
+    Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER, BACKWARD),
+    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 4), HOPPER_ONLY, FORWARD, plain=True),
+    Row("grid", "16", 1024, 227, _resident(32, 16, 128, 8), HOPPER_ONLY),
     *_large("16", 1024, 227),
     *_large("16", ANY, 163),
     Row("grid", "16", ANY, 163, _streamed(16, 64, 64, 8), HOPPER_ONLY),
@@ -199,7 +200,7 @@ ROWS = (
     Row("grid", "tf32", 256, 163, _resident(8, 32, 64, 8), AMPERE),
     Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), AMPERE_ONLY),
     Row("grid", "tf32", 256, 99, _resident(8, 16, 64, 4), BLACKWELL, FORWARD),
-    Row("grid", "tf32", 512, 227, _resident(16, 16, 64, 4), HOPPER_ONLY, FORWARD),
+    Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY, FORWARD, plain=True),
     Row("grid", "tf32", 512, 227, _resident(8, 32, 64, 8), HOPPER_ONLY, BACKWARD),
     *_large("tf32", 512, 227),
     *_large("tf32", ANY, 163),
