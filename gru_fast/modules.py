@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gru_fast import functional
+from gru_fast import cudnn, functional
 from gru_fast.backends import NAMES
 
 __all__ = ["GRU", "GRUCell"]
@@ -188,33 +188,15 @@ class GRU(nn.RNNBase):
         It is called when the module is made or moved. Our own kernels read each weight where it
         lies: for them, on the CPU, in both directions and for other cells it does nothing.
         """
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return
         weights = self._flat_weights
-        if self.cell != _DEFAULT_CELL or self.bidirectional or not weights:
+        if self.cell != _DEFAULT_CELL or self.bidirectional:
             return
-        plain = all(type(w) is nn.Parameter and w.is_cuda for w in weights)
-        if not plain or torch._C._len_torch_dispatch_stack():
-            return
-        if len({w.data_ptr() for w in weights}) != len(weights):  # tied
-            return
-        per_layer = len(weights) // self.num_layers
-        with torch.no_grad(), torch.cuda.device_of(weights[0]):  # type: ignore[no-untyped-call]
-            if not (
-                torch.backends.cudnn.is_acceptable(weights[0])  # type: ignore[no-untyped-call]
-                and torch._use_cudnn_rnn_flatten_weight()
-            ):
-                return
+        if all(type(w) is nn.Parameter for w in weights):
             for layer in range(self.num_layers):
-                torch._cudnn_rnn_flatten_weight(
-                    weights[layer * per_layer : (layer + 1) * per_layer],
-                    per_layer,
-                    self.input_size if layer == 0 else self.hidden_size,
-                    3,  # CUDNN_GRU
-                    self.hidden_size,
-                    0,
-                    1,
-                    False,
-                    False,
-                )
+                count = len(weights) // self.num_layers
+                cudnn.flatten(weights[layer * count : (layer + 1) * count])
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickle and deepcopy, without what is derived from the parameters."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gru_fast import backends, ops, reference
+from gru_fast import backends, cudnn, ops, reference
 from gru_fast.backends import KERNEL_DTYPES, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
@@ -65,76 +65,6 @@ def _is_grouped(
         or (bias_ih is None) != (bias_hh is None)
         or torch._C._are_functorch_transforms_active()
     )
-
-
-def _cudnn(
-    x: Tensor,
-    h0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
-    """PyTorch's own operator for cuDNN; training also in `eval()`, where backward may follow."""
-    every = (weight_ih, weight_hh, bias_ih, bias_hh)
-    parts = [t.unbind(0) for t in every if t is not None]
-    output, h_n, *_ = torch._cudnn_rnn(
-        x,
-        weights := [t for group in zip(*parts, strict=True) for t in group],
-        len(parts),
-        _cudnn_weights(weights, len(parts)),
-        h0,
-        None,
-        _CUDNN_GRU,
-        weight_hh.shape[2],
-        0,
-        1,
-        False,
-        0.0,
-        training,
-        weight_hh.shape[0] == 2,
-        [],
-        None,
-    )
-    return output, h_n
-
-
-_CUDNN_GRU = 3
-
-
-def _cudnn_weights(weights: list[Tensor], per_direction: int) -> Tensor | None:
-    """All weights as the one block that cuDNN reads: as `flatten_parameters` left them, or a copy.
-
-    Without a block PyTorch makes the copy itself, and warns at each call. None where the tensors
-    hold no data: under a compiler, or in a mode such as FakeTensorMode.
-    """
-    first = weights[0]
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not first.is_cuda:
-        return None
-    block = _block_of(weights) if len(weights) == per_direction else None
-    if block is not None:
-        return block
-    with torch.no_grad():
-        # It points what it is given to the block: aliases, not the parameters.
-        aliases = [w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
-        sizes = (first.shape[1], _CUDNN_GRU, weights[1].shape[1], 0, 1, False)
-        both = len(weights) == 2 * per_direction
-        return torch._cudnn_rnn_flatten_weight(aliases, per_direction, *sizes, both)
-
-
-def _block_of(weights: list[Tensor]) -> Tensor | None:
-    """The weights as one tensor without gradient, if each begins where the one before it ends."""
-    first = weights[0]
-    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
-    if ends[:-1] != [w.data_ptr() for w in weights[1:]]:
-        return None
-    size = sum(w.numel() for w in weights)
-    held = first.untyped_storage().nbytes() // first.element_size()
-    if first.storage_offset() + size > held or not all(w.is_contiguous() for w in weights):
-        return None
-    with torch.no_grad():
-        return first.as_strided((size,), (1,)).detach()
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -237,7 +167,7 @@ def layer(
     if route != "ops":
         check_layer(*tensors, cell, reverse)
         if route == "cudnn":
-            return _as_autocast(_cudnn, tensors[:6], training)
+            return _as_autocast(cudnn.layer, tensors[:6], training)
         return _as_autocast(reference.layer, tensors, cell, reverse, True)
     if not training:
         output, h_n, _ = ops.without_grad(ops.layer, *tensors, cell, reverse, True)

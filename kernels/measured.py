@@ -157,16 +157,28 @@ def nearest(device: Device, sizes: Sizes, suite: str) -> Point | None:
         suite = "step"
     steps = min(sizes.T, MOST_STEPS)
     key = (device.arch, suite, sizes.kind, sizes.H, sizes.B, steps)
-    known = _known.get(id(POINTS))
-    if known is None or len(known) >= MOST_KNOWN:
-        _known.clear()
-        known = _known[id(POINTS)] = {}
+    known = _answers.of(POINTS)
     if key not in known:
         known[key] = _search(*key)
     return known[key]
 
 
-_known: dict[int, dict[tuple[int, str, str, int, int, int], Point | None]] = {}
+class _Answers:
+    """What was found in a table, by the question: it is forgotten for another table."""
+
+    def __init__(self) -> None:
+        self.points: tuple[Point, ...] = ()
+        self.known: dict[tuple[int, str, str, int, int, int], Point | None] = {}
+
+    def of(
+        self, points: tuple[Point, ...]
+    ) -> dict[tuple[int, str, str, int, int, int], Point | None]:
+        if self.points is not points or len(self.known) >= MOST_KNOWN:
+            self.points, self.known = points, {}
+        return self.known
+
+
+_answers = _Answers()
 
 
 def _search(arch: int, suite: str, kind: str, H: int, B: int, T: int) -> Point | None:

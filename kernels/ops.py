@@ -284,6 +284,8 @@ def _backward(
                 assert sums is not None
                 if grad_q is not None:
                     sums = torch.cat((sums[:, :gate_rows], grad_q.sum((0, 1))), 1)
+                elif need_sums:
+                    sums = sums.clone()  # results share no memory
                 bias.add(sums)
             if need_w:
                 if entering is None:

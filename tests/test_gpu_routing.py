@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CELLS, Case, layer_inputs
-from gru_fast import GRU, backends, explain, kernels, ops, recurrence, reference
+from gru_fast import GRU, backends, cudnn, explain, kernels, ops, recurrence, reference
 from gru_fast.kernels import measured, registry, tables
 from gru_fast.kernels.measured import Point
 from gru_fast.kernels.tiling import Device, Sizes
@@ -270,7 +270,7 @@ def test_weights_reach_cudnn_in_its_order(monkeypatch, reverse, bias):
 
     monkeypatch.setattr(torch, "_cudnn_rnn", stand_in)
     inputs = layer_inputs(Case(reverse=reverse, bias=bias), grad=True)
-    output, h_n = recurrence._cudnn(*inputs.arguments()[:6], True)
+    output, h_n = cudnn.layer(*inputs.arguments()[:6], True)
     expected = reference.layer(*inputs.arguments())
     torch.testing.assert_close((output, h_n), expected[:2])
 
@@ -330,15 +330,15 @@ class TestWeightsOfCuDNN:
     def test_in_one_block(self):
         whole, weights = self.block((6, 4), (6, 2), (6,), (6,))
         weights = [nn.Parameter(w) for w in weights]
-        found = recurrence._block_of([w.unsqueeze(0).unbind(0)[0] for w in weights])
+        found = cudnn.block_of([w.unsqueeze(0).unbind(0)[0] for w in weights])
         assert torch.equal(found, whole) and found.data_ptr() == whole.data_ptr()
         assert not found.requires_grad
 
     def test_elsewhere(self):
         _, weights = self.block((6, 4), (6, 2), (6,), (6,))
-        assert recurrence._block_of([*weights[:2], weights[3], weights[2]]) is None
-        assert recurrence._block_of([*weights[:3], weights[3].clone()]) is None
-        assert recurrence._block_of([weights[0].t(), *weights[1:]]) is None
+        assert cudnn.block_of([*weights[:2], weights[3], weights[2]]) is None
+        assert cudnn.block_of([*weights[:3], weights[3].clone()]) is None
+        assert cudnn.block_of([weights[0].t(), *weights[1:]]) is None
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ LAYERS = [
     ["packed"],
     ["modules", "convert", "explain", "notations"],
     ["functional", "recurrence", "one_step"],
-    ["backends"],
+    ["backends", "cudnn"],
     ["ops", "ops_*"],
     ["checks", "errors", "reference", "reference_*", "kernels", "_C", "_version"],
 ]

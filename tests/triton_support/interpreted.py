@@ -218,6 +218,20 @@ class TestCalls:
                 )
         assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
+    @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_results_share_no_memory(self, kernel, cell, recompute):
+        inputs = layer_inputs(Case(cell, T=3, B=3, H=5), torch.float32)
+        with small_tiles(kernel):
+            found = outcome(
+                partial(kernels.layer, kernel=kernel),
+                partial(kernels.layer_backward, kernel=kernel),
+                inputs, torch.float32, recompute,
+            )  # fmt: skip
+        held = [t.untyped_storage().data_ptr() for t in found.values() if t.numel()]
+        given = [t.untyped_storage().data_ptr() for t in inputs.leaves().values()]
+        assert len(set(held + given)) == len(held + given)
+
     def test_gradients_that_nobody_wants(self, kernel):
         inputs = layer_inputs(Case(features="everything", T=3, B=3, H=5), torch.float32)
         result = reference.layer(*inputs.arguments())

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cuDNN's GRU through PyTorch's own operator, and the one block in which it reads its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GRU = 3
+"""cuDNN's number for this kind of layer."""
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor]:
+    """A layer in one or both directions; training also in `eval()`, where backward may follow.
+
+    Args:
+        x: as in `recurrence.layer`, like the tensors after it.
+        h0: (G, B, H), G 1 or 2.
+        weight_ih: (G, 3H, I).
+        weight_hh: (G, 3H, H).
+        bias_ih: (G, 3H) or None.
+        bias_hh: (G, 3H) or None, as bias_ih.
+        training: whether a backward pass follows.
+
+    Returns:
+        output (T, B, G*H) and h_n (G, B, H).
+    """
+    every = (weight_ih, weight_hh, bias_ih, bias_hh)
+    parts = [t.unbind(0) for t in every if t is not None]
+    weights = [t for group in zip(*parts, strict=True) for t in group]
+    both = weight_hh.shape[0] == 2
+    output, h_n, *_ = torch._cudnn_rnn(
+        x,
+        weights,
+        len(parts),
+        _weights_in_one_block(weights, len(parts), both),
+        h0,
+        None,
+        _GRU,
+        weight_hh.shape[2],
+        0,
+        1,
+        False,
+        0.0,
+        training,
+        both,
+        [],
+        None,
+    )
+    return output, h_n
+
+
+def flatten(weights: Sequence[Tensor]) -> None:
+    """Lay the weights of a layer in one direction out in one block: they point there afterwards.
+
+    Nothing happens where they lie so already, off CUDA, or where cuDNN does not take them.
+    """
+    first = weights[0]
+    if not all(w.is_cuda for w in weights) or block_of(weights) is not None:
+        return
+    if len({w.data_ptr() for w in weights}) != len(weights):  # tied
+        return
+    with torch.no_grad(), torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+        acceptable = torch.backends.cudnn.is_acceptable(first)  # type: ignore[no-untyped-call]
+        if acceptable and torch._use_cudnn_rnn_flatten_weight():
+            _flatten(weights, len(weights), False)
+
+
+def block_of(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights as one tensor without gradient, if each begins where the one before it ends."""
+    first = weights[0]
+    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
+    if ends[:-1] != [w.data_ptr() for w in weights[1:]]:
+        return None
+    size = sum(w.numel() for w in weights)
+    held = first.untyped_storage().nbytes() // first.element_size()
+    if first.storage_offset() + size > held or not all(w.is_contiguous() for w in weights):
+        return None
+    with torch.no_grad():
+        return first.as_strided((size,), (1,)).detach()
+
+
+def _weights_in_one_block(
+    weights: Sequence[Tensor], per_direction: int, both: bool
+) -> Tensor | None:
+    """All weights as the one block that cuDNN reads: as `flatten` left them, or a copy.
+
+    Without a block PyTorch makes the copy itself, and warns at each call. None where the tensors
+    hold no data: under a compiler, or in a mode such as FakeTensorMode.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    if not weights[0].is_cuda:
+        return None
+    block = None if both else block_of(weights)
+    if block is None:
+        with torch.no_grad():
+            # It points what it is given to the block: aliases, not the parameters.
+            aliases = [w.new_empty(0).set_(w) for w in weights]  # type: ignore[call-overload]
+            block = _flatten(aliases, per_direction, both)
+    return block
+
+
+def _flatten(weights: Sequence[Tensor], per_direction: int, both: bool) -> Tensor:
+    I, H = weights[0].shape[1], weights[1].shape[1]  # noqa: E741
+    block: Tensor = torch._cudnn_rnn_flatten_weight(
+        list(weights), per_direction, I, _GRU, H, 0, 1, False, both
+    )
+    return block
