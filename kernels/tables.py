@@ -206,7 +206,7 @@ ROWS = (
     *_large("tf32", ANY, 163),
     Row("grid", "tf32", ANY, 163, _streamed(16, 64, 32, 8), HOPPER_ONLY),
     Row("grid", "tf32", ANY, 64, _streamed(16, 64, 32, 8), AMPERE),
-    Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 4), AMPERE),
+    Row("grid", "tf32x3", ANY, 64, _streamed(16, 32, 32, 8), AMPERE),
     Row("grid", "ieee", ANY, 64, _streamed(16, 16, 16, 4), TURING_ONLY),
 )
 """For one kernel, numbers and H the row to prefer first; what none holds for goes elsewhere."""
