@@ -186,9 +186,11 @@ struct Signals {
   std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
   bool raised = false;
 
+  bool is_mine() const { return std::this_thread::get_id() == caller; }
+
   static bool poll(void* context) {
     auto& self = *static_cast<Signals*>(context);
-    if (std::this_thread::get_id() != self.caller || self.raised) return self.raised;
+    if (!self.is_mine() || self.raised) return self.raised;
     const auto now = std::chrono::steady_clock::now();
     if (now - self.last < kPollEvery) return false;
     self.last = now;
@@ -285,10 +287,19 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
     const Scratch scratch(
         static_cast<size_t>(stack.kernels().generate_scratch_bytes(shape, g, threads)));
     Team team(threads);
+    std::atomic<int> finished{0};
     run_parts(threads, [&](int64_t begin, int64_t end) {
       const int member = team.join(static_cast<int>(end - begin));
-      if (member < 0) return;
+      if (member < 0) {
+        // Only the thread that Python called can look for signals, also where it came too late.
+        while (signals.is_mine() && finished.load() < team.size_for_latecomer()) {
+          if (Signals::poll(&signals)) __atomic_store_n(&state.stop, 1, __ATOMIC_RELAXED);
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        }
+        return;
+      }
       stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
+      finished.fetch_add(1);
     });
     launches.fetch_add(1, std::memory_order_relaxed);
   }

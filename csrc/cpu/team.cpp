@@ -60,6 +60,8 @@ int Team::join(int parts) {
   return member;
 }
 
+int Team::size_for_latecomer() const { return members_of(door_.load(std::memory_order_acquire)); }
+
 void Team::barrier(int member) {
   const uint64_t door = door_.load(std::memory_order_relaxed);
   const int members = members_of(door);

@@ -21,6 +21,9 @@ class Team {
   // The final number of members. Valid after join().
   int size() const { return size_; }
 
+  // The same for a thread that came too late.
+  int size_for_latecomer() const;
+
   // Returns once every member has called it. Spins briefly, then yields.
   void barrier(int member);
 
