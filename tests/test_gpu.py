@@ -4,8 +4,7 @@
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 
@@ -17,6 +16,7 @@ import gru_fast
 from cases import CELLS, Case, LayerInputs, layer_inputs
 from gru_fast import reference
 from helpers import assert_parity
+from repository_tools import load
 from triton_support.outcome import RESULTS, outcome
 
 if not torch.cuda.is_available():
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.gpu
 kernels = pytest.importorskip("gru_fast.kernels")
 
 KERNELS = tuple(kernels.KERNELS)
+float32_as = load("benchmarks.precision").float32_as
 NUMBERS = {
     "float32": torch.float32,
     "tf32": torch.float32,
@@ -35,20 +36,6 @@ NUMBERS = {
 }
 HIDDEN = {"cta": (32, 50, 64), "grid": (256, 200), "step": (72,)}
 """Sizes that a kernel takes in every dtype: for `grid` one on chip and one that is not."""
-
-
-@contextmanager
-def rounding(numbers: str) -> Iterator[None]:
-    """float32 products with TF32 or without, by torch's own switches."""
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
-    before = [s.fp32_precision for s in settings]
-    for s in settings:
-        s.fp32_precision = "tf32" if numbers == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        for s, value in zip(settings, before, strict=True):
-            s.fp32_precision = value
 
 
 ROUNDING = {"tf32": 2.0**-10, "float32": 2.0**-21}
@@ -71,7 +58,7 @@ def check(kernel: str, case: Case, numbers: str, recompute: bool = False, draws:
     specification = (reference.layer, reference.layer_backward)
     for draw in range(draws):
         inputs = on_gpu(layer_inputs(case, dtype, draw=draw))
-        with rounding(numbers):
+        with float32_as(numbers):
             mine = outcome(
                 partial(kernels.layer, kernel=kernel),
                 partial(kernels.layer_backward, kernel=kernel),
