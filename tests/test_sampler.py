@@ -229,7 +229,15 @@ def test_instruction_sets_agree_but_for_rounding():
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=0.02)
 
 
-def test_interrupt(two_threads):
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also in a process that was started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupt(two_threads, ctrl_c):
     """The signal ends a call that would run for minutes, on one thread and on two."""
     lm = language_model(hidden=64)
     for threads, rows in ((1, 1), (2, 1), (2, 50)):
