@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import overload
 
 import torch
@@ -207,10 +208,78 @@ def gru(
         done = one_step.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
         if done is not None:
             return done
+    _check_params(params, 4 if bias else 2, num_layers, bias, bidirectional)
+    return run_layers(
+        input,
+        hx,
+        params,
+        partial(layer, cell=cell, backend=backend, recompute=recompute),
+        num_layers=num_layers,
+        dropout=dropout if training else 0.0,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+        lengths=lengths,
+        reset_mask=reset_mask,
+        reset_state=reset_state,
+        h_scale=h_scale,
+    )
+
+
+def _check_params(
+    params: Sequence[Tensor], per: int, num_layers: int, bias: bool, bidirectional: bool
+) -> None:
+    expected = num_layers * (2 if bidirectional else 1) * per
+    if len(params) != expected:
+        raise RuntimeError(
+            f"params: expected {expected} tensors for num_layers={num_layers}, "
+            f"bias={bias}, bidirectional={bidirectional}, got {len(params)}"
+        )
+
+
+def run_layers(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    run: Callable[..., tuple[Tensor, Tensor]],
+    *,
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    batch_first: bool,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Layers over what `nn.GRU` takes: batched or not, batch-major or not, packed.
+
+    Args:
+        input: as in `gru`.
+        hx: as in `gru`.
+        params: the same number of tensors for each layer and direction; weight_ih comes first,
+            then weight_hh.
+        run: one layer of G directions; takes (T, B, I), (G, B, H), each of the layer's tensors
+            with G in front, and by keyword lengths, reset_mask, reset_state, h_scale and reverse.
+        num_layers: number of layers.
+        dropout: probability of the dropout between layers, 0 outside training.
+        bidirectional: as in `gru`.
+        batch_first: as in `gru`.
+        lengths: as in `gru`.
+        reset_mask: as in `gru`.
+        reset_state: as in `gru`.
+        h_scale: as in `gru`.
+
+    Returns:
+        As `gru`.
+
+    Raises:
+        ValueError: as `gru`.
+        RuntimeError: as `gru`.
+    """
     if isinstance(input, PackedSequence):
-        return _gru_packed(
-            input, hx, params, num_layers, bias, dropout if training else 0.0, bidirectional, cell,
-            backend, recompute, lengths, reset_mask, reset_state, h_scale,
+        return _run_packed(
+            input, hx, params, run, num_layers, dropout, bidirectional, lengths, reset_mask,
+            reset_state, h_scale,
         )  # fmt: skip
     batched = input.dim() == 3
     if not batched:
@@ -231,12 +300,10 @@ def gru(
         if batch_first:
             x = x.transpose(0, 1)
             reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
-    drop = None
-    if dropout and training and num_layers > 1:
-        drop = _Dropout(dropout)
+    drop = _Dropout(dropout) if dropout and num_layers > 1 else None
     output, h_n = _stack(
-        x, hx, params, num_layers, bias, bidirectional, cell, backend, recompute, lengths,
-        reset_mask, reset_state, h_scale, drop,
+        x, hx, params, run, num_layers, bidirectional, lengths, reset_mask, reset_state, h_scale,
+        drop,
     )  # fmt: skip
     if not batched:
         return output.squeeze(1), h_n.squeeze(1)
@@ -266,23 +333,20 @@ class _PackedDropout(_Dropout):
         return pad_packed_sequence(dropped)[0]
 
 
-def _gru_packed(
+def _run_packed(
     input: PackedSequence,
     hx: Tensor | None,
     params: Sequence[Tensor],
+    run: Callable[..., tuple[Tensor, Tensor]],
     num_layers: int,
-    bias: bool,
     dropout: float,
     bidirectional: bool,
-    cell: str,
-    backend: str,
-    recompute: bool,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
     h_scale: Tensor | None,
 ) -> tuple[PackedSequence, Tensor]:
-    """`gru` in the sorted order of the packed sequence, padded."""
+    """`run_layers` in the sorted order of the packed sequence, padded."""
     if lengths is not None:
         raise ValueError("lengths: expected None with a PackedSequence, which has its own")
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -301,8 +365,8 @@ def _gru_packed(
         _check_hx(hx, num_layers * (2 if bidirectional else 1), x.shape[1], params[1].shape[1])
     drop = _PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
     output, h_n = _stack(
-        x, sort(hx), params, num_layers, bias, bidirectional, cell, backend, recompute,
-        row_lengths.to(data.device), sort(reset_mask), sort(reset_state), sort(h_scale), drop,
+        x, sort(hx), params, run, num_layers, bidirectional, row_lengths.to(data.device),
+        sort(reset_mask), sort(reset_state), sort(h_scale), drop,
     )  # fmt: skip
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
@@ -319,12 +383,9 @@ def _stack(
     x: Tensor,
     hx: Tensor | None,
     params: Sequence[Tensor],
+    run: Callable[..., tuple[Tensor, Tensor]],
     num_layers: int,
-    bias: bool,
     bidirectional: bool,
-    cell: str,
-    backend: str,
-    recompute: bool,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
@@ -333,12 +394,7 @@ def _stack(
 ) -> tuple[Tensor, Tensor]:
     """All layers over time-major (T, B, I)."""
     D = 2 if bidirectional else 1
-    per = 4 if bias else 2
-    if len(params) != num_layers * D * per:
-        raise RuntimeError(
-            f"params: expected {num_layers * D * per} tensors for num_layers={num_layers}, "
-            f"bias={bias}, bidirectional={bidirectional}, got {len(params)}"
-        )
+    per = len(params) // (num_layers * D)
     B, H = x.shape[1], params[1].shape[-1]
     _check_input_width(x, params[0], 1)
     if hx is None:
@@ -359,7 +415,7 @@ def _stack(
         else:
             weights = [w.unsqueeze(0) for w in own]
         rows = slice(k * D, (k + 1) * D)
-        x, h_n = layer(
+        x, h_n = run(
             x,
             hx if num_layers == 1 else hx[rows],
             *weights,
@@ -367,10 +423,7 @@ def _stack(
             reset_mask=reset_mask,
             reset_state=None if reset_state is None else reset_state[rows],
             h_scale=None if h_scale is None else h_scale[rows].transpose(0, 1).flatten(1),
-            cell=cell,
             reverse=reverse,
-            recompute=recompute,
-            backend=backend,
         )
         finals.append(h_n)
         if drop is not None and k + 1 < num_layers:

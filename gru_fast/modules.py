@@ -44,7 +44,50 @@ def _options_repr(cell: str, backend: str, recompute: bool = False) -> str:
     return text
 
 
-class GRU(nn.RNNBase):
+class Recurrent(nn.RNNBase):
+    """`nn.RNNBase` without its stored list of weights: what our stacks of layers have in common."""
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        # Not a stored list as in RNNBase: a stored one goes stale under functional_call.
+        params = self._parameters
+        try:
+            return [params[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight_norm, a DataParallel replica, partly built
+            return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        self.flatten_parameters()
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: kernels read each weight where it lies."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickle and deepcopy, without what is derived from the parameters."""
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state of this class or of `torch.nn.GRU`, also of older versions."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_flat_weights", None)
+        self.__dict__.pop("_flat_weight_refs", None)
+
+    def _replicate_for_data_parallel(self) -> "Recurrent":
+        # Not RNNBase's, which copies the stored list of weights.
+        replica: Recurrent = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        return replica
+
+
+class GRU(Recurrent):
     """Multi-layer gated recurrent unit with the interface and numbers of `torch.nn.GRU`.
 
     For every step of every layer, with reset gate r, update gate z and candidate n:
@@ -163,25 +206,6 @@ class GRU(nn.RNNBase):
             setattr(self, name, nn.Parameter(old.new_empty((rows, *old.shape[1:]))))
         self.reset_parameters()
 
-    @property
-    def _flat_weights(self) -> list[Any]:
-        # Not a stored list as in RNNBase: a stored one goes stale under functional_call.
-        params = self._parameters
-        try:
-            return [params[name] for name in self._flat_weights_names]
-        except KeyError:  # parametrized, weight_norm, a DataParallel replica, partly built
-            return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: list[Any]) -> None:
-        pass
-
-    def _init_flat_weights(self) -> None:
-        self.flatten_parameters()
-
-    def _update_flat_weights(self) -> None:
-        pass
-
     def flatten_parameters(self) -> None:
         """Lay the weights of each layer out in one block on CUDA, as cuDNN reads them.
 
@@ -197,23 +221,6 @@ class GRU(nn.RNNBase):
             for layer in range(self.num_layers):
                 count = len(weights) // self.num_layers
                 cudnn.flatten(weights[layer * count : (layer + 1) * count])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickle and deepcopy, without what is derived from the parameters."""
-        state = self.__dict__.copy()
-        state.pop("_flat_weight_refs", None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a state of this class or of `torch.nn.GRU`, also of older versions."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.pop("_flat_weights", None)
-        self.__dict__.pop("_flat_weight_refs", None)
-
-    def _replicate_for_data_parallel(self) -> "GRU":
-        # Not RNNBase's, which copies the stored list of weights.
-        replica: GRU = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
-        return replica
 
     def extra_repr(self) -> str:
         """`torch.nn.GRU`'s, and the extras that are not at their defaults."""
