@@ -2,10 +2,18 @@
 """`python -m benchmarks SUITE ...`, from the repository root."""
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import ROOT
+
+OWN = {
+    "features": "benchmarks.features.cli",
+    "figures": "benchmarks.figures",
+    "sample": "benchmarks.sample",
+}
+"""Commands with arguments of their own, and where they are."""
 
 EDITABLE = "python -m pip install --no-build-isolation -e '.[bench]'"
 
@@ -35,14 +43,8 @@ def main() -> int:
     if wrong is not None:
         print(f"python -m benchmarks: {wrong}", file=sys.stderr)
         return 2
-    if arguments[:1] == ["figures"]:
-        from benchmarks import figures
-
-        return figures.main()
-    if arguments[:1] == ["sample"]:
-        from benchmarks import sample
-
-        return sample.main(arguments[1:])
+    if arguments[:1] and arguments[0] in OWN:
+        return int(import_module(OWN[arguments[0]]).main(arguments[1:]))
     from benchmarks import cli
 
     return cli.main(arguments)

@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases, machine, probe, report, timing
-from benchmarks.bound import lower_bound
+from benchmarks import cases, program, report
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider, all_providers, choose
-from benchmarks.records import Record, Results
 from benchmarks.runner import Setting, run_problem
 
 
@@ -26,8 +22,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=f"gru_fast beside its peers, in one run.\n\nsuites:\n{suites}\n"
         "  sample tokens drawn one after the other: python -m benchmarks sample --help\n"
+        "  features  what users do beyond a plain layer: python -m benchmarks features --help\n"
         "  gpu    everything a GPU can tell: python -m benchmarks gpu --help\n\n"
-        "without a suite: all but sample and gpu, --quick",
+        "without a suite: train, infer and step, --quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("suites", nargs="*", type=_suite, metavar="SUITE")
@@ -45,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _suite(name: str) -> str:
     if name not in cases.SUITES:
-        known = ", ".join([*cases.SUITES, "sample or gpu (as the first argument)"])
+        known = ", ".join([*cases.SUITES, "sample, features or gpu (as the first argument)"])
         raise argparse.ArgumentTypeError(f"expected one of {known}, got {name!r}")
     return name
 
@@ -73,12 +70,9 @@ def shapes_of(suite: str, given: str | None, quick: bool) -> list[cases.Case]:
 
 def problems_of(options: argparse.Namespace) -> list[tuple[int, Problem]]:
     """Every (threads, problem) of a run."""
-    every = os.cpu_count() or 1
-    threads = sorted({1, every}) if options.device == "cpu" and not options.quick else [1]
-    if options.threads:
-        threads = [int(n) for n in options.threads.split(",")]
-    if min(threads) < 1:
-        raise ValueError(f"threads: expected at least 1, got {min(threads)}")
+    threads = [1]
+    if options.device == "cpu" or options.threads:
+        threads = program.threads_of(options.threads, options.quick)
     dtypes = _split(options.dtype, dict(cases.DTYPES))
     return [
         (n, Problem(case, suite, dtype, options.device))
@@ -89,59 +83,24 @@ def problems_of(options: argparse.Namespace) -> list[tuple[int, Problem]]:
     ]
 
 
-def run(options: argparse.Namespace) -> Results:
-    """Measure, print, and write after each case."""
+def measure(options: argparse.Namespace) -> int:
+    """Measure, print, and write after each case; the exit code."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda is not available here")
     problems = problems_of(options)
     providers: list[Provider] = choose(all_providers(options.device), options.providers)
-    results = Results(machine.describe())
-    tqdm.write(machine.line(results.machine))
-    peaks: dict[int, probe.Peaks] = {}
-    if options.device == "cpu":
-        load = machine.OtherLoad()
-        try:
-            seconds = 0.001 if options.quick else 0.003
-            peaks = probe.measure_all(sorted({n for n, _ in problems}), seconds)
-        except probe.ProbeError as error:
-            results.notes.append(f"no bound: {error}")
-            tqdm.write(results.notes[-1])
-        results.figures += figures(peaks, load.share())
-    effort = timing.QUICK if options.quick else timing.Effort()
+    run = program.Run(
+        [n for n, _ in problems],
+        quick=options.quick,
+        json=options.json,
+        probing=options.device == "cpu",
+    )
     for threads, problem in tqdm(problems, unit="case", file=sys.stderr, disable=None):
-        setting = Setting(threads, effort, bound_of(peaks.get(threads), threads))
+        setting = Setting(threads, run.effort, program.bound_of(run.peaks.get(threads), threads))
         records, notes = run_problem(problem, providers, setting)
-        results.records += records
-        results.notes += [note for note in notes if note not in results.notes]
-        tqdm.write("\n" + report.table(records))
-        if options.json is not None:
-            results.write(options.json)
-    return results
-
-
-def bound_of(peaks: probe.Peaks | None, threads: int) -> Callable[[Problem], float | None] | None:
-    """`lower_bound` with all but the problem given."""
-    if peaks is None:
-        return None
-    return lambda problem: lower_bound(problem.case, problem.suite, problem.dtype, threads, peaks)
-
-
-def figures(peaks: dict[int, probe.Peaks], other_cpu: float | None) -> list[dict[str, object]]:
-    """The peaks as named numbers."""
-    found: list[dict[str, object]] = []
-    for threads, peak in peaks.items():
-        more = {"threads": threads, "other_cpu": other_cpu}
-        for dtype, rate in peak.flops.items():
-            found.append({"name": f"fma_{dtype}", "value": rate, "unit": "FLOP/s", **more})
-        for size, rate in peak.bandwidth.items():
-            entry = {"name": "read_bandwidth", "value": rate, "unit": "B/s", **more}
-            found.append({**entry, "bytes_per_thread": size})
-    return found
-
-
-def failures(records: list[Record]) -> list[Record]:
-    """The records without a number."""
-    return [record for record in records if record.median_s is None]
+        run.results.notes += [note for note in notes if note not in run.results.notes]
+        run.add(records, report.table(records))
+    return run.finish()
 
 
 def main(arguments: list[str]) -> int:
@@ -150,11 +109,6 @@ def main(arguments: list[str]) -> int:
     if not options.suites:
         options.suites, options.quick = list(cases.SUITES), True
     try:
-        results = run(options)
+        return measure(options)
     except ValueError as error:
-        print(f"python -m benchmarks: {error}", file=sys.stderr)
-        return 2
-    broken = failures(results.records)
-    for record in broken:
-        print(f"no figure: {record.provider} {record.case}: {record.error}", file=sys.stderr)
-    return 1 if broken else 0
+        return program.complain("", error)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from benchmarks import ROOT
 from benchmarks.cases import Case
 from benchmarks.problem import Problem
+from benchmarks.providers import Provider, all_providers
 
 Footprint = dict[str, Any]
 """{"cold_s": seconds, "peak_bytes": bytes or None}"""
@@ -71,6 +73,7 @@ def in_fresh_process(
     job = {
         "case": problem.case.as_dict(),
         "suite": problem.suite,
+        "feature": problem.feature,
         "dtype": problem.dtype,
         "threads": threads,
         "providers": providers,
@@ -82,16 +85,24 @@ def in_fresh_process(
     return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
-def _main(job: dict[str, Any]) -> None:
-    from benchmarks.providers import all_providers
-
-    torch.set_num_threads(job["threads"])
+def _job(job: dict[str, Any]) -> tuple[Problem, Problem, list[Provider]]:
+    """The problem, a tiny one of the same kind, and who may take part."""
     case = Case(**job["case"])
-    problem = Problem(case, job["suite"], job["dtype"], "cpu")
+    if job["feature"] is not None:
+        from benchmarks.features import find
+
+        row = find(job["feature"])
+        return row.at(case), row.at(row.quick), row.providers
     smallest = Case(4, 4, 1, min(case.T, 2), resets=case.resets)
-    tiny = Problem(smallest, job["suite"], job["dtype"], "cpu")
+    problem = Problem(case, job["suite"], job["dtype"], "cpu")
+    return problem, replace(problem, case=smallest), all_providers("cpu")
+
+
+def _main(job: dict[str, Any]) -> None:
+    torch.set_num_threads(job["threads"])
+    problem, tiny, providers = _job(job)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))
-    chosen = [p for p in all_providers("cpu") if p.name in job["providers"]]
+    chosen = [p for p in providers if p.name in job["providers"]]
     for provider in chosen:
         provider.prepare(tiny, job["threads"]).call()
     found = {p.name: cpu_footprint(p.prepare(problem, job["threads"]).call) for p in chosen}

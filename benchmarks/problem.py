@@ -33,6 +33,7 @@ class Problem:
         dtype: a name of `DTYPES`.
         device: "cpu" or "cuda".
         seed: of the draw.
+        feature: the row of the features suite that this is the problem of, or None.
     """
 
     case: Case
@@ -40,6 +41,7 @@ class Problem:
     dtype: str
     device: str
     seed: int = 0
+    feature: str | None = None
 
     def __post_init__(self) -> None:
         if self.case.L != 1:
@@ -48,6 +50,11 @@ class Problem:
     @property
     def training(self) -> bool:
         return self.suite == "train"
+
+    @property
+    def beside_torch(self) -> bool:
+        """Whether nn.GRU can take it, and so is the yardstick of the gate."""
+        return not self.case.resets
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

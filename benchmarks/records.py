@@ -23,7 +23,7 @@ class Record:
     """One provider on one case.
 
     Attributes:
-        suite: "train", "infer", "step" or "sample".
+        suite: "train", "infer", "step", "sample" or "features".
         provider: for example "gru_fast.cpu".
         version: of the package that provides it.
         device: "cpu" or "cuda".
@@ -44,6 +44,7 @@ class Record:
         cold_s: the first call of these sizes, in a fresh process on the CPU.
         parity_T: time steps of the gate's call, where it was shorter.
         other_cpu: share of the machine's CPU time that others took meanwhile.
+        feature: the row of the features suite.
         dry: true where nothing was claimed: a CPU stood in for a GPU.
         error: why there is no number.
     """
@@ -68,6 +69,7 @@ class Record:
     cold_s: float | None = None
     parity_T: int | None = None
     other_cpu: float | None = None
+    feature: str | None = None
     dry: bool = False
     error: str | None = None
 

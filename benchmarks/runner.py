@@ -42,7 +42,7 @@ class Gate:
     """The parity verdict on each provider for one problem.
 
     nn.GRU's own results are the yardstick; the reference's in the tested dtype where nn.GRU
-    cannot take the problem (resets).
+    cannot take the problem.
     """
 
     def __init__(self, problem: Problem, threads: int, most_draws: int | None = None) -> None:
@@ -64,10 +64,10 @@ class Gate:
     def _yardstick(self) -> list[dict[str, torch.Tensor]]:
         if self._theirs is None:
             first = self.draws[0]
-            if first.case.resets:
-                self._theirs = [p.by_reference(DTYPES[p.dtype]) for p in self.draws]
-            else:
+            if first.beside_torch:
                 self._theirs = self._run(TorchGRU(first.device))
+            else:
+                self._theirs = [p.by_reference(DTYPES[p.dtype]) for p in self.draws]
         return self._theirs
 
     def verdict(self, provider: Provider) -> str | None:
@@ -156,9 +156,10 @@ def run_problem(
 
 
 def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
+    suite = problem.suite if problem.feature is None else "features"
     return Record(
-        problem.suite, provider.name, provider.version(), problem.device, problem.dtype,
-        setting.threads, problem.case.as_dict(), dry=setting.dry,
+        suite, provider.name, provider.version(), problem.device, problem.dtype,
+        setting.threads, problem.case.as_dict(), feature=problem.feature, dry=setting.dry,
     )  # fmt: skip
 
 

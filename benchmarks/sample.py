@@ -7,25 +7,20 @@ softmax, draw, feed back. Every provider gets the same weights.
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks import machine, probe, timing
+from benchmarks import machine, probe, program, timing
 from benchmarks.bound import bandwidth_of
 from benchmarks.cases import Case, parse
 from benchmarks.providers_onnx import onnx_rows
-from benchmarks.records import Record, Results
+from benchmarks.records import Record
 from benchmarks.report import threads as threads_of
 from benchmarks.report import warnings
 from benchmarks.runner import describe_error, note_claims, note_times
@@ -268,55 +263,24 @@ def table(records: list[Record]) -> str:
     return "\n".join([*lines, *warnings(records)])
 
 
-def parser() -> argparse.ArgumentParser:
-    assert __doc__ is not None
-    found = argparse.ArgumentParser(
-        prog="python -m benchmarks sample", description=__doc__.split(": ", 1)[1]
-    )
-    found.add_argument("--device", choices=["cpu"], default="cpu")
-    found.add_argument("--threads", help="list, for example 1,2; default: 1 and all")
-    found.add_argument("--shapes", help="list like H256-B64-T200-V65; default: the goals' table")
-    found.add_argument("--quick", action="store_true", help="small shapes, seconds")
-    found.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    return found
-
-
 def main(arguments: list[str]) -> int:
     """Run; 0 if every gate was green and nothing failed, else 1."""
-    options = parser().parse_args(arguments)
-    shapes = QUICK if options.quick else SHAPES
-    every = os.cpu_count() or 1
-    threads = [1] if options.quick else sorted({1, every})
+    assert __doc__ is not None
+    parser = program.parser("sample", __doc__.split(": ", 1)[1])
+    parser.add_argument("--shapes", help="list like H256-B64-T200-V65; default: the goals' table")
+    options = parser.parse_args(arguments)
     try:
+        threads = program.threads_of(options.threads, options.quick)
+        shapes = QUICK if options.quick else SHAPES
         if options.shapes:
             shapes = parse(options.shapes)
-        if options.threads:
-            threads = [int(n) for n in options.threads.split(",")]
-        if (
-            min(threads) < 1
-            or min(case.V for case in shapes) < 1
-            or max(case.L for case in shapes) > 1
-        ):
-            raise ValueError("expected threads >= 1 and shapes with V >= 1 and one layer")
+        if min(case.V for case in shapes) < 1 or max(case.L for case in shapes) > 1:
+            raise ValueError("expected shapes with V >= 1 and one layer")
     except ValueError as error:
-        print(f"python -m benchmarks sample: {error}", file=sys.stderr)
-        return 2
-    results = Results(machine.describe())
-    tqdm.write(machine.line(results.machine))
-    peaks: dict[int, Any] = {}
-    try:
-        peaks = dict(probe.measure_all(threads, 0.001 if options.quick else 0.003))
-    except probe.ProbeError as error:
-        results.notes.append(f"no bound: {error}")
-    effort = timing.QUICK if options.quick else timing.Effort()
+        return program.complain("sample", error)
+    run = program.Run(threads, quick=options.quick, json=options.json)
     for n in threads:
         for case in shapes:
-            records = run_case(case, n, effort, peaks.get(n))
-            results.records += records
-            tqdm.write("\n" + table(records))
-            if options.json is not None:
-                results.write(options.json)
-    broken = [r for r in results.records if r.median_s is None]
-    for record in broken:
-        print(f"no figure: {record.provider} {record.case}: {record.error}", file=sys.stderr)
-    return 1 if broken else 0
+            records = run_case(case, n, run.effort, run.peaks.get(n))
+            run.add(records, table(records))
+    return run.finish()

@@ -310,7 +310,7 @@ class TestCommandLine:
         [
             (["train", "--shapes", "nope"], "shapes: expected"),
             (["infer", "--dtype", "float8"], "got 'float8'"),
-            (["infer", "--threads", "0"], "threads: expected at least 1"),
+            (["infer", "--threads", "0"], "threads: expected a list of numbers from 1"),
             (["infer", "--providers", "nobody"], "got 'nobody'"),
         ],
     )
