@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in, high-performance GRU for PyTorch."""
 
-from gru_fast import functional
+from gru_fast import functional, init
 from gru_fast._version import __version__
 from gru_fast.backends import available_backends
 from gru_fast.convert import ConvertReport, convert, revert
 from gru_fast.explain import Explanation, explain
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.modules import GRU, GRUCell
+from gru_fast.patch import patch, patched, unpatch
 from gru_fast.sampler import Sampler, Stream
 
 __all__ = [
@@ -23,5 +24,9 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "init",
+    "patch",
+    "patched",
     "revert",
+    "unpatch",
 ]

@@ -23,8 +23,8 @@ __all__ = ["ConvertReport", "Selector", "convert", "revert"]
 Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """A name or glob pattern (`"decoder.*"`), several of them, or a function of name and module."""
 
-_TO_FAST: dict[type, type] = {TorchGRU: GRU, TorchGRUCell: GRUCell}
-_TO_TORCH: dict[type, type] = {fast: torch_class for torch_class, fast in _TO_FAST.items()}
+FAST_CLASSES: dict[type, type] = {TorchGRU: GRU, TorchGRUCell: GRUCell}
+_TO_TORCH: dict[type, type] = {fast: torch_class for torch_class, fast in FAST_CLASSES.items()}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def convert(
     Raises:
         TypeError: `model` is not a module, or a selector is none of the accepted forms.
     """
-    return _swap(model, include, exclude, _TO_FAST)
+    return _swap(model, include, exclude, FAST_CLASSES)
 
 
 def revert(

@@ -68,7 +68,11 @@ def test_every_public_name_exists_and_is_documented():
         "convert",
         "explain",
         "functional",
+        "init",
+        "patch",
+        "patched",
         "revert",
+        "unpatch",
     }
     for name in gru_fast.__all__:
         assert getattr(gru_fast, name).__doc__

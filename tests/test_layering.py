@@ -22,9 +22,10 @@ LAYERS = [
     ["__init__"],
     ["cli", "__main__"],
     ["training", "checkpoint", "corpus", "trace", "beside_torch"],
+    ["onnx"],
     ["language_model", "sampling", "sampler", "tokenizers"],
     ["packed"],
-    ["modules", "convert", "explain", "notations"],
+    ["modules", "convert", "explain", "notations", "init", "patch", "onnx_*"],
     ["functional", "recurrence", "one_step"],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
@@ -32,6 +33,7 @@ LAYERS = [
 ]
 LEAVES = {"checks", "errors", "reference", "_version"}
 THIRD_PARTY = {"gru_fast", "torch", "numpy"}
+ONNX = {"onnx", "onnxscript"}
 OPTIONAL_IN_JOURNEYS = {"click", "matplotlib", "names", "safetensors", "tqdm"}
 
 
@@ -95,6 +97,8 @@ def test_third_party_imports(module):
     allowed = sys.stdlib_module_names | THIRD_PARTY
     if rank(module) < rank("modules"):
         allowed = allowed | OPTIONAL_IN_JOURNEYS
+    if module == "onnx" or module.startswith("onnx_"):
+        allowed = allowed | ONNX
     tops = {name.split(".")[0] for name, _ in imports(PACKAGE / f"{module}.py", "gru_fast")}
     assert tops <= allowed
 
