@@ -152,13 +152,18 @@ class GRULanguageModel(nn.Module):
     def _input_gates(self, inputs: Tensor, table: Tensor | None) -> Tensor:
         """(T, B, N*H) for (T, B) input ids."""
         if table is None and self.embedding is not None and inputs.numel() < self.vocab_size:
-            weight, bias = self._input_weights()
-            zero = inputs == self.start
-            x = F.embedding(inputs.masked_fill(zero, 0), self.embedding.weight)
-            x = x.masked_fill(zero[..., None], 0.0)
-            return F.linear(x, weight, bias)
+            return F.linear(self._features(inputs), *self._input_weights())
         # The gradient of F.embedding is added up in the order of the tokens: no atomics.
         return F.embedding(inputs, self.token_table() if table is None else table)
+
+    def _features(self, inputs: Tensor) -> Tensor:
+        """What input ids stand for, (..., E) or one-hot (..., V): zeros for `start`."""
+        if self.embedding is None:
+            tokens = torch.arange(self.vocab_size, device=inputs.device)
+            return (inputs[..., None] == tokens).to(self.head.weight.dtype)
+        zero = inputs == self.start
+        x = F.embedding(inputs.masked_fill(zero, 0), self.embedding.weight)
+        return x.masked_fill(zero[..., None], 0.0)
 
     def run(
         self,
@@ -188,23 +193,31 @@ class GRULanguageModel(nn.Module):
         gru = self.gru
         weights = gru._flat_weights
         L, H, per = gru.num_layers, gru.hidden_size, 4 if gru.bias else 2
-        gates_x = self._input_gates(inputs.T, table)
+        # ONNX's GRU projects its input itself: given gates, it would multiply them by an identity.
+        exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+        features = exporting and weights[0].shape[1] <= weights[0].shape[0]
+        entering = self._features(inputs.T) if features else self._input_gates(inputs.T, table)
         if hidden is None:
-            hidden = gates_x.new_zeros(L, inputs.shape[0], H)
+            hidden = entering.new_zeros(L, inputs.shape[0], H)
         elif hidden.shape != (L, inputs.shape[0], H):
             raise RuntimeError(
                 f"hidden: expected shape {(L, inputs.shape[0], H)}, got {tuple(hidden.shape)}"
             )
-        output, h_n = functional.scan(
-            gates_x.unsqueeze(2),
-            hidden[:1],
-            weights[1].unsqueeze(0),
-            weights[3].unsqueeze(0) if gru.bias else None,
-            lengths=lengths,
-            cell=gru.cell,
-            recompute=gru.recompute,
-            backend=gru.backend,
-        )
+        if features:
+            output, h_n = functional.gru(
+                entering, hidden[:1], weights[:per], bias=gru.bias, lengths=lengths, cell=gru.cell
+            )
+        else:
+            output, h_n = functional.scan(
+                entering.unsqueeze(2),
+                hidden[:1],
+                weights[1].unsqueeze(0),
+                weights[3].unsqueeze(0) if gru.bias else None,
+                lengths=lengths,
+                cell=gru.cell,
+                recompute=gru.recompute,
+                backend=gru.backend,
+            )
         if dropout:
             output = F.dropout(output, dropout)
         if L == 1:

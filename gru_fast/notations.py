@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights from and to other notations: Keras, and the one that concatenates [c, x].
+"""Weights from and to other notations: Keras, ONNX, and the one that concatenates [c, x].
 
 In each, one array holds what is split or ordered differently here. Arrays are NumPy arrays or
 whatever `numpy.asarray` takes.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gru_fast.modules import GRU
 
-__all__ = ["from_course", "from_keras", "to_course", "to_keras"]
+__all__ = ["from_course", "from_keras", "from_onnx", "to_course", "to_keras", "to_onnx"]
 
 Array = Any
 
@@ -105,6 +105,81 @@ def to_keras(gru: GRU) -> list[list[np.ndarray]]:
                 both = [_swap_first_two(_array(gru, name + end)) for name in ("bias_ih", "bias_hh")]
                 arrays.append(np.stack(both) if gru.cell == "reset_after" else both[0] + both[1])
         layers.append([np.ascontiguousarray(a) for a in arrays])
+    return layers
+
+
+def from_onnx(
+    W: Array,
+    R: Array,
+    B: Array | None = None,
+    *,
+    linear_before_reset: bool = False,
+    batch_first: bool = False,
+) -> GRU:
+    """A GRU with the weights of an ONNX GRU node (https://onnx.ai/onnx/operators/onnx__GRU.html).
+
+    ONNX stores the gates in the order z, r, h. Its z has the sense of this library's.
+
+    Args:
+        W: (D, 3H, I), D is 2 for `direction="bidirectional"`.
+        R: (D, 3H, H).
+        B: (D, 6H), the input's biases and then the state's, or None.
+        linear_before_reset: The node's attribute: `cell="reset_after"`, else `"reset_before"`.
+        batch_first: As in `gru_fast.GRU`; the node's `layout=1`.
+
+    Returns:
+        A `gru_fast.GRU` in the dtype of W.
+
+    Raises:
+        ValueError: Shapes do not fit.
+    """
+    W, R = np.asarray(W), np.asarray(R)
+    D, rows, I = W.shape if W.ndim == 3 else (0, 0, 0)  # noqa: E741
+    H = rows // 3
+    if D not in (1, 2) or rows != 3 * H or not H or not I:
+        raise ValueError(f"W: expected (1 or 2 directions, 3H, I), got {W.shape}")
+    if R.shape != (D, 3 * H, H):
+        raise ValueError(f"R: expected {(D, 3 * H, H)}, got {R.shape}")
+    B = None if B is None else np.asarray(B)
+    if B is not None and B.shape != (D, 6 * H):
+        raise ValueError(f"B: expected {(D, 6 * H)}, got {B.shape}")
+    gru = GRU(
+        I,
+        H,
+        bias=B is not None,
+        batch_first=batch_first,
+        bidirectional=D == 2,
+        cell="reset_after" if linear_before_reset else "reset_before",
+        dtype=torch.from_numpy(W[:0].copy()).dtype,
+    )
+    for d, end in enumerate(("_l0", "_l0_reverse")[:D]):
+        state = {"weight_ih": W[d], "weight_hh": R[d]}
+        if B is not None:
+            state |= {"bias_ih": B[d, : 3 * H], "bias_hh": B[d, 3 * H :]}
+        for name, value in state.items():
+            _set(gru, name + end, _swap_first_two(value))
+    return gru
+
+
+def to_onnx(gru: GRU) -> list[dict[str, np.ndarray]]:
+    """The inputs "W", "R" and, with biases, "B" of an ONNX GRU node for each layer.
+
+    Raises:
+        ValueError: The cell is `no_reset`, for which ONNX has no attribute.
+    """
+    if gru.cell == "no_reset":
+        raise ValueError("gru: ONNX has no GRU without a reset gate, cell='no_reset'")
+    layers = []
+    for k in range(gru.num_layers):
+        suffixes = ("", "_reverse") if gru.bidirectional else ("",)
+
+        def stacked(name: str, k: int = k, suffixes: tuple[str, ...] = suffixes) -> np.ndarray:
+            return np.stack([_swap_first_two(_array(gru, f"{name}_l{k}{s}")) for s in suffixes])
+
+        layers.append({"W": stacked("weight_ih"), "R": stacked("weight_hh")})
+        if gru.bias:
+            both = [stacked("bias_ih"), stacked("bias_hh")]
+            layers[-1]["B"] = np.concatenate(both, 1)
     return layers
 
 
