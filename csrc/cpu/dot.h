@@ -31,6 +31,9 @@ constexpr bool kBiasedBytes = true;  // vpdpbusd: the bytes of a row are unsigne
 constexpr bool kBiasedBytes = false;
 #endif
 
+// Rows or tiles whose epilogues run side by side: what one waits for hides in the others.
+constexpr int kItems = kVecBytes == 64 ? 4 : 2;
+
 // What one word of weights adds to a sum. `Row` is a word of the left operand, made ready once for
 // all the weights that it meets.
 template <Weights P>
@@ -181,21 +184,14 @@ constexpr int most_abreast(int rows, int vectors) {
   return sums / vectors < 8 ? sums / vectors : 8;
 }
 
-template <Weights P, int ROWS>
-DotTiles<P> pick_vectors(int tiles, int vectors) {
-  if (vectors == 3) return pick_tiles<P, ROWS, 3, most_abreast(ROWS, 3)>(tiles);
-  if (vectors == 2) return pick_tiles<P, ROWS, 2, most_abreast(ROWS, 2)>(tiles);
-  return pick_tiles<P, ROWS, 1, most_abreast(ROWS, 1)>(tiles);
-}
-
-template <Weights P>
-DotTiles<P> pick_dot(int rows, int tiles, int vectors) {
+template <Weights P, int NV>
+DotTiles<P> pick_dot(int rows, int tiles) {
   if constexpr (kRowBlock == 8) {
-    if (rows == 8) return pick_vectors<P, 8>(tiles, vectors);
+    if (rows == 8) return pick_tiles<P, 8, NV, most_abreast(8, NV)>(tiles);
   }
-  if (rows == 4) return pick_vectors<P, 4>(tiles, vectors);
-  if (rows == 2) return pick_vectors<P, 2>(tiles, vectors);
-  return pick_vectors<P, 1>(tiles, vectors);
+  if (rows == 4) return pick_tiles<P, 4, NV, most_abreast(4, NV)>(tiles);
+  if (rows == 2) return pick_tiles<P, 2, NV, most_abreast(2, NV)>(tiles);
+  return pick_tiles<P, 1, NV, most_abreast(1, NV)>(tiles);
 }
 
 // The packed weights of `tiles` unit tiles, `count` gates side by side: [tile][k word][gate][lane].
@@ -369,9 +365,61 @@ GRU_INLINE void store_row(uint32_t* row, int64_t tile, Vec<float> value, float m
   }
 }
 
-// Multiplies `rows` rows by the tiles of a range; epilogue(row, tile, sums) gets the `count` sums
-// of one row and tile. Tiles are the outer loop: a panel is read once from afar.
-template <Weights P, class Epilogue>
+// Which rows and tiles the N items of an epilogue are: neighbours in one of the two.
+struct Items {
+  int64_t row, tile;
+  int row_step, tile_step;
+  GRU_MEMBER int64_t row_of(int j) const { return row + j * row_step; }
+  GRU_MEMBER int64_t tile_of(int j) const { return tile + j * tile_step; }
+};
+
+// epilogue(items, values), where values[v][j] is sum v of item j; the items lie `stride` sums
+// apart.
+template <Weights P, int N, int COUNT, class Epilogue>
+GRU_INLINE void finish_items(const Panels& panels, const Sum<P>* sums, int64_t stride, Items items,
+                             Epilogue epilogue) {
+  constexpr int W = kLanes<float>;
+  Vec<float> values[COUNT][N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) {
+#pragma GCC unroll 3
+    for (int v = 0; v < COUNT; ++v) {
+      if constexpr (P == Weights::kInt8) {
+        const int64_t at = (items.tile_of(j) * COUNT + v) * W;
+        Ints sum = sums[j * stride + v];
+        if (kBiasedBytes) {
+          sum -= reinterpret_cast<Ints>(
+              load_words(reinterpret_cast<const uint32_t*>(panels.offset + at)));
+        }
+        values[v][j] = __builtin_convertvector(sum, Vec<float>) * load(panels.scale + at);
+      } else {
+        values[v][j] = sums[j * stride + v];
+      }
+    }
+  }
+  epilogue(items, values);
+}
+
+template <Weights P, int COUNT, class Epilogue>
+GRU_INLINE void finish_all(const Panels& panels, const Sum<P>* sums, int64_t stride, int count,
+                           Items items, Epilogue epilogue) {
+  int j = 0;
+  for (; j + kItems <= count; j += kItems) {
+    finish_items<P, kItems, COUNT>(panels, sums + j * stride, stride, items, epilogue);
+    items.row += kItems * items.row_step;
+    items.tile += kItems * items.tile_step;
+  }
+  for (; j < count; ++j) {
+    finish_items<P, 1, COUNT>(panels, sums + j * stride, stride, items, epilogue);
+    items.row += items.row_step;
+    items.tile += items.tile_step;
+  }
+}
+
+// Multiplies `rows` rows by the tiles of a range, of COUNT gates each; epilogue(items, values) gets
+// the sums of several rows or tiles at once. Tiles are the outer loop: a panel is read once from
+// afar.
+template <Weights P, int COUNT, class Epilogue>
 GRU_INLINE void multiply(const Panels& panels, const uint32_t* a, int64_t row_stride, int64_t rows,
                          Range range, Epilogue epilogue) {
   constexpr int W = kLanes<float>;
@@ -379,32 +427,22 @@ GRU_INLINE void multiply(const Panels& panels, const uint32_t* a, int64_t row_st
   const int block_most = rows_in_block(rows);
   for (int64_t tile = range.begin; tile < range.end;) {
     const int64_t left = range.end - tile;
-    const int most = most_abreast(block_most, panels.count);
+    const int most = most_abreast(block_most, COUNT);
     const int64_t calls = (left + most - 1) / most;
     const int tiles = static_cast<int>((left + calls - 1) / calls);
-    const uint32_t* words = panels.words + tile * panels.K * panels.count * W;
+    const uint32_t* words = panels.words + tile * panels.K * COUNT * W;
     for (int64_t row = 0; row < rows;) {
       const int block = rows_in_block(rows - row);
-      pick_dot<P>(block, tiles, panels.count)(a + row * row_stride, row_stride, words, panels.K,
-                                              sums);
-      for (int i = 0; i < block; ++i) {
+      pick_dot<P, COUNT>(block, tiles)(a + row * row_stride, row_stride, words, panels.K, sums);
+      if (block >= 4) {
         for (int j = 0; j < tiles; ++j) {
-          const Sum<P>* of_tile = sums + (i * tiles + j) * panels.count;
-          if constexpr (P == Weights::kInt8) {
-            Vec<float> values[3];
-            for (int v = 0; v < panels.count; ++v) {
-              const int64_t at = ((tile + j) * panels.count + v) * W;
-              Ints sum = of_tile[v];
-              if (kBiasedBytes) {
-                sum -= reinterpret_cast<Ints>(
-                    load_words(reinterpret_cast<const uint32_t*>(panels.offset + at)));
-              }
-              values[v] = __builtin_convertvector(sum, Vec<float>) * load(panels.scale + at);
-            }
-            epilogue(row + i, tile + j, values);
-          } else {
-            epilogue(row + i, tile + j, of_tile);
-          }
+          finish_all<P, COUNT>(panels, sums + j * COUNT, tiles * COUNT, block,
+                               {row, tile + j, 1, 0}, epilogue);
+        }
+      } else {
+        for (int i = 0; i < block; ++i) {
+          finish_all<P, COUNT>(panels, sums + i * tiles * COUNT, COUNT, tiles,
+                               {row + i, tile, 0, 1}, epilogue);
         }
       }
       row += block;

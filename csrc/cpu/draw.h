@@ -32,8 +32,10 @@ GRU_INLINE float uniform(uint64_t seed, uint64_t position, uint64_t stream) {
 
 // exp(x) for x <= 0; zero where float32 has no normal number left, as for a masked logit.
 GRU_INLINE Vec<float> exp_negative(Vec<float> x) {
-  const ScaledExp<float> e = scaled_exp<float>(x);
-  return x < -ExpConstants<float>::limit ? Vec<float>{} : e.scale * e.fraction + e.scale;
+  constexpr float limit = ExpConstants<float>::limit;
+  Vec<float> scale[1], fraction[1], clamped[1] = {larger<float>(-limit, x)};
+  scaled_exp<float, 1>(clamped, scale, fraction);
+  return x < -limit ? Vec<float>{} : scale[0] * fraction[0] + scale[0];
 }
 
 typedef float Float8 __attribute__((vector_size(32), aligned(4), may_alias));

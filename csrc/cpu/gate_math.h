@@ -2,6 +2,9 @@
 // sigmoid and tanh on a register, to about one unit in the last place; NaN stays NaN.
 #pragma once
 #include "vec.h"
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -44,46 +47,105 @@ constexpr double kInverseFactorial[] = {1.0,
                                         1.0 / 479001600,
                                         1.0 / 6227020800.0};
 
-// exp(x) = scale * (1 + fraction), with |fraction| < 0.42 accurate also where it is tiny.
+// The smaller and the larger of two values; where the second is NaN, the second. Compilers make a
+// comparison and a blend of the portable form.
 template <class Real>
-struct ScaledExp {
-  Vec<Real> scale, fraction;
-};
+GRU_INLINE Vec<Real> smaller(Real limit, Vec<Real> x) {
+  const Vec<Real> a = broadcast<Real>(limit);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) {
+    return (Vec<Real>)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)x);
+  } else {
+    return (Vec<Real>)_mm512_maskz_min_pd(0xff, (__m512d)a, (__m512d)x);
+  }
+#elif defined(__AVX__)
+  if constexpr (sizeof(Real) == 4) {
+    return (Vec<Real>)_mm256_min_ps((__m256)a, (__m256)x);
+  } else {
+    return (Vec<Real>)_mm256_min_pd((__m256d)a, (__m256d)x);
+  }
+#else
+  return a < x ? a : x;
+#endif
+}
+template <class Real>
+GRU_INLINE Vec<Real> larger(Real limit, Vec<Real> x) {
+  const Vec<Real> a = broadcast<Real>(limit);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4) {
+    return (Vec<Real>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)x);
+  } else {
+    return (Vec<Real>)_mm512_maskz_max_pd(0xff, (__m512d)a, (__m512d)x);
+  }
+#elif defined(__AVX__)
+  if constexpr (sizeof(Real) == 4) {
+    return (Vec<Real>)_mm256_max_ps((__m256)a, (__m256)x);
+  } else {
+    return (Vec<Real>)_mm256_max_pd((__m256d)a, (__m256d)x);
+  }
+#else
+  return a > x ? a : x;
+#endif
+}
 
-template <class Real>
-GRU_INLINE ScaledExp<Real> scaled_exp(Vec<Real> x) {
+#define GRU_EACH(j) _Pragma("GCC unroll 16") for (int j = 0; j < N; ++j)
+
+// exp(x) = scale * (1 + fraction), with |fraction| < 0.42 accurate also where it is tiny; |x| at
+// most ExpConstants::limit. N registers at once: a chain of dependent operations is longer than
+// what a processor looks ahead.
+template <class Real, int N>
+GRU_INLINE void scaled_exp(const Vec<Real> (&x)[N], Vec<Real> (&scale)[N],
+                           Vec<Real> (&fraction)[N]) {
   using C = ExpConstants<Real>;
-  const Vec<Real> limit = broadcast<Real>(C::limit);
-  x = x > limit ? limit : x;
-  x = x < -limit ? -limit : x;
-  const Vec<Real> shifted = x * C::log2e + C::magic;
-  const Vec<Real> n = shifted - C::magic;
-  Vec<Real> r = x - n * C::ln2_high;
-  r = r - n * C::ln2_low;
-  Vec<Real> tail = broadcast<Real>(static_cast<Real>(kInverseFactorial[C::terms]));
+  Vec<Real> shifted[N], r[N], tail[N];
+  GRU_EACH(j) shifted[j] = x[j] * C::log2e + C::magic;
+  GRU_EACH(j) tail[j] = shifted[j] - C::magic;
+  GRU_EACH(j) r[j] = x[j] - tail[j] * C::ln2_high;
+  GRU_EACH(j) r[j] = r[j] - tail[j] * C::ln2_low;
+  GRU_EACH(j) tail[j] = broadcast<Real>(static_cast<Real>(kInverseFactorial[C::terms]));
 #pragma GCC unroll 16
   for (int i = C::terms - 1; i >= 2; --i) {
-    tail = tail * r + static_cast<Real>(kInverseFactorial[i]);
+    GRU_EACH(j) tail[j] = tail[j] * r[j] + static_cast<Real>(kInverseFactorial[i]);
   }
-  const VecBits<Real> power = reinterpret_cast<VecBits<Real>>(shifted) + C::bias;
-  return {reinterpret_cast<Vec<Real>>(power << C::mantissa_bits), r + r * r * tail};
+  GRU_EACH(j) {
+    const VecBits<Real> power = reinterpret_cast<VecBits<Real>>(shifted[j]) + C::bias;
+    scale[j] = reinterpret_cast<Vec<Real>>(power << C::mantissa_bits);
+  }
+  GRU_EACH(j) fraction[j] = r[j] + r[j] * r[j] * tail[j];
+}
+
+template <class Real, int N>
+GRU_INLINE void sigmoid(Vec<Real> (&x)[N]) {
+  constexpr Real limit = ExpConstants<Real>::limit;
+  Vec<Real> scale[N], fraction[N];
+  GRU_EACH(j) x[j] = larger<Real>(-limit, smaller<Real>(limit, -x[j]));
+  scaled_exp<Real, N>(x, scale, fraction);
+  GRU_EACH(j) x[j] = (scale[j] * fraction[j] + scale[j]) + Real(1);
+  GRU_EACH(j) x[j] = Real(1) / x[j];
+}
+
+// tanh(x) = m / (m + 2), m = exp(2 x) - 1
+template <class Real, int N>
+GRU_INLINE void tanh(Vec<Real> (&x)[N]) {
+  Vec<Real> scale[N], fraction[N];
+  GRU_EACH(j) x[j] = larger<Real>(-20, smaller<Real>(20, x[j]));
+  GRU_EACH(j) x[j] = x[j] + x[j];
+  scaled_exp<Real, N>(x, scale, fraction);
+  GRU_EACH(j) x[j] = scale[j] * fraction[j] + (scale[j] - Real(1));
+  GRU_EACH(j) x[j] = x[j] / (x[j] + Real(2));
 }
 
 template <class Real>
 GRU_INLINE Vec<Real> sigmoid(Vec<Real> x) {
-  const ScaledExp<Real> e = scaled_exp<Real>(-x);
-  return Real(1) / ((e.scale * e.fraction + e.scale) + Real(1));
+  Vec<Real> one[1] = {x};
+  sigmoid<Real, 1>(one);
+  return one[0];
 }
-
-// tanh(x) = m / (m + 2), m = exp(2 x) - 1
 template <class Real>
 GRU_INLINE Vec<Real> tanh(Vec<Real> x) {
-  const Vec<Real> limit = broadcast<Real>(20);
-  x = x > limit ? limit : x;
-  x = x < -limit ? -limit : x;
-  const ScaledExp<Real> e = scaled_exp<Real>(x + x);
-  const Vec<Real> m = e.scale * e.fraction + (e.scale - Real(1));
-  return m / (m + Real(2));
+  Vec<Real> one[1] = {x};
+  tanh<Real, 1>(one);
+  return one[0];
 }
 
 }  // namespace

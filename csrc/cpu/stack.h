@@ -236,10 +236,13 @@ class Stack {
   // Logits of `rows` rows from top(), each padded_outputs() long; -inf behind the last.
   void logits(const uint32_t* top, int64_t rows, float* to, Range tiles) const {
     const int64_t ld = s_.padded_outputs();
-    multiply<P>(s_.head, top, ldw_, rows, tiles,
-                [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                  store(to + row * ld + tile * W, sums[0] + load(s_.head_bias + tile * W));
-                });
+    multiply<P, 1>(s_.head, top, ldw_, rows, tiles,
+                   [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
+                     GRU_EACH(j) {
+                       store(to + at.row_of(j) * ld + at.tile_of(j) * W,
+                             sums[0][j] + load(s_.head_bias + at.tile_of(j) * W));
+                     }
+                   });
   }
   // Which of the two states is the current one: kept by who keeps the memory of a stack.
   GRU_MEMBER int parity() const { return parity_; }
@@ -257,17 +260,28 @@ class Stack {
   // gates_ = W_ih x + b of `count` rows.
   void project(int64_t layer, const uint32_t* x, int64_t stride, int64_t count, const float* scale,
                const Crew& crew) const {
+    if (s_.gates == 3) {
+      project_gates<3>(layer, x, stride, count, scale, crew);
+    } else {
+      project_gates<2>(layer, x, stride, count, scale, crew);
+    }
+  }
+  template <int GATES>
+  void project_gates(int64_t layer, const uint32_t* x, int64_t stride, int64_t count,
+                     const float* scale, const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[layer];
-    multiply<P>(
-        weights.input, x, stride, count, crew.tiles,
-        [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-          const int64_t at = tile * s_.gates * W;
-          for (int gate = 0; gate < s_.gates; ++gate) {
-            const V sum =
-                P == Weights::kInt8 && scale != nullptr ? sums[gate] * scale[row] : sums[gate];
-            store(gates_ + row * s_.row + at + gate * W, sum + load(weights.bias + at + gate * W));
-          }
-        });
+    multiply<P, GATES>(weights.input, x, stride, count, crew.tiles,
+                       [&]<int N>(Items at, const V(&sums)[GATES][N]) GRU_MEMBER_LAMBDA {
+                         GRU_EACH(j) {
+                           const int64_t row = at.row_of(j), first = at.tile_of(j) * GATES * W;
+                           const bool scaled = P == Weights::kInt8 && scale != nullptr;
+                           for (int gate = 0; gate < GATES; ++gate) {
+                             const V sum = scaled ? sums[gate][j] * scale[row] : sums[gate][j];
+                             store(gates_ + row * s_.row + first + gate * W,
+                                   sum + load(weights.bias + first + gate * W));
+                           }
+                         }
+                       });
   }
 
   // Equation (8): the new state of a row and tile.
@@ -285,40 +299,64 @@ class Stack {
             const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[layer];
     const uint32_t* previous = operand(layer, parity, 0);
+    // Gate `gate` of what the input adds to an item.
+    auto gx = [&](const Items& at, int j, int gate) GRU_MEMBER_LAMBDA {
+      return load(gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
+    };
     if (s_.shape.cell == Cell::kResetAfter) {
-      multiply<P>(weights.first, previous, ldw_, rows, crew.tiles,
-                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                    const float* gx = gates[row] + tile * 3 * W;
-                    const V r = sigmoid<float>(sums[0] + load(gx));
-                    const V z = sigmoid<float>(sums[1] + load(gx + W));
-                    const V q = sums[2] + load(weights.bias_q + tile * W);
-                    const V n = tanh<float>(load(gx + 2 * W) + r * q);
-                    finish(layer, parity, row, tile, z, n, copy);
-                  });
+      multiply<P, 3>(weights.first, previous, ldw_, rows, crew.tiles,
+                     [&]<int N>(Items at, const V(&sums)[3][N]) GRU_MEMBER_LAMBDA {
+                       V rz[2 * N], n[N];
+                       GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
+                       GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
+                       sigmoid<float, 2 * N>(rz);
+                       GRU_EACH(j) {
+                         const V q = sums[2][j] + load(weights.bias_q + at.tile_of(j) * W);
+                         n[j] = gx(at, j, 2) + rz[j] * q;
+                       }
+                       tanh<float, N>(n);
+                       GRU_EACH(j) {
+                         finish(layer, parity, at.row_of(j), at.tile_of(j), rz[N + j], n[j], copy);
+                       }
+                     });
     } else if (s_.shape.cell == Cell::kNoReset) {
-      multiply<P>(weights.first, previous, ldw_, rows, crew.tiles,
-                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                    const float* gx = gates[row] + tile * 2 * W;
-                    const V z = sigmoid<float>(sums[0] + load(gx));
-                    const V n = tanh<float>(sums[1] + load(gx + W));
-                    finish(layer, parity, row, tile, z, n, copy);
-                  });
+      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles,
+                     [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
+                       V z[N], n[N];
+                       GRU_EACH(j) z[j] = sums[0][j] + gx(at, j, 0);
+                       GRU_EACH(j) n[j] = sums[1][j] + gx(at, j, 1);
+                       sigmoid<float, N>(z);
+                       tanh<float, N>(n);
+                       GRU_EACH(j) {
+                         finish(layer, parity, at.row_of(j), at.tile_of(j), z[j], n[j], copy);
+                       }
+                     });
     } else {
-      multiply<P>(weights.first, previous, ldw_, rows, crew.tiles,
-                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                    const float* gx = gates[row] + tile * 3 * W;
-                    const V r = sigmoid<float>(sums[0] + load(gx));
-                    const V z = sigmoid<float>(sums[1] + load(gx + W));
-                    store_row<P>(gated_ + row * ldw_, tile,
-                                 r * load(h(layer, parity, row) + tile * W), kInt8Most);
-                    store(update_ + row * ld_ + tile * W, z);
-                  });
+      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles,
+                     [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
+                       V rz[2 * N];
+                       GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
+                       GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
+                       sigmoid<float, 2 * N>(rz);
+                       GRU_EACH(j) {
+                         const int64_t row = at.row_of(j), tile = at.tile_of(j);
+                         store_row<P>(gated_ + row * ldw_, tile,
+                                      rz[j] * load(h(layer, parity, row) + tile * W), kInt8Most);
+                         store(update_ + row * ld_ + tile * W, rz[N + j]);
+                       }
+                     });
       crew.wait();
-      multiply<P>(weights.second, gated_, ldw_, rows, crew.tiles,
-                  [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                    const V n = tanh<float>(sums[0] + load(gates[row] + (tile * 3 + 2) * W));
-                    finish(layer, parity, row, tile, load(update_ + row * ld_ + tile * W), n, copy);
-                  });
+      multiply<P, 1>(weights.second, gated_, ldw_, rows, crew.tiles,
+                     [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
+                       V n[N];
+                       GRU_EACH(j) n[j] = sums[0][j] + gx(at, j, 2);
+                       tanh<float, N>(n);
+                       GRU_EACH(j) {
+                         const int64_t row = at.row_of(j), tile = at.tile_of(j);
+                         finish(layer, parity, row, tile, load(update_ + row * ld_ + tile * W),
+                                n[j], copy);
+                       }
+                     });
     }
     crew.wait();
   }
