@@ -10,18 +10,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One stamp per value of TORCH, so that another version is installed when it is asked for.
 TORCH_STAMP := .venv/.torch-$(shell echo '$(TORCH)' | cksum | cut -d ' ' -f 1)
 STAMP := .venv/.gru_fast
+PEERS := .venv/.peers
 # The oldest Triton that the kernels support, beside the one in .venv; it exists for Linux only.
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6.0)
 TRITON_TESTS := tests/test_triton_interpreter.py tests/test_triton_compiled.py
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help demo test test-all lint format bench wheel clean
+.PHONY: help demo test test-all lint format bench peers wheel clean
 
 help:
 	@echo 'make demo      train a character model on real names and sample novel ones'
 	@echo 'make test      all tests but the slow ones'
 	@echo 'make test-all  all tests, those of the Triton kernels also on the oldest Triton'
 	@echo 'make bench     speed beside nn.GRU and other peers on this machine, under a minute; ARGS=... for more'
+	@echo 'make peers     installs the other peers: OpenVINO, JAX, Keras'
 	@echo 'make lint      ruff, mypy, clang-format: check only'
 	@echo 'make format    ruff and clang-format: rewrite'
 	@echo 'make wheel     manylinux wheel in dist/, installed and tried where there is no compiler'
@@ -38,6 +40,10 @@ $(STAMP): $(TORCH_STAMP) pyproject.toml setup.py gru_fast/_version.py $(CSRC)
 	$(PIP) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
+$(PEERS): $(STAMP)
+	$(PIP) install --no-build-isolation -e '.[dev,bench]'
+	@touch $@
+
 .venv/triton-%: $(TORCH_STAMP)
 	$(PIP) install --quiet --no-deps --target $@ triton==$* 'numpy<2.4'
 
@@ -49,7 +55,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -m 'not slow'
 
-test-all: $(STAMP) $(OLD_TRITON)
+test-all: $(PEERS) $(OLD_TRITON)
 	$(BIN)/pytest
 	$(if $(OLD_TRITON),PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest $(TRITON_TESTS))
 
@@ -67,9 +73,11 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
+peers: $(PEERS)
+
 wheel: $(STAMP)
 	scripts/make_wheel.sh $(BIN)/python '$(TORCH)'
 
 clean:
 	rm -rf build dist gru_fast.egg-info gru_fast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(STAMP)
+	rm -f $(STAMP) $(PEERS)

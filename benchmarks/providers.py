@@ -41,10 +41,14 @@ class Provider(ABC):
     Attributes:
         name: as in records; stable.
         is_baseline: whether ratios are to this one.
+        judged: whether it computes what the problem asks for; what does not is there for scale.
+        on_request: whether it takes part only where a pattern names it.
     """
 
     name: str
     is_baseline: ClassVar[bool] = False
+    judged: ClassVar[bool] = True
+    on_request: ClassVar[bool] = False
 
     def version(self) -> str:
         """Of the package."""
@@ -105,17 +109,23 @@ def all_providers(device: str) -> list[Provider]:
     """Every provider that is importable for the device, the baseline first."""
     from benchmarks import (
         providers_cuda,
+        providers_cuda_peers,
         providers_gru_fast,
+        providers_jax,
+        providers_keras,
         providers_kernels,
         providers_onnx,
+        providers_openvino,
         providers_torch,
     )
 
     found = providers_torch.providers(device) + providers_gru_fast.providers(device)
     if device == "cuda":
         found += [*providers_kernels.providers(), *providers_cuda.providers()]
+        found += providers_cuda_peers.providers()
     else:
-        found += providers_onnx.providers()
+        for peer in (providers_onnx, providers_openvino, providers_jax, providers_keras):
+            found += peer.providers()
     names = [provider.name for provider in found]
     assert len(names) == len(set(names)), names
     return found
@@ -124,11 +134,13 @@ def all_providers(device: str) -> list[Provider]:
 def choose(providers: list[Provider], patterns: str | None) -> list[Provider]:
     """The baselines, and those whose name matches one of the comma-separated patterns.
 
+    Without patterns all but those that have to be asked for.
+
     Raises:
         ValueError: a pattern matches none.
     """
     if patterns is None:
-        return providers
+        return [p for p in providers if not p.on_request]
     wanted = patterns.split(",")
     for pattern in wanted:
         if not any(fnmatchcase(p.name, pattern) for p in providers):

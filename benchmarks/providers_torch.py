@@ -113,5 +113,72 @@ class CellLoop(Provider):
         return module_call(one_step if single else forward, problem, cell, CELL_WEIGHTS)
 
 
+class TorchLSTM(Provider):
+    """nn.LSTM of the same sizes, for scale: four gates where a GRU has three."""
+
+    judged = False
+
+    def __init__(self, device: str) -> None:
+        self.name = "cudnn.lstm" if device == "cuda" else "nn.LSTM"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return "nn.LSTM has no resets" if problem.case.resets else None
+
+    def prepare(self, problem: Problem, threads: int) -> Prepared:
+        case, dtype, tensors = problem.case, DTYPES[problem.dtype], problem.tensors
+        module = nn.LSTM(case.I, case.H, device=problem.device, dtype=dtype)
+        x, h0 = (tensors[name].clone().requires_grad_(problem.training) for name in ("x", "h0"))
+        c0 = torch.zeros_like(h0)
+
+        def infer() -> None:
+            with torch.no_grad():
+                module(x, (h0, c0))
+
+        def train() -> None:
+            output, (h_n, _) = module(x, (h0, c0))
+            torch.autograd.grad(
+                (output, h_n),
+                [x, h0, *module.parameters()],
+                (tensors["grad_output"], tensors["grad_h_n"]),
+            )
+
+        return Prepared(train if problem.training else infer, lambda _: {})
+
+
+class CompiledGRU(Provider):
+    """nn.GRU under torch.compile that was told to take it.
+
+    By itself torch.compile leaves nn.GRU as it is, at the cost of a graph break. Told to
+    (`torch._dynamo.config.allow_rnn`), it unrolls the time steps.
+    """
+
+    on_request = True
+    most_steps = 8
+
+    def __init__(self, device: str) -> None:
+        self.name = ("cudnn" if device == "cuda" else "nn.GRU") + ".compile"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.case.T > self.most_steps:
+            return (
+                "torch.compile unrolls the steps of nn.GRU and takes about a second for each: "
+                f"T <= {self.most_steps} only"
+            )
+        return "nn.GRU has no resets" if problem.case.resets else None
+
+    def prepare(self, problem: Problem, threads: int) -> Prepared:
+        case, dtype = problem.case, DTYPES[problem.dtype]
+        module = nn.GRU(case.I, case.H, device=problem.device, dtype=dtype)
+        torch._dynamo.config.allow_rnn = True
+        torch._dynamo.reset()
+        return module_call(torch.compile(module, dynamic=False), problem, module)
+
+
 def providers(device: str) -> list[Provider]:
-    return [TorchGRU(device), SplitAndPad(device), CellLoop()]
+    return [
+        TorchGRU(device),
+        SplitAndPad(device),
+        CellLoop(),
+        TorchLSTM(device),
+        CompiledGRU(device),
+    ]

@@ -30,7 +30,8 @@ class Record:
         dtype: a name of `cases.DTYPES`; of a sampler that of its packed weights, also "int8".
         threads: CPU threads that every provider of the run was given.
         case: the sizes, as `cases.Case`.
-        parity: "ok"; "wrong", then there is no number; "none" where it was not judged.
+        parity: "ok"; "wrong", then there is no number; "none" where it was not judged, or
+            what is computed is something else (nn.LSTM, for scale).
         median_s: seconds per call over the rounds.
         p20_s: their 20th percentile.
         p80_s: their 80th percentile.

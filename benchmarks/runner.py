@@ -136,10 +136,12 @@ def run_problem(
                 continue
             record = records[provider.name] = _blank(provider, problem, setting)
             try:
-                wrong = gate.verdict(provider)
-                record.parity = "ok" if wrong is None else "wrong"
-                if gate.T != problem.case.T:
-                    record.parity_T = gate.T
+                wrong = None
+                if provider.judged:
+                    wrong = gate.verdict(provider)
+                    record.parity = "ok" if wrong is None else "wrong"
+                    if gate.T != problem.case.T:
+                        record.parity_T = gate.T
                 if wrong is None:
                     ready[provider.name] = provider.prepare(problem, setting.threads)
                     if provider.is_baseline and baseline is None:

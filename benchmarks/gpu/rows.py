@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import providers_cuda_peers, timing
 from benchmarks.bound import gpu_floor
 from benchmarks.cases import RL, Case, square
 from benchmarks.gpu import micro, samplers
@@ -108,8 +108,9 @@ def _row(
     kernels: Sequence[str] = (),
     graph: bool = False,
     recompute: bool = False,
+    peers: bool = False,
 ) -> Row:
-    """cuDNN and its peers on one problem, interleaved.
+    """cuDNN and ours on one problem, interleaved.
 
     Args:
         case: the sizes.
@@ -118,6 +119,7 @@ def _row(
         kernels: ours that take part, where they can take the call.
         graph: whether the loop over nn.GRUCell in a CUDA graph takes part.
         recompute: whether ours take part without saved gates as well.
+        peers: whether other packages' kernels take part, where installed; some compile for long.
     """
     ours = [Kernel(name, again) for again in (False, True)[: 1 + recompute] for name in kernels]
 
@@ -128,6 +130,7 @@ def _row(
     def run(session: Session) -> Found:
         providers = [_baseline(session.device, case), *ours]
         providers += [CapturedCellLoop()] if graph else []
+        providers += providers_cuda_peers.providers() if peers else []
         records, notes = run_problem(on(session), providers, session.setting())
         return records, [], notes
 
@@ -138,7 +141,7 @@ def _row(
                 kernel.prepare(short, 1).call()
 
     return Row(
-        f"{suite}/{case}/{dtype}",
+        f"{'peers/' if peers else ''}{suite}/{case}/{dtype}",
         run,
         {f"{k.kernel}/H{case.H}/{dtype}/{k.recompute}": partial(warm, kernel=k) for k in ours},
     )
@@ -228,6 +231,12 @@ def gpu_rows() -> list[Row]:
         rows += _both(square(H, B, 512), "float32", scans)
     for H, B in CORE:
         rows.append(_row(square(H, B, 256), "infer", "bfloat16", kernels, graph=True))
+    for case in (square(128, 64, 512), square(512, 64, 512), RL[2]):
+        for dtype, suite in product(("tf32", "bfloat16"), ("infer", "train")):
+            rows.append(_row(case, suite, dtype, scans, peers=True))
+    # Where a solver that is parallel in time should win.
+    for T, suite in product((4096, 32768, 131072), ("infer", "train")):
+        rows.append(_row(square(128, 1, T), suite, "float32", scans, peers=True))
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.name, row)
