@@ -157,6 +157,25 @@ def test_classes_that_are_derived_while_patched_are_ours_also_with_several_bases
     assert gru_fast.convert(Before(2, 3)).skipped[""].endswith("Before is a subclass")
 
 
+def test_a_base_that_is_called_by_name_is_the_one_that_is_bound_then():
+    class Old(nn.GRU):
+        def __init__(self, *args):
+            nn.GRU.__init__(self, *args)
+
+    with gru_fast.patched():
+
+        class New(nn.GRU):
+            def __init__(self, *args):
+                nn.GRU.__init__(self, *args)
+
+        assert isinstance(New(2, 3), gru_fast.GRU)
+        with pytest.raises(TypeError):
+            Old(2, 3)
+    assert isinstance(Old(2, 3), TorchGRU)
+    with pytest.raises(TypeError):
+        New(2, 3)
+
+
 def test_pickles():
     old = nn.GRU(2, 3)
     data, saved = pickle.dumps(old), io.BytesIO()
