@@ -27,7 +27,7 @@ else:
     Maybe = Optional[Value]  # noqa: UP045
 
 _DIRECTIONS = {(False,): "forward", (True,): "reverse", (False, True): "bidirectional"}
-_INT32 = 6
+_INT32, _BOOL = 6, 9  # of onnx.TensorProto
 op: Any = opset18
 # Its sigmoid is 1 in every float dtype, so a reset gate with this bias and no weights is always 1.
 _OPEN = 50.0
@@ -68,10 +68,21 @@ def layer(
     The third output, the workspace of training, is a placeholder.
 
     Raises:
-        ValueError: The call has a `reset_mask` or an `h_scale`.
+        ValueError: The call has an `h_scale`, or a `reset_mask` and more than one step.
     """
-    _refuse(reset_mask, h_scale)
     flags = tuple(bool(flag) for flag in reverse)
+    if h_scale is not None:
+        raise ValueError(
+            "h_scale: expected None, ONNX's GRU cannot scale its state (recurrent dropout). "
+            "Export the model in eval mode"
+        )
+    if reset_mask is not None:
+        if x.shape[0] != 1:
+            raise ValueError(
+                "reset_mask: expected None for more than one step, ONNX's GRU cannot replace its "
+                "state inside a sequence. Export the model with inputs of one step, T = 1"
+            )
+        h0 = _state_of_the_only_step(h0, lengths, reset_mask, reset_state, flags)
     tensors = (h0, weight_ih, weight_hh, bias_ih, bias_hh)
     if flags in _DIRECTIONS and len(x.shape) == 3:
         output, h_n = _node(x, tensors, lengths, cell, flags)
@@ -117,17 +128,17 @@ def scan(
     )  # fmt: skip
 
 
-def _refuse(reset_mask: Value, h_scale: Value) -> None:
-    if reset_mask is not None:
-        raise ValueError(
-            "reset_mask: expected None, ONNX's GRU cannot replace its state inside a sequence. "
-            "Export the model for single steps and replace `hx` between them"
-        )
-    if h_scale is not None:
-        raise ValueError(
-            "h_scale: expected None, ONNX's GRU cannot scale its state (recurrent dropout). "
-            "Export the model in eval mode"
-        )
+def _state_of_the_only_step(
+    h0: Value, lengths: Maybe, reset_mask: Value, reset_state: Maybe, flags: Sequence[bool]
+) -> Value:
+    """What the mask (1, B) leaves of h0; a reverse direction would reset after its only step."""
+    if lengths is not None:
+        reset_mask = op.And(reset_mask, op.Greater(lengths, op.CastLike(_integers(0), lengths)))
+    mask = op.Unsqueeze(reset_mask, _integers(2))
+    if any(flags):
+        forward = op.Cast(_integers(*(not flag for flag in flags)), to=_BOOL)
+        mask = op.And(mask, op.Unsqueeze(forward, _integers(1, 2)))
+    return op.Where(mask, _scalar(0.0, h0) if reset_state is None else reset_state, h0)
 
 
 def _node(
@@ -191,4 +202,4 @@ def _scalar(value: float, like: Value) -> Value:
 
 
 def _integers(*values: int) -> Value:
-    return op.Constant(value_ints=list(values))
+    return op.Constant(value_ints=[int(value) for value in values])

@@ -206,7 +206,7 @@ class Scaled(Resets):
 @pytest.mark.parametrize(
     ("model", "extra", "message"),
     [
-        (Resets(), torch.zeros(4, 3, dtype=torch.bool), "reset_mask: expected None"),
+        (Resets(), torch.zeros(4, 3, dtype=torch.bool), "reset_mask: expected None for more than"),
         (Scaled(), torch.ones(1, 3, 4), "h_scale: expected None"),
     ],
     ids=["resets", "h_scale"],
@@ -215,6 +215,36 @@ def test_what_onnx_cannot_say_is_an_error_that_names_it(model, extra, message):
     with pytest.raises(torch.onnx.OnnxExporterError) as error:
         gru_fast.onnx.export(model.eval(), (torch.randn(4, 3, 5), extra), verbose=False)
     assert message in str(error.value)
+
+
+class Policy(nn.Module):
+    """One step at a time, with everything that may say where an episode begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = gru_fast.GRU(5, 4)
+        self.both = gru_fast.GRU(4, 3, bidirectional=True, batch_first=True, cell="reset_before")
+
+    def forward(self, x, h, mask, start, lengths):
+        y, h_one = self.one(x, h[:1], reset_mask=mask, lengths=lengths)
+        z, h_both = self.both(
+            y.transpose(0, 1), h[1:, :, :3], reset_mask=mask.T, reset_state=start, lengths=lengths
+        )
+        return z, h_one, h_both, self.one(x, h[:1], reset_mask=mask)[0]
+
+
+def test_resets_of_a_single_step():
+    torch.manual_seed(0)
+    model = Policy().eval()
+
+    def inputs(B):
+        mask = torch.arange(B)[None] % 2 == 0
+        lengths = (torch.arange(B) % 3 > 0).long()
+        return torch.randn(1, B, 5), torch.randn(3, B, 4), mask, torch.randn(2, B, 3), lengths
+
+    shapes = ({1: BATCH}, {1: BATCH}, {1: BATCH}, {1: BATCH}, {0: BATCH})
+    program = gru_fast.onnx.export(model, inputs(3), dynamic_shapes=shapes, verbose=False)
+    assert_same(program, model, *inputs(7))
 
 
 def test_the_torchscript_exporter_is_refused():
