@@ -112,6 +112,27 @@ class Marshal {
     }
     return values;
   }
+  // The longest rows first, as in a PackedSequence, so that those alive at a time are the first.
+  void rank_rows(Problem<Real>& p) {
+    if (p.lengths == nullptr) return;
+    alive_before_.assign(static_cast<size_t>(p.T) + 1, 0);
+    std::vector<int64_t> place(static_cast<size_t>(p.T) + 1, 0);  // by length: of its first row
+    for (int64_t b = 0; b < p.B; ++b) ++place[static_cast<size_t>(p.lengths[b])];
+    int64_t longer = 0;
+    for (size_t length = place.size(); length-- > 0;) {
+      const int64_t rows = place[length];
+      place[length] = longer;
+      if (length + 1 < place.size()) alive_before_[length + 1] = longer;
+      longer += rows;
+    }
+    for (size_t t = 1; t < alive_before_.size(); ++t) alive_before_[t] += alive_before_[t - 1];
+    order_.resize(static_cast<size_t>(p.B));
+    for (int64_t b = 0; b < p.B; ++b) {
+      order_[static_cast<size_t>(place[static_cast<size_t>(p.lengths[b])]++)] = b;
+    }
+    p.order = order_.data();
+    p.alive_before = alive_before_.data();
+  }
   const uint8_t* read_mask(const MaybeTensor& mask, int64_t T, int64_t B) {
     if (!mask.has_value()) return nullptr;
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "reset_mask: expected bool");
@@ -152,6 +173,7 @@ class Marshal {
   const Tensor like_;
   const ScalarType given_;
   std::vector<Tensor> kept_;
+  std::vector<int64_t> order_, alive_before_;
 };
 
 // The arguments that all four ops share. weight_ih and bias_ih are absent in scan, whose x is
@@ -209,6 +231,7 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   p.bias_ih = layer ? m.read("bias_ih", *a.bias_ih, {p.G, rows}) : nullptr;
   p.bias_hh = m.read("bias_hh", a.bias_hh, {p.G, rows});
   p.lengths = m.read_lengths(a.lengths, p.T, p.B);
+  m.rank_rows(p);
   p.reset_mask = m.read_mask(a.reset_mask, p.T, p.B);
   p.reset_state = m.read("reset_state", a.reset_state, {p.G, p.B, p.H});
   p.h_scale = m.read("h_scale", a.h_scale, {p.B, p.G * p.H});

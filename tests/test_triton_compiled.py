@@ -3,9 +3,11 @@
 
 from dataclasses import astuple
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CELLS, Case, layer_inputs
 
@@ -35,6 +37,23 @@ def launches(
             kernel=kernel,
         )  # fmt: skip
     return list({id(launch.compiled): launch for launch in found}.values())
+
+
+class _NoReads(TorchDispatchMode):
+    """Raises where the host would have to wait for values of a tensor on a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kernel", ["cta", "grid", "step"])
+def test_launchers_read_no_values(kernel: str) -> None:
+    with _NoReads():
+        assert launches(90, kernel, Case(features="everything"), torch.float32)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(1).item()
 
 
 def check(point: resources.Point, used: compiled.Resources) -> None:

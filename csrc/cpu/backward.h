@@ -30,8 +30,8 @@ class BackwardPass {
     chunk_.clear(team.size(), member);
     team.barrier(member);
     for (int64_t end = f_.in.T; end > 0; end = chunk_.begin) {
-      chunk_.end = end;
-      chunk_.begin = (end - 1) / chunk_.steps * chunk_.steps;
+      chunk_.end_before(end);
+      chunk_.locate(team.size(), member);
       if (f_.workspace == nullptr) rebuild_.run(team, member);
       scan_.run(team, member);
       team.barrier(member);

@@ -30,7 +30,8 @@ class BackwardScan {
 
   // Packs W_hh by columns, in the order of the slots of D, and starts the carry from grad_h_n.
   void begin(int members, int member) {
-    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, slot_count_ * c_.units);
+    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, slot_count_ * c_.units,
+                      p_.order != nullptr);
     const Range part = part_of(p_.G * c_.tiles, member, members);
     for (int64_t i = part.begin; i < part.end; ++i) {
       const int64_t g = i / c_.tiles, tile = i % c_.tiles;
@@ -39,15 +40,16 @@ class BackwardScan {
       }
       if (candidate_panels_) pack(g, 2, tile, candidate_panels_ + i * c_.units * W);
     }
-    each_own_tile([&](int64_t g, int64_t b, int64_t tile) {
-      const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
-      store(carry(g, b, tile), load_or_zero(f_.grad_h_n, offset, lanes_of<Real>(tile, p_.H)));
+    each_own_tile(0, p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
+      const int64_t offset = (g * p_.B + c_.rows.row(rank)) * p_.H + tile * W;
+      store(carry(g, rank, tile), load_or_zero(f_.grad_h_n, offset, lanes_of<Real>(tile, p_.H)));
     });
   }
 
   void run(Team& team, int member) {
-    each_own_tile(
-        [&](int64_t g, int64_t b, int64_t tile) { gate_gradients(g, c_.end - 1, b, tile); });
+    for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
+      begin_rows(g, c_.end - 1, 0);
+    }
     for (int64_t step = c_.end - 1; step >= c_.begin; --step) {
       if (share_.waits) team.barrier(member);
       if (p_.cell == Cell::kResetBefore) {
@@ -60,20 +62,32 @@ class BackwardScan {
   }
 
   void finish() {
-    each_own_tile([&](int64_t g, int64_t b, int64_t tile) {
-      const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
-      if (f_.grad_h0) {
-        store_n(f_.grad_h0 + offset, load(carry(g, b, tile)), lanes_of<Real>(tile, p_.H));
-      }
+    if (f_.grad_h0 == nullptr) return;
+    each_own_tile(0, p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
+      const int64_t offset = (g * p_.B + c_.rows.row(rank)) * p_.H + tile * W;
+      store_n(f_.grad_h0 + offset, load(carry(g, rank, tile)), lanes_of<Real>(tile, p_.H));
     });
   }
 
  private:
+  // Of ranks [begin, end) in all groups of this member.
   template <class Body>
-  GRU_MEMBER void each_own_tile(Body body) const {
+  GRU_MEMBER void each_own_tile(int64_t begin, int64_t end, Body body) const {
     for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-      for (int64_t b = share_.batch.begin; b < share_.batch.end; ++b) {
-        for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) body(g, b, tile);
+      for (int64_t i = share_.ranks.below(begin); i < share_.ranks.below(end); ++i) {
+        for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
+          body(g, share_.ranks[i], tile);
+        }
+      }
+    }
+  }
+
+  // D of a step for the rows from a rank on, which no later step was alive for.
+  void begin_rows(int64_t g, int64_t step, int64_t from) {
+    const int64_t end = share_.ranks.below(c_.rows.alive(c_.rows.time(g, step)));
+    for (int64_t i = share_.ranks.below(from); i < end; ++i) {
+      for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
+        gate_gradients(g, step, share_.ranks[i], tile);
       }
     }
   }
@@ -84,80 +98,77 @@ class BackwardScan {
     fill_zero(to + p_.H * W, (c_.units - p_.H) * W);
   }
 
-  GRU_MEMBER Real* carry(int64_t g, int64_t b, int64_t tile) const {
-    return carry_ + (g * p_.B + b) * c_.units + tile * W;
+  GRU_MEMBER Real* carry(int64_t g, int64_t rank, int64_t tile) const {
+    return carry_ + (g * p_.B + rank) * c_.units + tile * W;
   }
 
   // D of a step from the gradient of its state: equations (9) to (14). What the state passes on
   // directly stays in the carry.
-  GRU_MEMBER void gate_gradients(int64_t g, int64_t step, int64_t b, int64_t tile) {
-    const int64_t t = c_.rows.time(g, step);
-    if (c_.rows.held(t, b)) {
-      for (int slot = 0; slot < c_.slots; ++slot) store(c_.d(g, step, b, slot, tile), V{});
-      return;
-    }
+  GRU_MEMBER void gate_gradients(int64_t g, int64_t step, int64_t rank, int64_t tile) {
+    const int64_t t = c_.rows.time(g, step), b = c_.rows.row(rank), place = t * p_.B + b;
     const int lanes = lanes_of<Real>(tile, p_.H);
-    const Real* saved = c_.gate_row(g, step, t, b) + tile * W;
-    const int64_t out = ((t * p_.B + b) * p_.G + g) * p_.H + tile * W;
-    const Real* extra =
-        f_.grad_workspace
-            ? f_.grad_workspace + ((t * p_.B + b) * p_.G + g) * c_.slots * p_.H + tile * W
-            : nullptr;
+    const int64_t row = c_.first_row(g, step) + rank;
+    Real* const to = c_.d(g, row) + tile * W;
+    const Real* saved = c_.gate_row(g, row, place) + tile * W;
+    const int64_t out = (place * p_.G + g) * p_.H + tile * W;
+    const Real* extra = f_.grad_workspace
+                            ? f_.grad_workspace + (place * p_.G + g) * c_.slots * p_.H + tile * W
+                            : nullptr;
     auto slot = [&](int i) GRU_MEMBER_LAMBDA { return load_n(saved + i * p_.H, lanes); };
     auto grad_slot = [&](int i) GRU_MEMBER_LAMBDA { return load_or_zero(extra, i * p_.H, lanes); };
     const int z_slot = c_.slots - 2, n_slot = c_.slots - 1;
     const V z = slot(z_slot), n = slot(n_slot);
     const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
-    const V dh = load(carry(g, b, tile)) + load_or_zero(f_.grad_output, out, lanes);
+    const V dh = load(carry(g, rank, tile)) + load_or_zero(f_.grad_output, out, lanes);
     const V dn = dh * (Real(1) - z) + grad_slot(n_slot);
     const V dz = dh * (previous - n) + grad_slot(z_slot);
     const V da_n = dn * (Real(1) - n * n);
-    store(c_.d(g, step, b, n_slot, tile), da_n);
-    store(c_.d(g, step, b, z_slot, tile), dz * z * (Real(1) - z));
-    store(carry(g, b, tile), dh * z);
+    store(to + n_slot * c_.units, da_n);
+    store(to + z_slot * c_.units, dz * z * (Real(1) - z));
+    store(carry(g, rank, tile), dh * z);
     if (p_.cell == Cell::kResetAfter) {
       const V q = slot(0), r = slot(1);
       const V dr = da_n * q + grad_slot(1);
-      store(c_.d(g, step, b, 0, tile), da_n * r + grad_slot(0));
-      store(c_.d(g, step, b, 1, tile), dr * r * (Real(1) - r));
+      store(to, da_n * r + grad_slot(0));
+      store(to + c_.units, dr * r * (Real(1) - r));
     }
   }
 
   // reset_before: D of n reaches r and the state through the gated state r * hs.
   void through_candidate(int64_t g, int64_t step) {
-    const int64_t t = c_.rows.time(g, step);
-    const int64_t first = share_.batch.begin;
-    multiply(c_.d(g, step, first, 2, 0), c_.units, candidate_panels_, g,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = first + row;
-               if (c_.rows.held(t, b)) return;
+    const int64_t t = c_.rows.time(g, step), first_row = c_.first_row(g, step);
+    multiply(c_.d(g, step, 0, 2, 0), c_.units, candidate_panels_, g, t,
+             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = c_.rows.row(rank), place = t * p_.B + b;
                const int lanes = lanes_of<Real>(tile, p_.H);
-               const V r = load_n(c_.gate_row(g, step, t, b) + tile * W, lanes);
+               const V r = load_n(c_.gate_row(g, first_row + rank, place) + tile * W, lanes);
                V dr = sums[0] * c_.scaled_previous(g, t, b, tile);
                if (f_.grad_workspace != nullptr) {
-                 const int64_t at = ((t * p_.B + b) * p_.G + g) * c_.slots * p_.H + tile * W;
+                 const int64_t at = (place * p_.G + g) * c_.slots * p_.H + tile * W;
                  dr += load_n(f_.grad_workspace + at, lanes);
                }
-               store(c_.d(g, step, b, 0, tile), dr * r * (Real(1) - r));
-               add_to_state(g, t, b, tile, sums[0] * r);
+               store(c_.d(g, first_row + rank) + tile * W, dr * r * (Real(1) - r));
+               add_to_state(g, t, rank, tile, sums[0] * r);
              });
   }
 
   void through_state(int64_t g, int64_t step) {
-    const int64_t t = c_.rows.time(g, step);
-    const int64_t first = share_.batch.begin;
-    multiply(c_.d(g, step, first, slot_begin_, 0), slot_count_ * c_.units, panels_, g,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = first + row;
-               if (!c_.rows.held(t, b)) add_to_state(g, t, b, tile, sums[0]);
-               if (c_.rows.reset(g, t, b)) leave_to_reset_state(g, b, tile);
-               if (step > c_.begin) gate_gradients(g, step - 1, b, tile);
+    const int64_t t = c_.rows.time(g, step), alive = c_.rows.alive(t);
+    const int64_t still = step > c_.begin ? c_.rows.alive(c_.rows.time(g, step - 1)) : 0;
+    multiply(c_.d(g, step, 0, slot_begin_, 0), slot_count_ * c_.units, panels_, g, t,
+             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               add_to_state(g, t, rank, tile, sums[0]);
+               const int64_t b = c_.rows.row(rank);
+               if (c_.rows.reset(g, t, b)) leave_to_reset_state(g, rank, b, tile);
+               if (rank < still) gate_gradients(g, step - 1, rank, tile);
              });
+    if (still > alive) begin_rows(g, step - 1, alive);
   }
 
   // `grad` is the gradient of the scaled state: equation (15).
-  GRU_MEMBER void add_to_state(int64_t g, int64_t t, int64_t b, int64_t tile, V grad) {
+  GRU_MEMBER void add_to_state(int64_t g, int64_t t, int64_t rank, int64_t tile, V grad) {
     if (p_.h_scale != nullptr) {
+      const int64_t b = c_.rows.row(rank);
       const int lanes = lanes_of<Real>(tile, p_.H);
       const int64_t at = (b * p_.G + g) * p_.H + tile * W;
       if (f_.grad_h_scale != nullptr) {
@@ -166,24 +177,29 @@ class BackwardScan {
       }
       grad *= load_n(p_.h_scale + at, lanes);
     }
-    store(carry(g, b, tile), load(carry(g, b, tile)) + grad);
+    store(carry(g, rank, tile), load(carry(g, rank, tile)) + grad);
   }
 
-  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t b, int64_t tile) {
+  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t rank, int64_t b, int64_t tile) {
     if (f_.grad_reset_state != nullptr) {
       const int lanes = lanes_of<Real>(tile, p_.H);
       Real* to = f_.grad_reset_state + (g * p_.B + b) * p_.H + tile * W;
-      store_n(to, load_n(to, lanes) + load(carry(g, b, tile)), lanes);
+      store_n(to, load_n(to, lanes) + load(carry(g, rank, tile)), lanes);
     }
-    store(carry(g, b, tile), V{});
+    store(carry(g, rank, tile), V{});
   }
 
+  // Multiplies D of this member's rows that are alive at t; the epilogue gets ranks.
   template <class Epilogue>
-  GRU_MEMBER void multiply(const Real* operand, int64_t K, const Real* panels, int64_t g,
+  GRU_MEMBER void multiply(const Real* operand, int64_t K, const Real* panels, int64_t g, int64_t t,
                            Epilogue epilogue) {
+    const Ranks ranks = share_.ranks;
     sweep<Real>(
-        {operand, c_.ld}, share_.batch.size(), K, 1, share_.tiles.begin, share_.tiles.end,
-        [&](int64_t tile, int) { return panels + (g * c_.tiles + tile) * K * W; }, epilogue);
+        {operand + ranks.first * c_.ld, ranks.stride * c_.ld}, ranks.below(c_.rows.alive(t)), K, 1,
+        share_.tiles.begin, share_.tiles.end,
+        [&](int64_t tile, int) { return panels + (g * c_.tiles + tile) * K * W; },
+        [&](int64_t i, int64_t tile, const V* sums)
+            GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
   }
 
   const Backward<Real>& f_;

@@ -9,8 +9,9 @@ namespace {
 
 constexpr int64_t kChunkRows = 256;
 
-// D holds the gradients of the gate pre-activations, one row for each (step, b) of the chunk and
-// one slot of `units` columns for each workspace slot: q, r, z, n | r, z, n | z, n (reference.py).
+// D holds the gradients of the gate pre-activations, one row for each (step, rank) of the chunk
+// that is not padding and one slot of `units` columns for each workspace slot: q, r, z, n | r, z, n
+// | z, n (reference.py).
 template <class Real>
 struct Chunk {
   static constexpr int W = kLanes<Real>;
@@ -26,28 +27,63 @@ struct Chunk {
         ld(slots * units + kUnitPad) {
     steps = p.B >= kChunkRows ? 1 : (kChunkRows + p.B - 1) / p.B;
     steps = steps < p.T ? steps : p.T;
-    d_ = layout.take<Real>(p.G * steps * p.B * ld);
-    gates_ = f.workspace == nullptr ? layout.take<Real>(p.G * steps * p.B * slots * p.H) : nullptr;
+    capacity = steps * p.B;
+    if (p.order != nullptr) {  // may be fewer in all
+      const int64_t every = p.alive_before[p.T] > 1 ? p.alive_before[p.T] : 1;
+      capacity = capacity < every ? capacity : every;
+    }
+    d_ = layout.take<Real>(p.G * capacity * ld);
+    gates_ = f.workspace == nullptr ? layout.take<Real>(p.G * capacity * slots * p.H) : nullptr;
+    place_ = layout.take<int64_t>(p.G * capacity);
+  }
+
+  // Makes it the chunk that ends before a step: as many steps as have room for their rows.
+  GRU_MEMBER void end_before(int64_t step) {
+    end = step;
+    begin = (end - 1) / steps * steps;
+    auto has_room = [&](int64_t from) {
+      for (int64_t g = 0; g < p.G; ++g) {
+        if (rows.alive(g, from, end) > capacity) return false;
+      }
+      return true;
+    };
+    while (p.order != nullptr && begin > 0 && has_room(begin - 1)) --begin;
+  }
+
+  // Notes where the rows of the chunk lie: part of the work of each member.
+  GRU_MEMBER void locate(int members, int member) const {
+    for (int64_t g = 0; g < p.G; ++g) {
+      const Range part = part_of(row_count(g), member, members);
+      int64_t step = begin;
+      for (int64_t row = part.begin; row < part.end; ++row) {
+        while (first_row(g, step + 1) <= row) ++step;
+        const int64_t b = rows.row(row - first_row(g, step));
+        place_[g * capacity + row] = rows.time(g, step) * p.B + b;
+      }
+    }
   }
 
   // Columns of D that no unit writes are read by the products: they must be zero.
   GRU_MEMBER void clear(int members, int member) const {
-    const Range part = part_of(p.G * steps * p.B, member, members);
+    const Range part = part_of(p.G * capacity, member, members);
     fill_zero(d_ + part.begin * ld, part.size() * ld);
   }
 
-  GRU_MEMBER int64_t row_count() const { return (end - begin) * p.B; }
-  GRU_MEMBER Real* d(int64_t g, int64_t row) const { return d_ + (g * steps * p.B + row) * ld; }
-  GRU_MEMBER Real* d(int64_t g, int64_t step, int64_t b, int slot, int64_t tile) const {
-    return d(g, (step - begin) * p.B + b) + slot * units + tile * W;
+  GRU_MEMBER int64_t first_row(int64_t g, int64_t step) const { return rows.alive(g, begin, step); }
+  GRU_MEMBER int64_t row_count(int64_t g) const { return first_row(g, end); }
+  // t * B + b of a row.
+  GRU_MEMBER int64_t place(int64_t g, int64_t row) const { return place_[g * capacity + row]; }
+  GRU_MEMBER Real* d(int64_t g, int64_t row) const { return d_ + (g * capacity + row) * ld; }
+  GRU_MEMBER Real* d(int64_t g, int64_t step, int64_t rank, int slot, int64_t tile) const {
+    return d(g, first_row(g, step) + rank) + slot * units + tile * W;
   }
   GRU_MEMBER Real* rebuilt(int64_t g, int64_t row) const {
-    return gates_ + (g * steps * p.B + row) * slots * p.H;
+    return gates_ + (g * capacity + row) * slots * p.H;
   }
-  // The slots of one step and row, saved or rebuilt.
-  GRU_MEMBER const Real* gate_row(int64_t g, int64_t step, int64_t t, int64_t b) const {
-    if (gates_ != nullptr) return rebuilt(g, (step - begin) * p.B + b);
-    return f.workspace + ((t * p.B + b) * p.G + g) * slots * p.H;
+  // The slots of a row, saved or rebuilt.
+  GRU_MEMBER const Real* gate_row(int64_t g, int64_t row, int64_t place) const {
+    if (gates_ != nullptr) return rebuilt(g, row);
+    return f.workspace + (place * p.G + g) * slots * p.H;
   }
   GRU_MEMBER const Real* previous(int64_t g, int64_t t, int64_t b) const {
     return rows.previous(f.output, g, t, b);
@@ -68,12 +104,13 @@ struct Chunk {
   const Schedule<Real> rows;
   const int gates, slots;
   const int64_t tiles, units, ld;
-  int64_t steps;               // of a full chunk
+  int64_t steps, capacity;     // steps of a full chunk without padding, and its rows
   int64_t begin = 0, end = 0;  // steps of the chunk at hand
 
  private:
   Real* d_;
   Real* gates_;
+  int64_t* place_;  // (G, capacity)
 };
 
 }  // namespace

@@ -89,7 +89,9 @@ class ForwardScan {
         slots_(slot_count(f.in.cell)),
         tiles_(tiles_of<Real>(f.in.H)),
         ld_(round_up(f.in.H, kUnitPad) + kUnitPad),
-        chunk_(p_.B >= kProjectRows ? 1 : kProjectRows / p_.B) {
+        chunk_(p_.B * p_.T <= kProjectRows ? p_.T
+               : p_.B >= kProjectRows      ? 1
+                                           : kProjectRows / p_.B) {
     const bool on_the_fly = p_.T == 1;
     const int64_t states = p_.G * p_.B * ld_;
     Layout layout(scratch);
@@ -98,6 +100,9 @@ class ForwardScan {
     gated_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
     update_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
     gates_x_ = layout.take<Real>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
+    const bool gathers = p_.order != nullptr && p_.weight_ih != nullptr;
+    gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
+                member * kProjectRows * p_.I;
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     Real* mine = layout.take<Real>(on_the_fly ? threads * kMaxAbreastVectors * W * most : 0) +
                  member * kMaxAbreastVectors * W * most;
@@ -119,7 +124,7 @@ class ForwardScan {
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H);
+    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, p_.order != nullptr);
     if (first_.packed != nullptr) {
       const Range panels = part_of(p_.G * tiles_, member, team.size());
       first_.pack(panels);
@@ -152,38 +157,57 @@ class ForwardScan {
   }
 
  private:
-  GRU_MEMBER int64_t at(int64_t g, int64_t b, int64_t tile) const {
-    return (g * p_.B + b) * ld_ + tile * W;
+  GRU_MEMBER int64_t at(int64_t g, int64_t rank, int64_t tile) const {
+    return (g * p_.B + rank) * ld_ + tile * W;
   }
-  GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t b, int64_t tile) const {
-    return (step % 2 * p_.G * p_.B + g * p_.B + b) * ld_ + tile * W;
+  GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t rank, int64_t tile) const {
+    return (step % 2 * p_.G * p_.B + g * p_.B + rank) * ld_ + tile * W;
   }
   GRU_MEMBER Real* gates_x(int64_t g, int64_t row, int64_t tile) const {
     return gates_x_ + ((g * chunk_ * p_.B + row) * tiles_ + tile) * gates_ * W;
   }
 
   // Makes h the state that `step` starts from: equations (2) and (3).
-  GRU_MEMBER void enter(int64_t step, int64_t g, int64_t b, int64_t tile, V h) {
+  GRU_MEMBER void enter(int64_t step, int64_t g, int64_t rank, int64_t tile, V h) {
     const int n = lanes_of<Real>(tile, p_.H);
-    const int64_t t = rows_.time(g, step);
+    const int64_t t = rows_.time(g, step), b = rows_.row(rank);
     if (rows_.reset(g, t, b)) h = load_or_zero(rows_.reset_row(g, b), tile * W, n);
-    store(state_ + at(step, g, b, tile), h);
+    store(state_ + at(step, g, rank, tile), h);
     if (p_.h_scale != nullptr) {
       const V scale = load_n(p_.h_scale + (b * p_.G + g) * p_.H + tile * W, n);
-      store(operand_ + at(step, g, b, tile), h * scale);
+      store(operand_ + at(step, g, rank, tile), h * scale);
     }
   }
 
   void start() {
     for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-      for (int64_t b = share_.batch.begin; b < share_.batch.end; ++b) {
+      for (int64_t i = 0; i < share_.ranks.below(p_.B); ++i) {
+        const int64_t rank = share_.ranks[i], b = rows_.row(rank), length = rows_.length(b);
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
           const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
           const V h = load_n(p_.h0 + offset, n);
-          enter(0, g, b, tile, h);
+          if (length == 0) {
+            store_n(f_.h_n + offset, h, n);
+          } else {
+            enter(rows_.first_step(g, b), g, rank, tile, h);
+          }
         }
+        for (int64_t t = length; t < p_.T; ++t) clear(g, t, b);
       }
+    }
+  }
+
+  // The results of a step of padding, in the units of this member.
+  void clear(int64_t g, int64_t t, int64_t b) {
+    const int64_t first = share_.tiles.begin * W, end = share_.tiles.end * W;
+    const int64_t units = (end < p_.H ? end : p_.H) - first;
+    if (units <= 0) return;
+    const int64_t at = (t * p_.B + b) * p_.G + g;
+    fill_zero(f_.output + at * p_.H + first, units);
+    if (f_.workspace == nullptr) return;
+    for (int slot = 0; slot < slots_; ++slot) {
+      fill_zero(f_.workspace + (at * slots_ + slot) * p_.H + first, units);
     }
   }
 
@@ -199,12 +223,13 @@ class ForwardScan {
     };
     if (p_.weight_ih == nullptr) {
       for (int64_t step = begin; step < end; ++step) {
-        const int64_t t = rows_.time(g, step);
-        for (int64_t b = share_.batch.begin; b < share_.batch.end; ++b) {
-          const Real* row = rows_.input_row(g, t, b);
+        const int64_t t = rows_.time(g, step), rows = share_.ranks.below(rows_.alive(t));
+        for (int64_t i = 0; i < rows; ++i) {
+          const int64_t rank = share_.ranks[i];
+          const Real* row = rows_.input_row(g, t, rows_.row(rank));
           for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
             const int n = lanes_of<Real>(tile, p_.H);
-            Real* to = gates_x(g, (step - begin) * p_.B + b, tile);
+            Real* to = gates_x(g, (step - begin) * p_.B + rank, tile);
             for (int gate = 0; gate < gates_; ++gate) {
               store(to + gate * W, load_n(row + gate * p_.H + tile * W, n) + bias(gate, tile));
             }
@@ -213,67 +238,89 @@ class ForwardScan {
       }
       return;
     }
-    auto rows = [&](const Real* first, int64_t stride, int64_t count, int64_t to_row) {
+    auto rows = [&](const Real* first, int64_t stride, int64_t count, auto to_row) {
       input_.multiply({first, stride}, count, g, share_.tiles,
                       [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                        Real* to = gates_x(g, to_row + row, tile);
+                        Real* to = gates_x(g, to_row(row), tile);
                         for (int gate = 0; gate < gates_; ++gate) {
                           store(to + gate * W, sums[gate] + bias(gate, tile));
                         }
                       });
     };
+    if (p_.order != nullptr) {  // rows that do not lie evenly are brought together first
+      int64_t to_row[kProjectRows];
+      int64_t count = 0;
+      auto flush = [&]() {
+        rows(gathered_, p_.I, count, [&](int64_t row) { return to_row[row]; });
+        count = 0;
+      };
+      for (int64_t step = begin; step < end; ++step) {
+        const int64_t t = rows_.time(g, step), mine = share_.ranks.below(rows_.alive(t));
+        for (int64_t i = 0; i < mine; ++i) {
+          const int64_t rank = share_.ranks[i];
+          std::memcpy(gathered_ + count * p_.I, rows_.input_row(g, t, rows_.row(rank)),
+                      static_cast<size_t>(p_.I) * sizeof(Real));
+          to_row[count++] = (step - begin) * p_.B + rank;
+          if (count == kProjectRows) flush();
+        }
+      }
+      return flush();
+    }
+    const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
     if (p_.B == 1) {
       const int64_t stride = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
-      if (share_.batch.size() == 1) {
-        rows(rows_.input_row(g, rows_.time(g, begin), 0), stride, end - begin, 0);
+      if (count == 1) {
+        rows(rows_.input_row(g, rows_.time(g, begin), 0), stride, end - begin,
+             [](int64_t row) { return row; });
       }
       return;
     }
     for (int64_t step = begin; step < end; ++step) {
-      rows(rows_.input_row(g, rows_.time(g, step), share_.batch.begin), p_.x_stride_b,
-           share_.batch.size(), (step - begin) * p_.B + share_.batch.begin);
+      const int64_t to = (step - begin) * p_.B + first;
+      rows(rows_.input_row(g, rows_.time(g, step), first), p_.x_stride_b, count,
+           [&](int64_t row) { return to + row; });
     }
   }
 
   // Equation (8): the new state of a row and tile, where it goes, and what the next step starts
   // from.
-  GRU_MEMBER void finish(int64_t step, int64_t t, int64_t g, int64_t b, int64_t tile, V z, V n) {
+  GRU_MEMBER void finish(int64_t step, int64_t t, int64_t g, int64_t rank, int64_t b, int64_t tile,
+                         V z, V n) {
     const int lanes = lanes_of<Real>(tile, p_.H);
-    const V previous = load(state_ + at(step, g, b, tile));
-    V h = n + z * (previous - n);
-    Real* out = f_.output + ((t * p_.B + b) * p_.G + g) * p_.H + tile * W;
-    if (rows_.held(t, b)) {
-      h = previous;
-      store_n(out, V{}, lanes);
-    } else {
-      store_n(out, h, lanes);
-    }
-    if (step + 1 == p_.T) {
+    const V previous = load(state_ + at(step, g, rank, tile));
+    const V h = n + z * (previous - n);
+    store_n(f_.output + ((t * p_.B + b) * p_.G + g) * p_.H + tile * W, h, lanes);
+    if (rows_.last(g, t, b)) {
       store_n(f_.h_n + (g * p_.B + b) * p_.H + tile * W, h, lanes);
     } else {
-      enter(step + 1, g, b, tile, h);
+      enter(step + 1, g, rank, tile, h);
     }
   }
 
   GRU_MEMBER void save(int64_t t, int64_t g, int64_t b, int64_t tile, int slot, V value) {
     if (f_.workspace == nullptr) return;
     Real* to = f_.workspace + (((t * p_.B + b) * p_.G + g) * slots_ + slot) * p_.H + tile * W;
-    store_n(to, rows_.held(t, b) ? V{} : value, lanes_of<Real>(tile, p_.H));
+    store_n(to, value, lanes_of<Real>(tile, p_.H));
   }
 
+  // Multiplies the states of this member's rows that are alive at t; the epilogue gets ranks.
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
-                           Epilogue epilogue) {
-    panels.multiply({operand, ld_}, share_.batch.size(), g, share_.tiles, epilogue);
+                           int64_t t, Epilogue epilogue) {
+    const Ranks ranks = share_.ranks;
+    panels.multiply({operand + ranks.first * ld_, ranks.stride * ld_}, ranks.below(rows_.alive(t)),
+                    g, share_.tiles, [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                      epilogue(ranks[i], tile, sums);
+                    });
   }
 
   void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
     const int64_t t = rows_.time(g, step);
     const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
-    multiply(first_, operand_ + at(step, g, share_.batch.begin, 0), g,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = share_.batch.begin + row;
-               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+    multiply(first_, operand_ + at(step, g, 0, 0), g, t,
+             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = rows_.row(rank);
+               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
@@ -282,48 +329,48 @@ class ForwardScan {
                save(t, g, b, tile, 1, r);
                save(t, g, b, tile, 2, z);
                save(t, g, b, tile, 3, n);
-               finish(step, t, g, b, tile, z, n);
+               finish(step, t, g, rank, b, tile, z, n);
              });
   }
 
   void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
     const int64_t t = rows_.time(g, step);
-    multiply(first_, operand_ + at(step, g, share_.batch.begin, 0), g,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = share_.batch.begin + row;
-               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+    multiply(first_, operand_ + at(step, g, 0, 0), g, t,
+             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = rows_.row(rank);
+               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V z = sigmoid<Real>(sums[0] + load(gx));
                const V n = tanh<Real>(sums[1] + load(gx + W));
                save(t, g, b, tile, 0, z);
                save(t, g, b, tile, 1, n);
-               finish(step, t, g, b, tile, z, n);
+               finish(step, t, g, rank, b, tile, z, n);
              });
   }
 
   void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
     const int64_t t = rows_.time(g, step);
-    multiply(first_, operand_ + at(step, g, share_.batch.begin, 0), g,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = share_.batch.begin + row;
-               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+    multiply(first_, operand_ + at(step, g, 0, 0), g, t,
+             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = rows_.row(rank);
+               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                save(t, g, b, tile, 0, r);
                save(t, g, b, tile, 1, z);
-               store(gated_ + at(g, b, tile), r * load(operand_ + at(step, g, b, tile)));
-               store(update_ + at(g, b, tile), z);
+               store(gated_ + at(g, rank, tile), r * load(operand_ + at(step, g, rank, tile)));
+               store(update_ + at(g, rank, tile), z);
              });
   }
 
   void step_candidate(int64_t g, int64_t step, int64_t in_chunk) {
     const int64_t t = rows_.time(g, step);
-    multiply(second_, gated_ + at(g, share_.batch.begin, 0), g,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = share_.batch.begin + row;
-               const Real* gx = gates_x(g, in_chunk * p_.B + b, tile);
+    multiply(second_, gated_ + at(g, 0, 0), g, t,
+             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t b = rows_.row(rank);
+               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V n = tanh<Real>(sums[0] + load(gx + 2 * W));
                save(t, g, b, tile, 2, n);
-               finish(step, t, g, b, tile, load(update_ + at(g, b, tile)), n);
+               finish(step, t, g, rank, b, tile, load(update_ + at(g, rank, tile)), n);
              });
   }
 
@@ -333,7 +380,7 @@ class ForwardScan {
   const GatePlan plan_;
   const int gates_, slots_;
   const int64_t tiles_, ld_, chunk_;
-  Real *state_, *operand_, *gated_, *update_, *gates_x_;
+  Real *state_, *operand_, *gated_, *update_, *gates_x_, *gathered_;
   GatePanels<Real> first_{}, second_{}, input_{};
   int64_t scratch_bytes_;
   Share share_{};

@@ -22,16 +22,18 @@ struct Problem {
   const uint8_t* reverse;  // (G)
   const Real* x;           // rows of I, or of the N*H projected gates when weight_ih is null
   int64_t x_stride_t, x_stride_b, x_stride_g;
-  bool x_shared;              // one (T, B, I) for all groups
-  const Real* h0;             // (G, B, H)
-  const Real* weight_ih;      // (G, N*H, I) or null
-  const Real* weight_hh;      // (G, N*H, H)
-  const Real* bias_ih;        // (G, N*H) or null
-  const Real* bias_hh;        // (G, N*H) or null
-  const int64_t* lengths;     // (B) or null
-  const uint8_t* reset_mask;  // (T, B) or null
-  const Real* reset_state;    // (G, B, H) or null: reset to zero
-  const Real* h_scale;        // (B, G*H) or null
+  bool x_shared;                // one (T, B, I) for all groups
+  const Real* h0;               // (G, B, H)
+  const Real* weight_ih;        // (G, N*H, I) or null
+  const Real* weight_hh;        // (G, N*H, H)
+  const Real* bias_ih;          // (G, N*H) or null
+  const Real* bias_hh;          // (G, N*H) or null
+  const int64_t* lengths;       // (B) or null; the next two come with it
+  const int64_t* order;         // (B): rows by falling length
+  const int64_t* alive_before;  // (T + 1): (t, b) pairs before time t that are not padding
+  const uint8_t* reset_mask;    // (T, B) or null
+  const Real* reset_state;      // (G, B, H) or null: reset to zero
+  const Real* h_scale;          // (B, G*H) or null
 };
 
 template <class Real>

@@ -17,7 +17,7 @@ class Rebuild {
   Rebuild(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads)
       : p_(f.in), c_(chunk), threads_(threads), width_(p_.weight_ih ? p_.I : c_.gates * p_.H) {
     if (f.workspace != nullptr) return;
-    const int64_t rows = c_.steps * p_.B;
+    const int64_t rows = c_.capacity;
     x_ = layout.template take<Real>(rows * width_);
     state_ = layout.template take<Real>(rows * p_.H);
     discarded_ = layout.template take<Real>(rows * p_.H);
@@ -28,10 +28,12 @@ class Rebuild {
 
   void run(Team& team, int member) {
     for (int64_t g = 0; g < p_.G; ++g) {
-      const Range rows = part_of(c_.row_count(), member, team.size());
+      const int64_t count = c_.row_count(g);
+      if (count == 0) continue;
+      const Range rows = part_of(count, member, team.size());
       for (int64_t row = rows.begin; row < rows.end; ++row) gather(g, row);
       team.barrier(member);
-      const Forward<Real> step = one_step(g, c_.row_count());
+      const Forward<Real> step = one_step(g, count);
       ForwardScan<Real>(step, threads_, member, scratch_).run(team, member);
       team.barrier(member);
     }
@@ -39,12 +41,7 @@ class Rebuild {
 
  private:
   void gather(int64_t g, int64_t row) const {
-    const int64_t b = row % p_.B, t = c_.rows.time(g, c_.begin + row / p_.B);
-    if (c_.rows.held(t, b)) {
-      fill_zero(x_ + row * width_, width_);
-      fill_zero(state_ + row * p_.H, p_.H);
-      return;
-    }
+    const int64_t place = c_.place(g, row), t = place / p_.B, b = place % p_.B;
     std::memcpy(x_ + row * width_, c_.rows.input_row(g, t, b),
                 static_cast<size_t>(width_) * sizeof(Real));
     for (int64_t tile = 0; tile < c_.tiles; ++tile) {
@@ -70,7 +67,7 @@ class Rebuild {
     step.weight_hh = of_group(p_.weight_hh, gate_rows * p_.H);
     step.bias_ih = of_group(p_.bias_ih, gate_rows);
     step.bias_hh = of_group(p_.bias_hh, gate_rows);
-    step.lengths = nullptr;
+    step.lengths = step.order = step.alive_before = nullptr;
     step.reset_mask = nullptr;
     step.reset_state = nullptr;
     step.h_scale = nullptr;

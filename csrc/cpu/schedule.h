@@ -17,7 +17,24 @@ struct Schedule {
     return p.reverse[g] ? p.T - 1 - step : step;
   }
   GRU_MEMBER int64_t length(int64_t b) const { return p.lengths ? p.lengths[b] : p.T; }
-  GRU_MEMBER bool held(int64_t t, int64_t b) const { return p.lengths && t >= p.lengths[b]; }
+  // Rows are computed by rank, the longest first: those alive at a time are the first ranks, and
+  // the others cost nothing.
+  GRU_MEMBER int64_t row(int64_t rank) const { return p.order ? p.order[rank] : rank; }
+  GRU_MEMBER int64_t alive(int64_t t) const {
+    return p.order ? p.alive_before[t + 1] - p.alive_before[t] : p.B;
+  }
+  // How many (step, row) pairs of these steps are not padding.
+  GRU_MEMBER int64_t alive(int64_t g, int64_t begin, int64_t end) const {
+    if (p.order == nullptr) return (end - begin) * p.B;
+    return p.reverse[g] ? p.alive_before[p.T - begin] - p.alive_before[p.T - end]
+                        : p.alive_before[end] - p.alive_before[begin];
+  }
+  GRU_MEMBER int64_t first_step(int64_t g, int64_t b) const {
+    return p.reverse[g] ? p.T - length(b) : 0;
+  }
+  GRU_MEMBER bool last(int64_t g, int64_t t, int64_t b) const {
+    return p.reverse[g] ? t == 0 : t + 1 == length(b);
+  }
   // A valid step before which the state is replaced.
   GRU_MEMBER bool reset(int64_t g, int64_t t, int64_t b) const {
     if (p.reset_mask == nullptr) return false;
@@ -58,17 +75,32 @@ GRU_INLINE Range part_of(int64_t n, int64_t index, int64_t parts, int64_t grain 
   return {begin < n ? begin : n, end < n ? end : n};
 }
 
+// Ranks first, first + stride, ... below end.
+struct Ranks {
+  int64_t first, stride, end;
+  GRU_MEMBER int64_t operator[](int64_t i) const { return first + i * stride; }
+  // How many of them lie below a limit.
+  GRU_MEMBER int64_t below(int64_t limit) const {
+    limit = limit < end ? limit : end;
+    return limit > first ? (limit - first + stride - 1) / stride : 0;
+  }
+};
+
 // One member's share of the recurrence. When hidden units are split, every member has to wait for
 // the others after each step.
 struct Share {
-  Range groups, batch, tiles;
+  Range groups;
+  Ranks ranks;
+  Range tiles;
   bool waits;
 };
 
 // Cuts groups x batch x unit tiles into a grid of members: the cheapest grid, where a row costs its
 // products, few rows cost as much as kFewRows (they wait for the weights), and a barrier costs
-// kBarrierCost products of one tile with one k.
-GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t tiles, int64_t H) {
+// kBarrierCost products of one tile with one k. Ranks that die one after the other (`dealt`) are
+// dealt out, others cut into blocks.
+GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t tiles, int64_t H,
+                          bool dealt) {
   constexpr int64_t kFewRows = 3;
   constexpr int64_t kBarrierCost = 400;
   int best_groups = 1, best_batch = 1, best_tiles = 1;
@@ -90,9 +122,11 @@ GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t
     }
   }
   const int used = best_groups * best_batch * best_tiles;
-  if (member >= used) return {{0, 0}, {0, 0}, {0, 0}, best_tiles > 1};
+  if (member >= used) return {{0, 0}, {0, 1, 0}, {0, 0}, best_tiles > 1};
+  const int part = member / best_tiles % best_batch;
+  const Range block = part_of(B, part, best_batch, B >= 8 * best_batch ? 4 : 1);
   return {part_of(G, member / (best_batch * best_tiles), best_groups),
-          part_of(B, member / best_tiles % best_batch, best_batch, B >= 8 * best_batch ? 4 : 1),
+          dealt ? Ranks{part, best_batch, B} : Ranks{block.begin, 1, block.end},
           part_of(tiles, member % best_tiles, best_tiles), best_tiles > 1};
 }
 

@@ -24,7 +24,7 @@ class WeightGrads {
         input_tiles_(tiles_of<Real>(p_.I)),
         input_slot_(p_.cell == Cell::kResetAfter ? 1 : 0),
         unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock) {
-    const int64_t rows = c_.steps * p_.B;
+    const int64_t rows = c_.capacity;
     auto take = [&](bool wanted, int64_t count) {
       return wanted ? layout.template take<Real>(count) : nullptr;
     };
@@ -37,8 +37,9 @@ class WeightGrads {
     block_ = layout.template take<Real>(threads * rows * kRowBlock) + member * rows * kRowBlock;
   }
 
-  // Packs W_ih by columns, in the order of the input slots of D.
+  // Packs W_ih by columns, in the order of the input slots of D, and clears what padding gets.
   void pack(int members, int member) const {
+    clear_padding(part_of(p_.B, member, members));
     if (input_panels_ == nullptr) return;
     const Range part = part_of(p_.G * input_tiles_, member, members);
     for (int64_t i = part.begin; i < part.end; ++i) {
@@ -54,7 +55,7 @@ class WeightGrads {
   // `first`: no chunk came before, so the sums start here.
   void run(Team& team, int member, bool first) const {
     for (int64_t g = 0; g < p_.G; ++g) {
-      const Range rows = part_of(c_.row_count(), member, team.size(), kRowBlock);
+      const Range rows = part_of(c_.row_count(g), member, team.size(), kRowBlock);
       input_gradient(g, rows);
       for (int64_t row = rows.begin; row < rows.end; ++row) pack_row(g, row);
       team.barrier(member);
@@ -67,12 +68,23 @@ class WeightGrads {
   }
 
  private:
+  void clear_padding(Range batch) const {
+    if (f_.grad_x == nullptr || p_.lengths == nullptr) return;
+    const int64_t width = p_.weight_ih == nullptr ? p_.G * c_.gates * p_.H
+                          : p_.x_shared           ? p_.I
+                                                  : p_.G * p_.I;
+    for (int64_t b = batch.begin; b < batch.end; ++b) {
+      for (int64_t t = p_.lengths[b]; t < p_.T; ++t) {
+        fill_zero(f_.grad_x + (t * p_.B + b) * width, width);
+      }
+    }
+  }
+
   void input_gradient(int64_t g, Range rows) const {
     if (f_.grad_x == nullptr) return;
     if (p_.weight_ih == nullptr) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        const int64_t b = row % p_.B, t = c_.rows.time(g, c_.begin + row / p_.B);
-        Real* to = f_.grad_x + ((t * p_.B + b) * p_.G + g) * c_.gates * p_.H;
+        Real* to = f_.grad_x + (c_.place(g, row) * p_.G + g) * c_.gates * p_.H;
         for (int gate = 0; gate < c_.gates; ++gate) {
           std::memcpy(to + gate * p_.H, c_.d(g, row) + (input_slot_ + gate) * c_.units,
                       static_cast<size_t>(p_.H) * sizeof(Real));
@@ -86,9 +98,8 @@ class WeightGrads {
         {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), K, 1, 0, input_tiles_,
         [&](int64_t tile, int) { return input_panels_ + (g * input_tiles_ + tile) * K * W; },
         [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-          const int64_t row = rows.begin + i;
-          const int64_t b = row % p_.B, t = c_.rows.time(g, c_.begin + row / p_.B);
-          const int64_t at = p_.x_shared ? t * p_.B + b : (t * p_.B + b) * p_.G + g;
+          const int64_t place = c_.place(g, rows.begin + i);
+          const int64_t at = p_.x_shared ? place : place * p_.G + g;
           const int lanes = lanes_of<Real>(tile, p_.I);
           Real* to = f_.grad_x + at * p_.I + tile * W;
           store_n(to, shared ? load_n(to, lanes) + sums[0] : sums[0], lanes);
@@ -97,30 +108,28 @@ class WeightGrads {
 
   // One row of x and of the state as right-hand operands: [tile][row][lanes].
   void pack_row(int64_t g, int64_t row) const {
-    const int64_t rows = c_.row_count();
-    const int64_t step = c_.begin + row / p_.B, b = row % p_.B, t = c_.rows.time(g, step);
-    const bool held = c_.rows.held(t, b);
+    const int64_t rows = c_.row_count(g);
+    const int64_t place = c_.place(g, row), t = place / p_.B, b = place % p_.B;
     if (x_ != nullptr) {
       const Real* from = c_.rows.input_row(g, t, b);
       for (int64_t tile = 0; tile < input_tiles_; ++tile) {
-        store(x_ + (tile * rows + row) * W,
-              held ? V{} : load_n(from + tile * W, lanes_of<Real>(tile, p_.I)));
+        store(x_ + (tile * rows + row) * W, load_n(from + tile * W, lanes_of<Real>(tile, p_.I)));
       }
     }
     if (state_ == nullptr) return;
     for (int64_t tile = 0; tile < c_.tiles; ++tile) {
-      const V hs = held ? V{} : c_.scaled_previous(g, t, b, tile);
+      const V hs = c_.scaled_previous(g, t, b, tile);
       store(state_ + (tile * rows + row) * W, hs);
       if (gated_ == nullptr) continue;
       const int lanes = lanes_of<Real>(tile, p_.H);
-      const V r = held ? V{} : load_n(c_.gate_row(g, step, t, b) + tile * W, lanes);
+      const V r = load_n(c_.gate_row(g, row, place) + tile * W, lanes);
       store(gated_ + (tile * rows + row) * W, r * hs);
     }
   }
 
   // kRowBlock units of one slot: their weight rows and biases.
   void weight_gradient(int64_t g, int slot, int64_t unit_block, bool first) const {
-    const int64_t rows = c_.row_count(), unit = unit_block * kRowBlock;
+    const int64_t rows = c_.row_count(g), unit = unit_block * kRowBlock;
     const int valid = p_.H - unit < kRowBlock ? static_cast<int>(p_.H - unit) : kRowBlock;
     double total[kRowBlock] = {};  // many rows, one chain: float alone would lose digits
     for (int64_t row = 0; row < rows; ++row) {
