@@ -6,6 +6,7 @@ from gru_fast._version import __version__
 from gru_fast.backends import available_backends
 from gru_fast.convert import ConvertReport, convert, revert
 from gru_fast.explain import Explanation, explain
+from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.modules import GRU, GRUCell
 from gru_fast.patch import patch, patched, unpatch
@@ -17,6 +18,7 @@ __all__ = [
     "Explanation",
     "GRUCell",
     "GRULanguageModel",
+    "Gates",
     "Sampler",
     "Stream",
     "__version__",

@@ -72,6 +72,7 @@ def why_not(
     lengths: bool = False,
     resets: bool = False,
     h_scale: bool = False,
+    gates: bool = False,
     grouped: bool = False,
     composed: bool = False,
 ) -> dict[str, str]:
@@ -84,6 +85,7 @@ def why_not(
         lengths: whether the call has lengths (a packed sequence has).
         resets: whether it has a reset_mask.
         h_scale: whether it has a recurrent dropout scale.
+        gates: whether it returns the values of the gates.
         grouped: whether it is anything but one layer in one or both directions: a call of `scan`,
             other groups, a batch of layers under `torch.vmap`, one bias of two.
         composed: whether `needs_composition()` holds.
@@ -114,6 +116,7 @@ def why_not(
         "lengths": lengths,
         "resets": resets,
         "recurrent dropout": h_scale,
+        "the values of the gates": gates,
         "other groups than the directions of one layer": grouped,
         f"{dtype}": dtype not in KERNEL_DTYPES,
     }
@@ -178,6 +181,7 @@ def select(
     lengths: bool = False,
     resets: bool = False,
     h_scale: bool = False,
+    gates: bool = False,
     grouped: bool = False,
     composed: bool = False,
     prefer_cudnn: bool = True,
@@ -192,6 +196,7 @@ def select(
         lengths: as in `why_not`.
         resets: as in `why_not`.
         h_scale: as in `why_not`.
+        gates: as in `why_not`.
         grouped: as in `why_not`.
         composed: as in `why_not`.
         prefer_cudnn: whether "auto" takes cuDNN before Triton, see `why_cudnn`.
@@ -211,6 +216,7 @@ def select(
         lengths=lengths,
         resets=resets,
         h_scale=h_scale,
+        gates=gates,
         grouped=grouped,
         composed=composed,
     )

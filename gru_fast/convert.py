@@ -124,7 +124,7 @@ def _swap(
                 module.__dict__.pop("_flat_weights", None)
                 module.__dict__.pop("_flat_weight_refs", None)
             else:
-                for option in ("cell", "backend", "recompute"):
+                for option in ("cell", "backend", "recompute", "recurrent_dropout", "learn_h0"):
                     module.__dict__.pop(option, None)
                 if isinstance(module, TorchGRU):
                     module._init_flat_weights()
@@ -159,6 +159,9 @@ def _unusable(module: nn.Module) -> str:
         return f"proj_size is {module.proj_size}, expected 0"
     if getattr(module, "cell", "reset_after") != "reset_after":
         return f"torch has no cell={module.cell!r}"
+    for option in ("recurrent_dropout", "learn_h0"):
+        if getattr(module, option, False):
+            return f"torch has no {option}"
     hidden = module.hidden_size
     assert isinstance(hidden, int)
     for name, shape in _expected_shapes(module, hidden).items():

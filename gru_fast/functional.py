@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from gru_fast import one_step
-from gru_fast.recurrence import FORWARD, layer, scan
+from gru_fast.dropout import Dropout, PackedDropout, state_scale
+from gru_fast.gates import Gates, arranged, from_workspaces
+from gru_fast.recurrence import FORWARD, layer, layer_with_gates, scan
+
+Input = TypeVar("Input", Tensor, PackedSequence)
 
 __all__ = ["gru", "gru_cell", "layer", "scan"]
 
@@ -110,7 +113,7 @@ def _matching(x: Tensor, hx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @overload
 def gru(
-    input: Tensor,
+    input: Input,
     hx: Tensor | None,
     params: Sequence[Tensor],
     *,
@@ -127,12 +130,14 @@ def gru(
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
     h_scale: Tensor | None = None,
-) -> tuple[Tensor, Tensor]: ...
+    recurrent_dropout: float = 0.0,
+    return_gates: Literal[False] = False,
+) -> tuple[Input, Tensor]: ...
 
 
 @overload
 def gru(
-    input: PackedSequence,
+    input: Input,
     hx: Tensor | None,
     params: Sequence[Tensor],
     *,
@@ -149,7 +154,9 @@ def gru(
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
     h_scale: Tensor | None = None,
-) -> tuple[PackedSequence, Tensor]: ...
+    recurrent_dropout: float = 0.0,
+    return_gates: bool,
+) -> tuple[Input, Tensor] | tuple[Input, Tensor, Gates]: ...
 
 
 def gru(
@@ -170,7 +177,9 @@ def gru(
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
     h_scale: Tensor | None = None,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    recurrent_dropout: float = 0.0,
+    return_gates: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor] | tuple[Tensor | PackedSequence, Tensor, Gates]:
     """A stack of GRU layers, with the conventions of `torch.nn.GRU`. D is 2 if bidirectional.
 
     Args:
@@ -193,27 +202,48 @@ def gru(
             begins a new episode.
         reset_state: shaped as hx, the state of a new episode; None means zeros.
         h_scale: shaped as hx, multiplies the state that enters the recurrent product.
+        recurrent_dropout: probability with which a unit of the state is 0 in the recurrent
+            products of a whole row, in training only; drawn by torch's generator.
+        return_gates: whether to return the values of the gates; recompute is then ignored.
 
     Returns:
-        output (T, B, D*H) in the layout of input, and h_n shaped as hx.
+        output (T, B, D*H) in the layout of input, h_n shaped as hx and, with return_gates,
+        `gru_fast.gates.Gates`.
 
     Raises:
-        ValueError: input is neither 2-D nor 3-D, or not in the dtype of params.
+        ValueError: input is neither 2-D nor 3-D, or not in the dtype of params, or a probability
+            that is none.
         RuntimeError: sizes that do not fit together, or a named backend that cannot take the call.
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
-    plain = not (bidirectional or (dropout and training))
+    plain = not (bidirectional or return_gates or (training and (dropout or recurrent_dropout)))
     if plain and lengths is reset_mask is reset_state is h_scale is None:
         done = one_step.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
         if done is not None:
             return done
     _check_params(params, 4 if bias else 2, num_layers, bias, bidirectional)
-    return run_layers(
+    if recurrent_dropout and training:
+        layers = num_layers * (2 if bidirectional else 1)
+        shape = state_shape(input, layers, params[1].shape[-1], batch_first)
+        h_scale = state_scale(recurrent_dropout, shape, params[1], h_scale)
+    run: Callable[..., tuple[Tensor, Tensor]]
+    workspaces: list[Tensor] = []
+    if return_gates:
+
+        def run(*tensors: Tensor, **features: Any) -> tuple[Tensor, Tensor]:
+            output, h_n, workspace = layer_with_gates(
+                *tensors, cell=cell, backend=backend, **features
+            )
+            workspaces.append(workspace)
+            return output, h_n
+    else:
+        run = partial(layer, cell=cell, backend=backend, recompute=recompute)
+    results = run_layers(
         input,
         hx,
         params,
-        partial(layer, cell=cell, backend=backend, recompute=recompute),
+        run,
         num_layers=num_layers,
         dropout=dropout if training else 0.0,
         bidirectional=bidirectional,
@@ -223,6 +253,36 @@ def gru(
         reset_state=reset_state,
         h_scale=h_scale,
     )
+    if not return_gates:
+        return results
+    return *results, _as_input(from_workspaces(workspaces, cell), input, batch_first)
+
+
+def state_shape(
+    input: Tensor | PackedSequence, layers: int, H: int, batch_first: bool
+) -> tuple[int, ...]:
+    """The shape of hx for an input: (layers, B, H), or (layers, H) if it is unbatched."""
+    if isinstance(input, PackedSequence):
+        return layers, int(input.batch_sizes[0]), H
+    if input.dim() == 2:
+        return layers, H
+    if input.dim() != 3:
+        raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
+    return layers, input.shape[0 if batch_first else 1], H
+
+
+def _as_input(gates: Gates, input: Tensor | PackedSequence, batch_first: bool) -> Gates:
+    """Gates (L*D, T, B, H) in the layout and the order of rows of an input."""
+    if isinstance(input, PackedSequence):
+        order = input.unsorted_indices
+        if order is not None:
+            gates = arranged(gates, lambda gate: gate.index_select(2, order))
+        batched = True
+    else:
+        batched = input.dim() == 3
+    if not batched:
+        return arranged(gates, lambda gate: gate.squeeze(2))
+    return arranged(gates, lambda gate: gate.transpose(1, 2)) if batch_first else gates
 
 
 def _check_params(
@@ -300,7 +360,7 @@ def run_layers(
         if batch_first:
             x = x.transpose(0, 1)
             reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
-    drop = _Dropout(dropout) if dropout and num_layers > 1 else None
+    drop = Dropout(dropout) if dropout and num_layers > 1 else None
     output, h_n = _stack(
         x, hx, params, run, num_layers, bidirectional, lengths, reset_mask, reset_state, h_scale,
         drop,
@@ -308,29 +368,6 @@ def run_layers(
     if not batched:
         return output.squeeze(1), h_n.squeeze(1)
     return (output.transpose(0, 1) if batch_first else output), h_n
-
-
-class _Dropout:
-    """Dropout between layers, over time-major data as in nn.GRU."""
-
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, output: Tensor) -> Tensor:
-        return F.dropout(output, self.p, True)
-
-
-class _PackedDropout(_Dropout):
-    """The same over packed data: the random stream does not see the padding."""
-
-    def __init__(self, p: float, lengths: Tensor) -> None:
-        super().__init__(p)
-        self.lengths = lengths
-
-    def __call__(self, output: Tensor) -> Tensor:
-        packed = pack_padded_sequence(output, self.lengths)
-        dropped = PackedSequence(F.dropout(packed.data, self.p, True), packed.batch_sizes)
-        return pad_packed_sequence(dropped)[0]
 
 
 def _run_packed(
@@ -363,7 +400,7 @@ def _run_packed(
 
     if hx is not None:
         _check_hx(hx, num_layers * (2 if bidirectional else 1), x.shape[1], params[1].shape[1])
-    drop = _PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
+    drop = PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
     output, h_n = _stack(
         x, sort(hx), params, run, num_layers, bidirectional, row_lengths.to(data.device),
         sort(reset_mask), sort(reset_state), sort(h_scale), drop,

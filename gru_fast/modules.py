@@ -7,7 +7,7 @@ weights, so every way to change a weight (`.data.copy_()`, `.set_()`, a new `Par
 """
 
 from collections.abc import Iterable
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import cudnn, functional
 from gru_fast.backends import NAMES
+from gru_fast.gates import Gates
 
 __all__ = ["GRU", "GRUCell"]
 
@@ -33,15 +34,23 @@ def _check_choice(argument: str, given: str, expected: Iterable[str]) -> None:
         raise ValueError(f"{argument}: expected one of {names}, got {given!r}")
 
 
-def _options_repr(cell: str, backend: str, recompute: bool = False) -> str:
+def _check_flag(argument: str, given: object) -> None:
+    if not isinstance(given, bool):
+        raise TypeError(f"{argument} should be of type bool, got: {type(given).__name__}")
+
+
+def _check_probability(argument: str, given: object) -> None:
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+        raise ValueError(f"{argument}: expected a number in [0, 1], got {given!r}")
+
+
+def _options_repr(cell: str, backend: str, **others: object) -> str:
     text = ""
     if cell != _DEFAULT_CELL:
         text += f", cell={cell!r} ({_CANDIDATES[cell]})"
     if backend != "auto":
         text += f", backend={backend!r}"
-    if recompute:
-        text += ", recompute=True"
-    return text
+    return text + "".join(f", {name}={value}" for name, value in others.items() if value)
 
 
 class Recurrent(nn.RNNBase):
@@ -119,6 +128,12 @@ class GRU(Recurrent):
             (`gru_fast.available_backends()`).
         recompute: Save only the input and the output for backward and rebuild the gates there:
             less memory for about one more product per step.
+        recurrent_dropout: Probability with which a unit of the state is 0 in the recurrent
+            products, in training mode: one mask for each row, layer and direction, the same at
+            every step and for all gates (Gal and Ghahramani 2016). What is kept of the state
+            itself, z * h, is not dropped.
+        learn_h0: Adds a parameter `h0`, the state that a call without `hx` begins with and that
+            `reset_mask` resets to. It is 0 at first, and when a `state_dict` without it is loaded.
 
     Attributes:
         weight_ih_l[k]: (N * H, I) for k = 0, else (N * H, D * H). N is 3 (rows of r, z, n), or 2
@@ -126,11 +141,13 @@ class GRU(Recurrent):
         weight_hh_l[k]: (N * H, H).
         bias_ih_l[k]: (N * H).
         bias_hh_l[k]: (N * H).
+        h0: (L * D, H), with `learn_h0`.
 
     Raises:
-        ValueError: Unknown `cell` or `backend`, sizes that are not positive, `dropout` outside
-            [0, 1], or a `proj_size`.
-        TypeError: Sizes that are not int, `bias` or `batch_first` that are not bool.
+        ValueError: Unknown `cell` or `backend`, sizes that are not positive, `dropout` or
+            `recurrent_dropout` outside [0, 1], or a `proj_size`.
+        TypeError: Sizes that are not int; `bias`, `batch_first`, `recompute` or `learn_h0` that are
+            not bool.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078); the default candidate is cuDNN's and
     `torch.nn.GRU`'s.
@@ -144,6 +161,8 @@ class GRU(Recurrent):
     cell: str = _DEFAULT_CELL
     backend: str = "auto"
     recompute: bool = False
+    recurrent_dropout: float = 0.0
+    learn_h0: bool = False
 
     @overload
     def __init__(
@@ -161,6 +180,8 @@ class GRU(Recurrent):
         cell: str = _DEFAULT_CELL,
         backend: str = "auto",
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        learn_h0: bool = False,
     ) -> None: ...
 
     @overload
@@ -170,6 +191,8 @@ class GRU(Recurrent):
         cell: str = _DEFAULT_CELL,
         backend: str = "auto",
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        learn_h0: bool = False,
         **kwargs: Any,
     ) -> None: ...
 
@@ -179,18 +202,22 @@ class GRU(Recurrent):
         cell: str = _DEFAULT_CELL,
         backend: str = "auto",
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        learn_h0: bool = False,
         **kwargs: Any,
     ) -> None:
         """See the class."""
         _check_choice("cell", cell, _CANDIDATES)
         _check_choice("backend", backend, NAMES)
-        if not isinstance(recompute, bool):
-            raise TypeError(f"recompute should be of type bool, got: {type(recompute).__name__}")
+        _check_flag("recompute", recompute)
+        _check_flag("learn_h0", learn_h0)
+        _check_probability("recurrent_dropout", recurrent_dropout)
         if "proj_size" in kwargs:
             raise ValueError("proj_size is an argument of LSTM only, GRU has none")
         self.cell = cell
         self.backend = backend
         self.recompute = recompute
+        self.recurrent_dropout = recurrent_dropout
         super().__init__("GRU", *args, **kwargs)
         if self.proj_size:
             raise ValueError(
@@ -198,6 +225,31 @@ class GRU(Recurrent):
             )
         if cell == "no_reset":
             self._drop_reset_rows()
+        self.learn_h0 = learn_h0
+        if learn_h0:
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            weight = self.get_parameter("weight_hh_l0")
+            self.h0 = nn.Parameter(weight.new_zeros(layers, self.hidden_size))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as `torch.nn.GRU` does; `h0` becomes 0."""
+        h0 = self._parameters.pop("h0", None)  # RNNBase would draw it too
+        super().reset_parameters()
+        if h0 is not None:
+            self.h0 = h0
+            nn.init.zeros_(h0)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.learn_h0 and prefix + "weight_ih_l0" in state_dict:
+            # torch.nn.GRU begins with zeros.
+            state_dict.setdefault(prefix + "h0", torch.zeros_like(self.h0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _start(self, input: Tensor | PackedSequence) -> Tensor:
+        """The learned state for each row of an input."""
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        shape = functional.state_shape(input, layers, self.hidden_size, self.batch_first)
+        return self.h0 if len(shape) == 2 else self.h0.unsqueeze(1).expand(shape)
 
     def _drop_reset_rows(self) -> None:
         rows = 2 * self.hidden_size
@@ -224,7 +276,13 @@ class GRU(Recurrent):
 
     def extra_repr(self) -> str:
         """`torch.nn.GRU`'s, and the extras that are not at their defaults."""
-        return super().extra_repr() + _options_repr(self.cell, self.backend, self.recompute)
+        return super().extra_repr() + _options_repr(
+            self.cell,
+            self.backend,
+            recompute=self.recompute,
+            recurrent_dropout=self.recurrent_dropout,
+            learn_h0=self.learn_h0,
+        )
 
     @overload
     def forward(
@@ -235,6 +293,7 @@ class GRU(Recurrent):
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_gates: Literal[False] = False,
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -245,7 +304,20 @@ class GRU(Recurrent):
         *,
         reset_mask: Tensor | None = None,
         reset_state: Tensor | None = None,
+        return_gates: Literal[False] = False,
     ) -> tuple[PackedSequence, Tensor]: ...
+
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_state: Tensor | None = None,
+        return_gates: Literal[True],
+    ) -> tuple[Tensor | PackedSequence, Tensor, Gates]: ...
 
     def forward(
         self,
@@ -255,31 +327,42 @@ class GRU(Recurrent):
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        return_gates: bool = False,
+    ) -> tuple[Tensor | PackedSequence, Tensor] | tuple[Tensor | PackedSequence, Tensor, Gates]:
         """Run all layers over a sequence.
 
         Args:
             input: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a
                 batch dimension, or a `PackedSequence`. T and B may be 0.
             hx: Initial state (L * D, B, H), or (L * D, H) with a (T, I) input; any strides.
-                None means zeros.
+                None means zeros, or `h0`.
             lengths: (B,) int64 or int32, on any device, in any order, 0 <= length <= T: steps from
                 there on output 0 and leave the state as it is. Not with a `PackedSequence`.
             reset_mask: (T, B) bool, or (B, T) with `batch_first`: True where step t begins a new
                 sequence. The state is replaced there, and no gradient crosses.
-            reset_state: What the state is replaced by, shaped as `hx`; None means zeros.
+            reset_state: What the state is replaced by, shaped as `hx`; None means zeros, or `h0`.
+            return_gates: Whether to return the values of the gates too. All of them are kept for
+                backward then, also with `recompute`.
 
         Returns:
             `output`: (T, B, D * H) in the layout of `input`, the last layer's h of every step, or
             a `PackedSequence`; and `h_n`: (L * D, B, H), each layer's and direction's last state.
+            With `return_gates` also `gru_fast.Gates`: `r`, `z` and `n`, each (L * D, T, B, H), or
+            (L * D, B, T, H) with `batch_first`.
 
         Raises:
             ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
+        if self.learn_h0:
+            start = self._start(input)
+            hx = start if hx is None else hx
+            if reset_mask is not None and reset_state is None:
+                reset_state = start
+        either: Any = input
         return functional.gru(
-            input,
+            either,
             hx,
             self._flat_weights,
             num_layers=self.num_layers,
@@ -294,6 +377,8 @@ class GRU(Recurrent):
             lengths=lengths,
             reset_mask=reset_mask,
             reset_state=reset_state,
+            recurrent_dropout=self.recurrent_dropout,
+            return_gates=return_gates,
         )
 
 

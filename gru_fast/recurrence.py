@@ -88,19 +88,17 @@ def _is_plain(steps: Tensor) -> bool:
 
 def _as_autocast(
     function: Callable[..., tuple[Any, ...]], tensors: Sequence[Tensor | None], *rest: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """A function under autocast's rules for the ops: tensors are cast on CUDA, not on the CPU."""
     first = tensors[0]
     assert first is not None
     device = first.device.type
     known = device == "cpu" or device in backends.AUTOCAST_DEVICES
     if not known or not torch.is_autocast_enabled(device):
-        output, h_n, *_ = function(*tensors, *rest)
-        return output, h_n
+        return function(*tensors, *rest)
     tensors = [t if t is None else t.to(backends.dtype_of_call(device, t.dtype)) for t in tensors]
     with torch.autocast(device, enabled=False):
-        output, h_n, *_ = function(*tensors, *rest)
-    return output, h_n
+        return function(*tensors, *rest)
 
 
 def layer(
@@ -150,6 +148,37 @@ def layer(
     tensors = (
         x, h0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reset_mask, reset_state, h_scale,
     )  # fmt: skip
+    output, h_n, *_ = _layer(tensors, cell, reverse, recompute, backend, False)
+    return output, h_n
+
+
+def layer_with_gates(
+    *tensors: Tensor | None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_state: Tensor | None = None,
+    h_scale: Tensor | None = None,
+    cell: str = "reset_after",
+    reverse: Sequence[bool] = FORWARD,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer` with the workspace (T, B, G, S*H) of `gru_fast.reference` as a third result."""
+    given = (*tensors, None, None)[:6]  # without biases
+    optional = (lengths, reset_mask, reset_state, h_scale)
+    output, h_n, workspace = _layer((*given, *optional), cell, reverse, False, backend, True)
+    return output, h_n, workspace
+
+
+def _layer(
+    tensors: Any,
+    cell: str,
+    reverse: Sequence[bool],
+    recompute: bool,
+    backend: str,
+    gates: bool,
+) -> Any:
+    x, h0, weight_ih, weight_hh, bias_ih, bias_hh, *optional = tensors
+    lengths, reset_mask, reset_state, h_scale = optional
     training = _needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale)
     route = "ops"
     if not _takes_ops(x, backend):
@@ -162,19 +191,19 @@ def layer(
             lengths=lengths is not None,
             resets=reset_mask is not None,
             h_scale=h_scale is not None,
+            gates=gates,
             grouped=_is_grouped(x, bias_ih, bias_hh, reverse),
         )
     if route != "ops":
-        check_layer(*tensors, cell, reverse)
+        check: Callable[..., None] = check_layer
+        check(*tensors, cell, reverse)
         if route == "cudnn":
             return _as_autocast(cudnn.layer, tensors[:6], training)
-        return _as_autocast(reference.layer, tensors, cell, reverse, True)
+        return _as_autocast(reference.layer, tensors, cell, reverse, not gates)
     if not training:
-        output, h_n, _ = ops.without_grad(ops.layer, *tensors, cell, reverse, True)
-    else:
-        op = ops.eager_layer if _is_plain(x) else ops.layer
-        output, h_n, _ = op(*tensors, cell, reverse, recompute)
-    return output, h_n
+        return ops.without_grad(ops.layer, *tensors, cell, reverse, not gates)
+    op = ops.eager_layer if _is_plain(x) else ops.layer
+    return op(*tensors, cell, reverse, recompute)
 
 
 def scan(
@@ -232,7 +261,7 @@ def scan(
         )
     if route == "reference":
         check_scan(*tensors, cell, reverse)
-        return _as_autocast(reference.scan, tensors, cell, reverse, True)
+        return _as_autocast(reference.scan, tensors, cell, reverse, True)[:2]
     if not training:
         output, h_n, _ = ops.without_grad(ops.scan, *tensors, cell, reverse, True)
     else:
