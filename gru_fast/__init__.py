@@ -11,6 +11,7 @@ from gru_fast.language_model import GRULanguageModel
 from gru_fast.modules import GRU, GRUCell
 from gru_fast.patch import patch, patched, unpatch
 from gru_fast.sampler import Sampler, Stream
+from gru_fast.tbptt import tbptt
 
 __all__ = [
     "GRU",
@@ -30,5 +31,6 @@ __all__ = [
     "patch",
     "patched",
     "revert",
+    "tbptt",
     "unpatch",
 ]

@@ -25,7 +25,7 @@ LAYERS = [
     ["onnx"],
     ["language_model", "sampling", "sampler", "tokenizers"],
     ["packed"],
-    ["modules", "convert", "explain", "notations", "init", "patch", "onnx_*"],
+    ["modules", "convert", "explain", "notations", "init", "patch", "tbptt", "memory", "onnx_*"],
     ["functional", "recurrence", "one_step", "dropout", "gates"],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
