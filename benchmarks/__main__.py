@@ -11,6 +11,7 @@ from benchmarks import ROOT
 OWN = {
     "features": "benchmarks.features.cli",
     "figures": "benchmarks.figures",
+    "lm": "benchmarks.features.cli",
     "sample": "benchmarks.sample",
 }
 """Commands with arguments of their own, and where they are."""
@@ -44,7 +45,7 @@ def main() -> int:
         print(f"python -m benchmarks: {wrong}", file=sys.stderr)
         return 2
     if arguments[:1] and arguments[0] in OWN:
-        return int(import_module(OWN[arguments[0]]).main(arguments[1:]))
+        return int(import_module(OWN[arguments[0]]).main(*arguments[:1], arguments[1:]))
     from benchmarks import cli
 
     return cli.main(arguments)

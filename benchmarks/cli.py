@@ -23,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
         description=f"gru_fast beside its peers, in one run.\n\nsuites:\n{suites}\n"
         "  sample tokens drawn one after the other: python -m benchmarks sample --help\n"
         "  features  what users do beyond a plain layer: python -m benchmarks features --help\n"
+        "  lm     a training step of a language model: python -m benchmarks lm --help\n"
         "  gpu    everything a GPU can tell: python -m benchmarks gpu --help\n\n"
         "without a suite: train, infer and step, --quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -256,7 +256,7 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
     return BLOCK.sub(block, text)
 
 
-def main(arguments: list[str]) -> int:
+def main(command: str, arguments: list[str]) -> int:
     """Rewrite the figures of every page."""
     for page in PAGES:
         page.write_text(with_figures(page.read_text("utf-8")), "utf-8")

@@ -23,7 +23,7 @@ class Record:
     """One provider on one case.
 
     Attributes:
-        suite: "train", "infer", "step", "sample" or "features".
+        suite: "train", "infer", "step", "sample", "features" or "lm".
         provider: for example "gru_fast.cpu".
         version: of the package that provides it.
         device: "cpu" or "cuda".

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks import memory, timing
-from benchmarks.cases import DTYPES
+from benchmarks.cases import DTYPES, SUITES
 from benchmarks.machine import OtherLoad
 from benchmarks.parity import judge
 from benchmarks.precision import float32_as
@@ -158,7 +158,8 @@ def run_problem(
 
 
 def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
-    suite = problem.suite if problem.feature is None else "features"
+    of_layer = problem.suite in SUITES
+    suite = "features" if of_layer and problem.feature is not None else problem.suite
     return Record(
         suite, provider.name, provider.version(), problem.device, problem.dtype,
         setting.threads, problem.case.as_dict(), feature=problem.feature, dry=setting.dry,

@@ -263,7 +263,7 @@ def table(records: list[Record]) -> str:
     return "\n".join([*lines, *warnings(records)])
 
 
-def main(arguments: list[str]) -> int:
+def main(suite: str, arguments: list[str]) -> int:
     """Run; 0 if every gate was green and nothing failed, else 1."""
     assert __doc__ is not None
     parser = program.parser("sample", __doc__.split(": ", 1)[1])

@@ -40,7 +40,7 @@ def test_records_are_of_the_common_form(tmp_path, monkeypatch):
     monkeypatch.setattr(sample.probe, "measure_all", lambda *_: {})
     file = tmp_path / "sample.json"
     shape = ["--shapes", "H16-B2-T9-V20", "--threads", "1"]
-    assert sample.main(["--quick", *shape, "--json", str(file)]) == 0
+    assert sample.main("sample", ["--quick", *shape, "--json", str(file)]) == 0
     written = records.read(file).records
     assert {r.suite for r in written} == {"sample"} and all(r.parity == "ok" for r in written)
     assert all(r.ratio_to_torch is not None and r.median_s > 0 for r in written)
@@ -48,5 +48,5 @@ def test_records_are_of_the_common_form(tmp_path, monkeypatch):
 
 
 def test_bad_arguments(capsys):
-    assert sample.main(["--shapes", "H16-B2-T9"]) == 2
+    assert sample.main("sample", ["--shapes", "H16-B2-T9"]) == 2
     assert "V >= 1" in capsys.readouterr().err

@@ -31,7 +31,8 @@ def test_every_provider_of_every_row_is_right(chosen):
     }, notes
     for record in found:
         records.validate_record(asdict(record))
-        assert (record.suite, record.feature) == ("features", chosen.name)
+        suite = "lm" if chosen.problem.suite == "lm" else "features"
+        assert (record.suite, record.feature) == (suite, chosen.name)
         assert record.ratio_to_torch is not None
     assert features.find(chosen.name) is chosen
     assert str(chosen.problem.case) not in chosen.name
@@ -97,9 +98,15 @@ def test_a_row_needs_a_name_and_a_baseline():
 def test_the_command_line(tmp_path, capsys):
     path = tmp_path / "features.json"
     name = "reset_mask/infer"
-    assert features_cli.main(["--quick", "--rows", name, "--json", str(path)]) == 0
+    assert features_cli.main("features", ["--quick", "--rows", name, "--json", str(path)]) == 0
     found = records.read(path).records
     assert {r.feature for r in found} == {name} and all(r.peak_bytes is not None for r in found)
-    assert features_cli.main(["--rows", "nothing of this name"]) == 2
+    assert features_cli.main("features", ["--rows", "nothing of this name"]) == 2
     assert "reset_mask/train" in capsys.readouterr().err
-    assert features_cli.main(["--threads", "0"]) == 2
+    assert features_cli.main("features", ["--threads", "0"]) == 2
+
+
+def test_language_model_in_tokens_a_second(capsys):
+    assert features_cli.main("lm", ["--quick"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert features_cli.main("lm", ["--rows", "reset_mask"]) == 2
