@@ -221,10 +221,11 @@ using Generated = std::tuple<py::array, py::array, py::object, py::array>;
 // is the zero vector, then what it draws.
 Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
                    const Integers<int64_t>& input_begin, const Integers<int64_t>& position,
-                   const Integers<int64_t>& limit, const std::vector<int64_t>& eos, uint64_t seed,
-                   bool do_sample, double temperature, std::optional<int64_t> top_k,
-                   std::optional<double> top_p, std::optional<double> min_p, const MaybeFloats& h0,
-                   bool log_probs, int threads) {
+                   const Integers<int64_t>& stream, const Integers<int64_t>& limit,
+                   const std::vector<int64_t>& eos, uint64_t seed, bool do_sample,
+                   double temperature, std::optional<int64_t> top_k, std::optional<double> top_p,
+                   std::optional<double> min_p, const MaybeFloats& h0, bool log_probs,
+                   int threads) {
   const StackShape& shape = stack.shape();
   if (shape.outputs < 1 || shape.tokens < 1) {
     complain("generate", "a stack with a table and a head", "one without");
@@ -238,10 +239,12 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   g.B = static_cast<int64_t>(limit.size());
   const int64_t B = g.B;
   check_shape("position", position, {B});
+  check_shape("stream", stream, {B});
   check_shape("input_begin", input_begin, {B + 1});
   g.inputs = inputs.data();
   g.input_begin = input_begin.data();
   g.position = position.data();
+  g.stream = stream.data();
   g.limit = limit.data();
   for (int64_t b = 0; b < B; ++b) {
     if (g.limit[b] < 1) complain("limit", ">= 1", std::to_string(g.limit[b]));
@@ -476,9 +479,10 @@ void bind_sampler(py::module_& m) {
       .def_property_readonly("kernel", [](const PackedStack& s) { return s.kernels().name; })
       .def_property_readonly("nbytes", &PackedStack::bytes)
       .def("generate", &generate, py::kw_only(), py::arg("inputs"), py::arg("input_begin"),
-           py::arg("position"), py::arg("limit"), py::arg("eos"), py::arg("seed"),
-           py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-           py::arg("min_p"), py::arg("h0"), py::arg("log_probs"), py::arg("threads"));
+           py::arg("position"), py::arg("stream"), py::arg("limit"), py::arg("eos"),
+           py::arg("seed"), py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"),
+           py::arg("top_p"), py::arg("min_p"), py::arg("h0"), py::arg("log_probs"),
+           py::arg("threads"));
   py::class_<Stream>(m, "Stream", "The state of one sequence that is fed from outside.")
       .def(py::init([](std::shared_ptr<PackedStack> stack) {
              return std::make_unique<Stream>(std::move(stack));

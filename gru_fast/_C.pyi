@@ -30,6 +30,7 @@ class PackedStack:
         inputs: NDArray[Any],
         input_begin: NDArray[Any],
         position: NDArray[Any],
+        stream: NDArray[Any],
         limit: NDArray[Any],
         eos: Sequence[int],
         seed: int,

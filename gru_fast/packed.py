@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -20,6 +21,8 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 """How packed weights are kept; states and logits are float32 throughout."""
 
 PADDING = -100
+
+_CHUNK_SECONDS = 0.002
 
 
 class TokenModel(Protocol):
@@ -118,7 +121,7 @@ def generate(
     start: int,
     *,
     max_new_tokens: int,
-    eos: Iterable[int],
+    eos: Sequence[int],
     seed: int,
     do_sample: bool,
     temperature: float,
@@ -126,8 +129,9 @@ def generate(
     top_p: float | None,
     min_p: float | None,
     threads: int = 0,
+    on_tokens: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the whole loop in one native call.
+    """Runs the whole loop in one native call, or in several short ones for `on_tokens`.
 
     Args:
         stack: With a table and a head.
@@ -142,6 +146,8 @@ def generate(
         top_p: In (0, 1] or None.
         min_p: In [0, 1] or None.
         threads: At most so many; 0: torch's number.
+        on_tokens: Called with the (N,) tokens of each step, PADDING in ended rows, at most about
+            two milliseconds, or one step, after they were drawn. The tokens are the same.
 
     Returns:
         tokens: (N, S) int64, S <= max_new_tokens, PADDING after a row's end.
@@ -160,15 +166,54 @@ def generate(
     inputs[begin[:-1]] = start
     for first, prompt in zip(begin, prompts, strict=False):
         inputs[first + 1 : first + 1 + len(prompt)] = prompt
-    tokens, made, log_probs, hidden = stack.generate(
-        inputs=inputs, input_begin=begin, position=lengths,
-        limit=np.full(N, max_new_tokens, np.int64), eos=list(eos), seed=seed & (1 << 64) - 1,
-        do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        h0=None, log_probs=True, threads=threads,
-    )  # fmt: skip
-    steps = int(made.max(initial=0))
-    over = np.arange(steps) >= made[:, None]
-    tokens, log_probs = tokens[:, :steps], log_probs[:, :steps]
-    tokens[over] = PADDING
-    log_probs[over] = 0
-    return torch.from_numpy(tokens), torch.from_numpy(log_probs), torch.from_numpy(hidden)
+
+    def draw(rows: Any, done: int, limit: int, h0: Any) -> tuple[Any, Any, Any, Any]:
+        """The next tokens of some rows; PADDING and 0 behind those that ended."""
+        tokens, made, log_probs, hidden = stack.generate(
+            inputs=inputs, input_begin=begin, position=lengths[rows] + done, stream=rows,
+            limit=np.full(len(rows), limit, np.int64), eos=list(eos), seed=seed & (1 << 64) - 1,
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            h0=h0, log_probs=True, threads=threads,
+        )  # fmt: skip
+        steps = int(made.max(initial=0))
+        over = np.arange(steps) >= made[:, None]
+        tokens, log_probs = tokens[:, :steps], log_probs[:, :steps]
+        tokens[over] = PADDING
+        log_probs[over] = 0
+        return tokens, made, log_probs, hidden
+
+    rows = np.arange(N)
+    hidden: Any = None
+    if on_tokens is None:
+        tokens, _, log_probs, hidden = draw(rows, 0, max_new_tokens, None)
+        return torch.from_numpy(tokens), torch.from_numpy(log_probs), torch.from_numpy(hidden)
+    pieces: list[Any] = []
+    chances: list[Any] = []
+    state: Any = None
+    done, limit = 0, 1
+    while done < max_new_tokens and (len(rows) or not pieces):
+        began = time.perf_counter()
+        limit = min(limit, max_new_tokens - done)
+        tokens, made, log_probs, state = draw(rows, done, limit, state)
+        taken = time.perf_counter() - began
+        steps = tokens.shape[1]
+        pieces.append(np.full((N, steps), PADDING, np.int64))
+        chances.append(np.zeros((N, steps), np.float32))
+        pieces[-1][rows], chances[-1][rows] = tokens, log_probs
+        if hidden is None:
+            hidden = state
+        else:
+            hidden[:, rows] = state
+        for column in pieces[-1].T:
+            on_tokens(torch.from_numpy(column.copy()))
+        last = tokens[np.arange(len(rows)), made - 1]
+        alive = (made == limit) & ~np.isin(last, eos)
+        rows, state = rows[alive], np.ascontiguousarray(state[:, alive])
+        inputs, begin = last[alive].astype(np.int32), np.arange(len(rows) + 1)
+        done += limit
+        limit = 2 * limit if taken < _CHUNK_SECONDS / 2 else max(1, limit // 2)
+    return (
+        torch.from_numpy(np.concatenate(pieces, 1)),
+        torch.from_numpy(np.concatenate(chances, 1)),
+        torch.from_numpy(hidden),
+    )

@@ -63,16 +63,14 @@ class Sampler:
         input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
         **options: Any,
     ) -> Tensor | GenerateOutput:
-        """`GRULanguageModel.generate` with the packed weights; `streamer` is not taken.
+        """`GRULanguageModel.generate` with the packed weights.
 
         With float32 weights the same seed gives the same tokens as `model.generate`.
 
         Raises:
-            ValueError: As `GRULanguageModel.generate`; or a streamer, which needs the model.
+            ValueError: As `GRULanguageModel.generate`.
             TypeError: As `GRULanguageModel.generate`.
         """
-        if options.get("streamer") is not None:
-            raise ValueError("streamer: expected None for a Sampler; model.generate takes one")
         loop = partial(sampling.native_loop, stack=self._stack, threads=self._threads)
         return sampling.generate(self._model, input_ids, loop=loop, **options)
 

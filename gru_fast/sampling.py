@@ -236,7 +236,8 @@ def native_loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`generate_loop` in one native call on the CPU, computed in float32.
 
-    Tokens that are to be seen while they are drawn, and none at all, are left to `generate_loop`.
+    Tokens that are to be seen while they are drawn come in several calls; none at all are left to
+    `generate_loop`.
 
     Args:
         model: As the other arguments, see `generate_loop`.
@@ -247,7 +248,7 @@ def native_loop(
         stack: The packed weights; None: those of the model as it is now.
         threads: At most so many; 0: torch's number.
     """
-    if on_tokens is not None or options.max_new_tokens == 0:
+    if options.max_new_tokens == 0:
         return generate_loop(model, prompts, prompt_lengths, options, on_tokens)
     eos = options.eos_token_id
     tokens, log_probs, hidden = packed.generate(
@@ -263,6 +264,7 @@ def native_loop(
         top_p=options.top_p,
         min_p=options.min_p,
         threads=threads,
+        on_tokens=on_tokens,
     )
     return tokens, log_probs, hidden.to(model.head.weight.dtype)
 

@@ -229,6 +229,66 @@ def test_instruction_sets_agree_but_for_rounding():
         torch.testing.assert_close(output, outputs[0], rtol=0, atol=0.02)
 
 
+class Collect:
+    """A streamer that remembers how many native calls had been made at each token."""
+
+    def __init__(self):
+        self.values, self.launches = [], []
+
+    def put(self, value):
+        self.values.append(value.clone())
+        self.launches.append(_C.launches())
+
+    def end(self):
+        self.values.append(None)
+
+
+@pytest.mark.parametrize("weights", packed.WEIGHTS)
+def test_a_streamer_gets_the_same_tokens_soon(weights):
+    """In short native calls that go on where the last one ended, each row with its own stream."""
+    lm = language_model(layers=2)
+    with torch.no_grad():
+        lm.head.bias[0] -= 2
+    sampler, prompts = Sampler(lm, weights), ragged(7, 11, 5)
+    for options in (
+        {"max_new_tokens": 300, "eos_token_id": 0, "seed": 4},
+        {"max_new_tokens": 1, "seed": 4},
+        {"max_new_tokens": 77, "seed": 4, "temperature": 0.5, "top_k": 3},
+    ):
+        streamer, before = Collect(), _C.launches()
+        out = detailed(sampler, prompts, streamer=streamer, **options)
+        assert_same(out, detailed(sampler, prompts, **options))
+        _, *steps, end = streamer.values
+        drawn = torch.stack(steps, 1)
+        assert end is None and drawn.shape[0] == 7
+        for row, prompt in enumerate(prompts):
+            sequence = out.sequences[row, len(prompt) :]
+            assert torch.equal(drawn[row][: len(sequence)], sequence[: drawn.shape[1]])
+            assert (drawn[row][len(sequence) :] == PADDING).all()
+        # The prompts before any call, the first token after one.
+        assert streamer.launches[:2] == [before, before + 1]
+    if weights == "float32":
+        streamer = Collect()
+        lm.generate(max_new_tokens=9, seed=0, streamer=streamer)
+        assert streamer.launches[-1] > streamer.launches[0]
+
+
+def test_a_streamer_may_stop_the_call():
+    class Enough(Exception):
+        pass
+
+    class Stop(Collect):
+        def put(self, value):
+            super().put(value)
+            if len(self.values) == 5:
+                raise Enough
+
+    streamer = Stop()
+    with pytest.raises(Enough):
+        Sampler(language_model()).generate(max_new_tokens=10**9, seed=0, streamer=streamer)
+    assert len(streamer.values) == 5
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """SIGINT raises KeyboardInterrupt, also in a process that was started to ignore it."""
@@ -270,8 +330,6 @@ def test_what_a_sampler_refuses():
     with pytest.raises(RuntimeError, match=r"weights are torch.float64"):
         Sampler(language_model().double())
     sampler = Sampler(lm)
-    with pytest.raises(ValueError, match="streamer"):
-        sampler.generate(max_new_tokens=3, streamer=object())
     with pytest.raises(ValueError, match="input_ids: expected 0 <= id"):
         sampler.generate([[11]], max_new_tokens=3)
     with pytest.raises(TypeError, match="expected an integer"):
@@ -283,9 +341,9 @@ def test_native_arguments_never_reach_out_of_bounds():
     stack = packed.pack_model(language_model())
     good = {
         "inputs": np.array([11], np.int32), "input_begin": np.array([0, 1]),
-        "position": np.array([0]), "limit": np.array([2]), "eos": [], "seed": 0,
-        "do_sample": True, "temperature": 1.0, "top_k": None, "top_p": None, "min_p": None,
-        "h0": None, "log_probs": False, "threads": 1,
+        "position": np.array([0]), "stream": np.array([0]), "limit": np.array([2]),
+        "eos": [], "seed": 0, "do_sample": True, "temperature": 1.0,
+        "top_k": None, "top_p": None, "min_p": None, "h0": None, "log_probs": False, "threads": 1,
     }  # fmt: skip
     assert stack.generate(**good)[0].shape == (1, 2)
     for change in (
@@ -295,6 +353,7 @@ def test_native_arguments_never_reach_out_of_bounds():
         {"input_begin": np.array([0, 0])},
         {"input_begin": np.array([-1, 1])},
         {"position": np.array([0, 1])},
+        {"stream": np.array([0, 1])},
         {"limit": np.array([0])},
         {"h0": np.zeros((1, 1, 18), np.float32)},
         {"temperature": 0.0},

@@ -31,11 +31,13 @@ GRU_INLINE float uniform(uint64_t seed, uint64_t position, uint64_t stream) {
 }
 
 // exp(x) for x <= 0; zero where float32 has no normal number left, as for a masked logit.
-GRU_INLINE Vec<float> exp_negative(Vec<float> x) {
+template <int N>
+GRU_INLINE void exp_negative(Vec<float> (&x)[N]) {
   constexpr float limit = ExpConstants<float>::limit;
-  Vec<float> scale[1], fraction[1], clamped[1] = {larger<float>(-limit, x)};
-  scaled_exp<float, 1>(clamped, scale, fraction);
-  return x < -limit ? Vec<float>{} : scale[0] * fraction[0] + scale[0];
+  Vec<float> scale[N], fraction[N], clamped[N];
+  GRU_EACH(j) clamped[j] = larger<float>(-limit, x[j]);
+  scaled_exp<float, N>(clamped, scale, fraction);
+  GRU_EACH(j) x[j] = x[j] < -limit ? Vec<float>{} : scale[j] * fraction[j] + scale[j];
 }
 
 typedef float Float8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -66,24 +68,25 @@ class Draw {
   // null, gets the logarithm of the token's share in the softmax of the logits as they are.
   int64_t operator()(const DrawRules& rules, const float* logits, uint64_t seed, uint64_t position,
                      uint64_t stream, float* log_prob) {
-    float top;
-    if (!maximum(logits, &top)) return -1;
+    const float u = uniform(seed, position, stream);
+    const bool ranked = (rules.top_k > 0 && rules.top_k < V_) || rules.top_p < 1;
+    const bool plain = !rules.greedy && !ranked && rules.min_p == 0;
+    const float top = largest(logits);
+    const float most = rules.greedy ? top : top / rules.temperature;
+    if (!(top - top == 0.0f && most - most == 0.0f)) return -1;
+    // A sum of plain weights shows NaN by itself.
+    if (!plain && holds_nan(logits)) return -1;
     int64_t token;
     double total = 0;
     if (rules.greedy) {
       for (token = 0; logits[token] != top;) ++token;
+    } else if (ranked) {
+      token = sample_ranked(rules, logits, most, u);
     } else {
-      const float most = top / rules.temperature;
-      if (!(most - most == 0.0f)) return -1;
-      const float u = uniform(seed, position, stream);
-      const bool ranked = (rules.top_k > 0 && rules.top_k < V_) || rules.top_p < 1;
-      if (ranked) {
-        token = sample_ranked(rules, logits, most, u);
-      } else {
-        const double sum = weigh(logits, rules.temperature, most, rules.min_p);
-        token = invert(weights_, u, sum);
-        if (rules.temperature == 1 && rules.min_p == 0) total = sum;
-      }
+      const double sum = weigh(logits, rules.temperature, most, rules.min_p);
+      if (!(sum - sum == 0)) return -1;
+      token = invert(weights_, u, sum);
+      if (rules.temperature == 1 && plain) total = sum;
     }
     if (log_prob != nullptr) {
       if (total == 0) total = weigh(logits, 1, top, 0);
@@ -94,15 +97,16 @@ class Draw {
   }
 
  private:
-  // False if a value is NaN or the largest is not finite.
-  GRU_MEMBER bool maximum(const float* logits, float* top) const {
+  // NaN, or the largest of the values that are not.
+  GRU_MEMBER float largest(const float* logits) const {
     Vec<float> most = load(logits);
-    VecBits<float> odd = most != most;
     for (int64_t i = W; i < padded_; i += W) {
       const Vec<float> v = load(logits + i);
-      odd |= v != v;
       most = v > most ? v : most;
     }
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(most));
+#else
     float lane[W];
     store(lane, most);
 #pragma GCC unroll 4
@@ -110,23 +114,45 @@ class Draw {
 #pragma GCC unroll 8
       for (int i = 0; i < d; ++i) lane[i] = lane[i + d] > lane[i] ? lane[i + d] : lane[i];
     }
-    *top = lane[0];
-    bool nan = false;
-    for (int i = 0; i < W; ++i) nan |= odd[i] != 0;
-    return !nan && lane[0] - lane[0] == 0.0f;
+    return lane[0];
+#endif
+  }
+  bool holds_nan(const float* logits) const {
+    bool found = false;
+    for (int64_t i = 0; i < padded_; ++i) found |= logits[i] != logits[i];
+    return found;
   }
 
   // weights_ = exp(logits / temperature - most), or 0 below `least`; returns their sum.
   GRU_MEMBER double weigh(const float* logits, float temperature, float most, float least) {
+    return temperature == 1 ? weigh_all<false>(logits, temperature, most, least)
+                            : weigh_all<true>(logits, temperature, most, least);
+  }
+  template <bool DIVIDES>
+  double weigh_all(const float* logits, float temperature, float most, float least) {
+    constexpr int kMost = kDrawBlock / W > 4 ? kDrawBlock / W : 4;
+    int64_t i = 0;
+    for (; i + kMost * W <= padded_; i += kMost * W) {
+      weigh_some<DIVIDES, kMost>(logits, temperature, most, least, i);
+    }
+    for (; i < padded_; i += W) weigh_some<DIVIDES, 1>(logits, temperature, most, least, i);
     double total = 0;
-    for (int64_t i = 0; i < padded_; i += kDrawBlock) {
-      for (int64_t j = i; j < i + kDrawBlock; j += W) {
-        const Vec<float> w = exp_negative(load(logits + j) / temperature - most);
-        store(weights_ + j, w >= least ? w : Vec<float>{});
-      }
-      total += sums_[i / kDrawBlock] = block_sum(weights_ + i);
+    for (int64_t block = 0; block < padded_ / kDrawBlock; ++block) {
+      total += sums_[block] = block_sum(weights_ + block * kDrawBlock);
     }
     return total;
+  }
+  template <bool DIVIDES, int N>
+  GRU_MEMBER void weigh_some(const float* logits, float temperature, float most, float least,
+                             int64_t at) {
+    Vec<float> w[N];
+    GRU_EACH(j) {
+      const Vec<float> v = load(logits + at + j * W);
+      w[j] = (DIVIDES ? v / temperature : v) - most;
+    }
+    exp_negative<N>(w);
+    if (least > 0) GRU_EACH(j) w[j] = w[j] >= least ? w[j] : Vec<float>{};
+    GRU_EACH(j) store(weights_ + at + j * W, w[j]);
   }
 
   int64_t sample_ranked(const DrawRules& rules, const float* logits, float most, float u) {
@@ -154,19 +180,30 @@ class Draw {
     return invert(kept_, u, total);
   }
 
-  // The first token whose running sum exceeds u * total; sums_ are those of its blocks.
+  // The first token whose running sum exceeds u * total; sums_ are those of its blocks. Counts
+  // instead of stopping: where the sum passes is anybody's guess, also the processor's.
   GRU_MEMBER int64_t invert(const float* weights, float u, double total) const {
     const double target = static_cast<double>(u) * total;
-    double before = 0;
+    double before = 0, sum = 0;
     int64_t block = 0;
-    while (!(before + sums_[block] > target)) before += sums_[block++];
-    int64_t token = block * kDrawBlock, last = token;
-    for (int i = 0; i < kDrawBlock; ++i, ++token) {
-      before += weights[token];
-      if (before > target) return token;
-      if (weights[token] > 0) last = token;
+    for (int64_t i = 0; i < padded_ / kDrawBlock; ++i) {
+      sum += sums_[i];
+      const bool passed = sum > target;
+      block += !passed;
+      before = passed ? before : sum;
     }
-    return last;  // the block added in another order fell short by a rounding
+    const float* of_block = weights + block * kDrawBlock;
+    int within = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kDrawBlock; ++i) {
+      before += of_block[i];
+      within += !(before > target);
+    }
+    if (within == kDrawBlock) {
+      // The block added in another order fell short by a rounding.
+      for (--within; within > 0 && !(of_block[within] > 0);) --within;
+    }
+    return block * kDrawBlock + within;
   }
 
   // A max-heap of keys that rank by (-logit, id).

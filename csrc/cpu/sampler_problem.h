@@ -49,6 +49,7 @@ struct Generation {
   const int32_t* inputs;
   const int64_t* input_begin;  // (B + 1) into inputs
   const int64_t* position;     // (B) absolute index of the first token drawn
+  const int64_t* stream;       // (B) which random stream is drawn from
   const int64_t* limit;        // (B) tokens to draw at most
   const int64_t* eos;          // (eos_count) tokens that end a sequence
   int64_t eos_count;

@@ -260,23 +260,26 @@ class Stack {
   // gates_ = W_ih x + b of `count` rows.
   void project(int64_t layer, const uint32_t* x, int64_t stride, int64_t count, const float* scale,
                const Crew& crew) const {
+    const bool scaled = P == Weights::kInt8 && scale != nullptr;
     if (s_.gates == 3) {
-      project_gates<3>(layer, x, stride, count, scale, crew);
-    } else {
-      project_gates<2>(layer, x, stride, count, scale, crew);
+      if (scaled) return project_gates<3, true>(layer, x, stride, count, scale, crew);
+      return project_gates<3, false>(layer, x, stride, count, scale, crew);
     }
+    if (scaled) return project_gates<2, true>(layer, x, stride, count, scale, crew);
+    return project_gates<2, false>(layer, x, stride, count, scale, crew);
   }
-  template <int GATES>
+  // Which additions and products the compiler joins must not depend on the number of items.
+  template <int GATES, bool SCALED>
   void project_gates(int64_t layer, const uint32_t* x, int64_t stride, int64_t count,
-                     const float* scale, const Crew& crew) const {
+                     [[maybe_unused]] const float* scale, const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[layer];
     multiply<P, GATES>(weights.input, x, stride, count, crew.tiles,
                        [&]<int N>(Items at, const V(&sums)[GATES][N]) GRU_MEMBER_LAMBDA {
                          GRU_EACH(j) {
                            const int64_t row = at.row_of(j), first = at.tile_of(j) * GATES * W;
-                           const bool scaled = P == Weights::kInt8 && scale != nullptr;
                            for (int gate = 0; gate < GATES; ++gate) {
-                             const V sum = scaled ? sums[gate][j] * scale[row] : sums[gate][j];
+                             V sum = sums[gate][j];
+                             if constexpr (SCALED) sum *= scale[row];
                              store(gates_ + row * s_.row + first + gate * W,
                                    sum + load(weights.bias + first + gate * W));
                            }

@@ -45,7 +45,7 @@ constexpr int64_t kMostTokens = 12;
 
 struct Prompts {
   std::vector<int32_t> inputs;
-  std::vector<int64_t> begin{0}, position, limit;
+  std::vector<int64_t> begin{0}, position, stream, limit;
 
   Prompts(int64_t B, int64_t V) {
     for (int64_t b = 0; b < B; ++b) {
@@ -54,6 +54,7 @@ struct Prompts {
       for (int64_t i = 0; i < length; ++i) inputs.push_back(static_cast<int32_t>(generator() % V));
       begin.push_back(static_cast<int64_t>(inputs.size()));
       position.push_back(length);
+      stream.push_back(b);
       limit.push_back(1 + generator() % kMostTokens);
     }
   }
@@ -72,6 +73,7 @@ Result run(const StackShape& shape, const void* snapshot, const Prompts& prompts
   g.inputs = prompts.inputs.data();
   g.input_begin = prompts.begin.data();
   g.position = prompts.position.data();
+  g.stream = prompts.stream.data();
   g.limit = prompts.limit.data();
   g.eos = &eos;
   g.eos_count = 1;
