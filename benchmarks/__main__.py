@@ -11,8 +11,11 @@ from benchmarks import ROOT
 OWN = {
     "features": "benchmarks.features.cli",
     "figures": "benchmarks.figures",
+    "import": "benchmarks.importing",
     "lm": "benchmarks.features.cli",
     "sample": "benchmarks.sample",
+    "scaling": "benchmarks.scaling",
+    "sweep": "benchmarks.sweep",
 }
 """Commands with arguments of their own, and where they are."""
 

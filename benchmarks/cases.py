@@ -87,11 +87,10 @@ RL = [square(256, 4096, 24), square(128, 16384, 32), square(256, 128, 128, reset
 STEPS = [square(H, B, 1) for H, B in product((64, 128, 256, 512, 1024), (1, 64))]
 SWEEP = [
     square(H, B, T)
-    for H, B, T in product(
-        (8, 13, 32, 65, 128, 257, 512, 1024), (1, 3, 16, 64, 256), (1, 7, 50, 200, 1000)
-    )
-    if H * H * B * T <= 2**31
+    for T, H, B in product((1, 50, 1000), (8, 13, 32, 65, 128, 257, 512, 1024), (1, 3, 16, 64, 256))
+    if H * H * B * T <= 2**28
 ]
+"""So small that nn.GRU trains each in about a quarter of a second."""
 PRESETS = {"table": TABLE, "quick": QUICK, "rl": RL, "steps": STEPS, "sweep": SWEEP}
 
 

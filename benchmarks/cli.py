@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -23,6 +22,9 @@ def parser() -> argparse.ArgumentParser:
         description=f"gru_fast beside its peers, in one run.\n\nsuites:\n{suites}\n"
         "  sample tokens drawn one after the other: python -m benchmarks sample --help\n"
         "  features  what users do beyond a plain layer: python -m benchmarks features --help\n"
+        "  sweep     nn.GRU beside ours over a grid of sizes: python -m benchmarks sweep --help\n"
+        "  scaling   one size varied at a time: python -m benchmarks scaling --help\n"
+        "  import    import, wheel, build, first call: python -m benchmarks import --help\n"
         "  lm     a training step of a language model: python -m benchmarks lm --help\n"
         "  gpu    everything a GPU can tell: python -m benchmarks gpu --help\n\n"
         "without a suite: train, infer and step, --quick",
@@ -36,8 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--shapes", help=f"list of {', '.join(cases.PRESETS)} or shapes like H64-B1-T256"
     )
     found.add_argument("--providers", help="list of names or patterns; nn.GRU always takes part")
-    found.add_argument("--quick", action="store_true", help="small shapes, under a minute")
-    found.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    program.add_common(found)
     return found
 
 
@@ -46,14 +47,6 @@ def _suite(name: str) -> str:
         known = ", ".join([*cases.SUITES, "sample, features or gpu (as the first argument)"])
         raise argparse.ArgumentTypeError(f"expected one of {known}, got {name!r}")
     return name
-
-
-def _split(text: str, known: dict[str, object] | None = None) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if known is not None and name not in known:
-            raise ValueError(f"expected a list of {', '.join(known)}, got {name!r}")
-    return names
 
 
 def shapes_of(suite: str, given: str | None, quick: bool) -> list[cases.Case]:
@@ -74,7 +67,7 @@ def problems_of(options: argparse.Namespace) -> list[tuple[int, Problem]]:
     threads = [1]
     if options.device == "cpu" or options.threads:
         threads = program.threads_of(options.threads, options.quick)
-    dtypes = _split(options.dtype, dict(cases.DTYPES))
+    dtypes = program.some_of("dtype", options.dtype, cases.DTYPES)
     return [
         (n, Problem(case, suite, dtype, options.device))
         for suite in options.suites
@@ -90,12 +83,7 @@ def measure(options: argparse.Namespace) -> int:
         raise ValueError("device: cuda is not available here")
     problems = problems_of(options)
     providers: list[Provider] = choose(all_providers(options.device), options.providers)
-    run = program.Run(
-        [n for n, _ in problems],
-        quick=options.quick,
-        json=options.json,
-        probing=options.device == "cpu",
-    )
+    run = program.Run(options, [n for n, _ in problems], probing=options.device == "cpu")
     for threads, problem in tqdm(problems, unit="case", file=sys.stderr, disable=None):
         setting = Setting(threads, run.effort, program.bound_of(run.peaks.get(threads), threads))
         records, notes = run_problem(problem, providers, setting)

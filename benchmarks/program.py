@@ -6,12 +6,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks import machine, probe, timing
+from benchmarks import compare, machine, probe, timing
 from benchmarks.bound import lower_bound
 from benchmarks.cases import SUITES
 from benchmarks.problem import Problem
@@ -19,12 +19,23 @@ from benchmarks.records import Record, Results
 
 
 def parser(suite: str, description: str) -> argparse.ArgumentParser:
-    """With --threads, --quick and --json."""
+    """With the options that every suite has."""
     found = argparse.ArgumentParser(prog=f"python -m benchmarks {suite}", description=description)
     found.add_argument("--threads", help="list, for example 1,2; default: 1 and all")
+    add_common(found)
+    return found
+
+
+def add_common(found: argparse.ArgumentParser) -> None:
+    """--quick, --json and --compare."""
     found.add_argument("--quick", action="store_true", help="small sizes, seconds")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
-    return found
+    found.add_argument(
+        "--compare",
+        type=compare.old_run,
+        metavar="OLD.json",
+        help="tell what changed beyond noise since that run; exit code 1 on a regression of ours",
+    )
 
 
 def threads_of(given: str | None, quick: bool) -> list[int]:
@@ -39,6 +50,19 @@ def threads_of(given: str | None, quick: bool) -> list[int]:
     if min(numbers) < 1:
         raise ValueError(f"threads: expected a list of numbers from 1 on, got {given!r}")
     return numbers
+
+
+def some_of(option: str, given: str, known: Collection[str]) -> list[str]:
+    """The names of a comma-separated list.
+
+    Raises:
+        ValueError: one that is not known.
+    """
+    names = given.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: expected a list of {', '.join(known)}, got {name!r}")
+    return names
 
 
 def complain(suite: str, error: ValueError) -> int:
@@ -76,6 +100,11 @@ def bound_of(peaks: probe.Peaks | None, threads: int) -> Callable[[Problem], flo
 class Run:
     """One run of a suite: what the machine can do, and what was found, written as it comes.
 
+    Args:
+        options: of `parser`.
+        threads: for which the peaks are measured.
+        probing: whether they are.
+
     Attributes:
         results: everything so far.
         peaks: of the CPU by threads; empty where they cannot be measured or are not wanted.
@@ -83,33 +112,39 @@ class Run:
     """
 
     def __init__(
-        self, threads: Sequence[int], *, quick: bool, json: Path | None, probing: bool = True
+        self, options: argparse.Namespace, threads: Sequence[int] = (), *, probing: bool = True
     ) -> None:
-        self.effort = timing.QUICK if quick else timing.Effort()
+        self._old: Results | None = options.compare
+        self.effort = timing.QUICK if options.quick else timing.Effort()
         self.results = Results(machine.describe())
         self.peaks: dict[int, probe.Peaks] = {}
-        self._json = json
-        tqdm.write(machine.line(self.results.machine))
+        self._json = options.json
+        self.say(machine.line(self.results.machine))
         if not probing:
             return
         load = machine.OtherLoad()
         try:
-            self.peaks = probe.measure_all(sorted(set(threads)), 0.001 if quick else 0.003)
+            self.peaks = probe.measure_all(sorted(set(threads)), 0.001 if options.quick else 0.003)
         except probe.ProbeError as error:
             self.note(f"no bound: {error}")
         self.results.figures += figures(self.peaks, load.share())
+
+    def say(self, text: str) -> None:
+        """Print, beside a bar of progress."""
+        tqdm.write(text)
 
     def note(self, text: str) -> None:
         """Keep and print, once."""
         if text not in self.results.notes:
             self.results.notes.append(text)
-            tqdm.write(text)
+            self.say(text)
 
-    def add(self, records: Sequence[Record], text: str) -> None:
+    def add(self, records: Sequence[Record], text: str, *, write: bool = True) -> None:
         """Keep, print text, write the file."""
         self.results.records += records
-        tqdm.write("\n" + text)
-        self.write()
+        self.say(("\n" if write else "") + text)
+        if write:
+            self.write()
 
     def write(self) -> None:
         """The file, if one was asked for."""
@@ -117,9 +152,18 @@ class Run:
             self.results.write(self._json)
 
     def finish(self) -> int:
-        """Name what has no figure; 0 if every gate was green and nothing failed, else 1."""
+        """Name what has no figure and what changed.
+
+        Returns:
+            0 if every gate was green, nothing failed and nothing of ours became slower, else 1.
+        """
+        self.write()
         broken = [record for record in self.results.records if record.median_s is None]
         for record in broken:
             what = record.feature or record.case
             print(f"no figure: {record.provider} {what}: {record.error}", file=sys.stderr)
-        return 1 if broken else 0
+        regressions = 0
+        if self._old is not None:
+            text, regressions = compare.compared(self._old, self.results)
+            self.say("\n" + text)
+        return 1 if broken or regressions else 0

@@ -97,7 +97,7 @@ class Results:
         return {
             "schema": SCHEMA,
             "machine": self.machine,
-            "records": [asdict(record) for record in self.records],
+            "records": [_without_defaults(record) for record in self.records],
             "figures": self.figures,
             "notes": self.notes,
             "rows": self.rows,
@@ -108,6 +108,12 @@ class Results:
         data = self.as_dict()
         validate(data)
         write_json(path, data)
+
+
+def _without_defaults(record: Record) -> dict[str, Any]:
+    """The fields that say something; `read` fills in the others."""
+    values = asdict(record)
+    return {f.name: values[f.name] for f in fields(Record) if values[f.name] != f.default}
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,6 +29,7 @@ class Setting:
         bound: seconds that a problem takes at best, or None where that is not known.
         dry: whether a CPU stands in for a GPU: no ratio, no bound.
         footprint: whether to take first call and peak memory.
+        gate_steps: most time steps of the gate, or None: as many as its reference can keep.
     """
 
     threads: int
@@ -36,6 +37,7 @@ class Setting:
     bound: Callable[[Problem], float | None] | None = None
     dry: bool = False
     footprint: bool = True
+    gate_steps: int | None = None
 
 
 class Gate:
@@ -128,7 +130,10 @@ def run_problem(
     ready: dict[str, Prepared] = {}
     baseline, notes = None, []
     with float32_as(problem.dtype):
-        gate = Gate(problem, setting.threads, 1 if setting.dry else None)
+        shorter = problem
+        if setting.gate_steps is not None and setting.gate_steps < problem.case.T:
+            shorter = replace(problem, case=replace(problem.case, T=setting.gate_steps))
+        gate = Gate(shorter, setting.threads, 1 if setting.dry else None)
         for provider in providers:
             reason = provider.why_not(problem)
             if reason is not None:

@@ -56,7 +56,7 @@ def main(suite: str, arguments: list[str]) -> int:
         threads = program.threads_of(options.threads, options.quick)
     except ValueError as error:
         return program.complain(suite, error)
-    run = program.Run(threads, quick=options.quick, json=options.json)
+    run = program.Run(options, threads)
     for n in threads:
         setting = Setting(n, run.effort, program.bound_of(run.peaks.get(n), n))
         for row in rows:

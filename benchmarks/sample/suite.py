@@ -278,7 +278,7 @@ def main(suite: str, arguments: list[str]) -> int:
             raise ValueError("expected shapes with V >= 1 and one layer")
     except ValueError as error:
         return program.complain("sample", error)
-    run = program.Run(threads, quick=options.quick, json=options.json)
+    run = program.Run(options, threads)
     for n in threads:
         for case in shapes:
             records = run_case(case, n, run.effort, run.peaks.get(n))
