@@ -13,7 +13,7 @@ OWN = {
     "figures": "benchmarks.figures",
     "import": "benchmarks.importing",
     "lm": "benchmarks.features.cli",
-    "sample": "benchmarks.sample",
+    "sample": "benchmarks.sample.cli",
     "scaling": "benchmarks.scaling",
     "sweep": "benchmarks.sweep",
 }

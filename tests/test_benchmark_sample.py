@@ -6,47 +6,79 @@ import json
 import pytest
 import torch
 
+from gru_fast import GRULanguageModel
 from repository_tools import load
 
-sample = load("benchmarks.sample")
+cli = load("benchmarks.sample.cli")
+facts = load("benchmarks.sample.facts")
+providers = load("benchmarks.sample.providers")
+suite = load("benchmarks.sample.suite")
 records = load("benchmarks.records")
+timing = load("benchmarks.timing")
 
 
 @pytest.fixture
 def model():
-    return sample.GRULanguageModel(20, 24, 24)
+    return GRULanguageModel(20, 24, 24)
 
 
 @pytest.mark.parametrize("B", (1, 3))
 def test_every_provider_passes_the_gate(model, B):
-    found = sample.providers()
+    found = providers.providers()
     assert next(iter(found)) == ("nn.GRU.loop", "float32")
-    assert {dtype for name, dtype in found if name == "gru_fast.sampler"} == set(sample.BYTES)
+    assert {dtype for name, dtype in found if name == "gru_fast.sampler"} == set(suite.BYTES)
     for (name, dtype), (_, prepare) in found.items():
         draw = prepare(model, B)
-        assert sample.gate(draw, model, dtype) is None, name
+        assert suite.gate(draw, model, dtype) is None, name
         tokens = draw(7, False)
         assert tokens.shape == (B, 7) and tokens.dtype == torch.int64
         assert not torch.equal(draw(60, False)[0], draw(60, True)[0])
 
 
 def test_the_gate_sees_a_sampler_of_another_model(model):
-    draw = sample.nn_gru_loop(sample.GRULanguageModel(20, 24, 24), 2)
-    assert "below the largest logit" in sample.gate(draw, model, "float32")
+    draw = providers.nn_gru_loop(GRULanguageModel(20, 24, 24), 2)
+    assert "below the largest logit" in suite.gate(draw, model, "float32")
 
 
 def test_records_are_of_the_common_form(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample.timing, "QUICK", sample.timing.DRY)
-    monkeypatch.setattr(sample.probe, "measure_all", lambda *_: {})
+    monkeypatch.setattr(timing, "QUICK", timing.DRY)
+    monkeypatch.setattr(cli.program.probe, "measure_all", lambda *_: {})
     file = tmp_path / "sample.json"
     shape = ["--shapes", "H16-B2-T9-V20", "--threads", "1"]
-    assert sample.main("sample", ["--quick", *shape, "--json", str(file)]) == 0
+    assert cli.main("sample", ["--quick", *shape, "--json", str(file)]) == 0
     written = records.read(file).records
     assert {r.suite for r in written} == {"sample"} and all(r.parity == "ok" for r in written)
     assert all(r.ratio_to_torch is not None and r.median_s > 0 for r in written)
-    assert len(json.loads(file.read_text())["records"]) == len(sample.providers())
+    assert len(json.loads(file.read_text())["records"]) == len(providers.providers())
 
 
 def test_bad_arguments(capsys):
-    assert sample.main("sample", ["--shapes", "H16-B2-T9"]) == 2
+    assert cli.main("sample", ["--shapes", "H16-B2-T9"]) == 2
     assert "V >= 1" in capsys.readouterr().err
+
+
+def test_facts_have_a_value_and_a_unit(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "QUICK", timing.DRY)
+    file = tmp_path / "facts.json"
+    before = torch.get_num_threads()
+    try:
+        arguments = ["--quick", "--shapes", "none", "--facts", "all", "--json", str(file)]
+        assert cli.main("sample", arguments) == 0
+    finally:
+        torch.set_num_threads(before)
+    found = {}
+    for figure in records.read(file).figures:
+        found.setdefault(figure["name"], []).append(figure)
+    assert {"stream.step", "stream.tail", "threads.streams", "interrupt", "prompt", "batching",
+            "streamer", "nats_lost", "flips"} <= set(found)  # fmt: skip
+    assert all(figure["value"] == figure["value"] for many in found.values() for figure in many)
+    assert all(figure["value"] < 0.01 for figure in found["flips"])
+    assert found["batching"][0]["shortest"] < found["batching"][0]["longest"]
+
+
+def test_which_facts_are_taken():
+    assert cli.facts_of(None, shapes_given=True) == []
+    assert cli.facts_of(None, shapes_given=False) == list(facts.FACTS)
+    assert cli.facts_of("none", shapes_given=False) == []
+    with pytest.raises(ValueError, match=r"facts: expected a list of step, .* got 'speed'"):
+        cli.facts_of("speed", shapes_given=False)
