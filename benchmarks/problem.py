@@ -52,6 +52,11 @@ class Problem:
         return self.suite == "train"
 
     @property
+    def is_plain_layer(self) -> bool:
+        """Whether `case` says all about its cost."""
+        return True
+
+    @property
     def beside_torch(self) -> bool:
         """Whether nn.GRU can take it, and so is the yardstick of the gate."""
         return not self.case.resets

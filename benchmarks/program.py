@@ -90,7 +90,7 @@ def bound_of(peaks: probe.Peaks | None, threads: int) -> Callable[[Problem], flo
         return None
 
     def bound(problem: Problem) -> float | None:
-        if problem.suite not in SUITES:
+        if problem.suite not in SUITES or not problem.is_plain_layer:
             return None
         return lower_bound(problem.case, problem.suite, problem.dtype, threads, peaks)
 

@@ -27,26 +27,35 @@ AUTOCAST_DEVICES = ("cuda", "xpu", "mps")
 """Devices where autocast applies to a call: on the CPU it does not."""
 
 _VMAP = torch._C._functorch.TransformType.Vmap
+_GRAD = torch._C._functorch.TransformType.Grad
 
 
-def _only_vmap() -> bool:
+def only_vmap() -> bool:
+    """Whether every live `torch.func` transform is `vmap`."""
     stack = torch._C._functorch.get_interpreter_stack()
     return stack is None or all(level.key() == _VMAP for level in stack)
 
 
 # What torch.compiler.assume_constant_result sets: that function itself loads the whole compiler.
-_only_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
+only_vmap._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _one_gradient() -> bool:
+    levels = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return levels.count(_GRAD) == 1 and levels.count(_VMAP) == len(levels) - 1
 
 
 def needs_composition() -> bool:
     """Whether a live transform is one that only plain PyTorch operations get right.
 
-    True under forward-mode AD and under every `torch.func` transform but `vmap`. Dynamo traces it,
-    with guards of its own on both states.
+    True under forward-mode AD and under every `torch.func` transform but `vmap` and, in eager
+    code, one gradient. Dynamo traces it, with guards of its own on both states.
     """
     if forward_ad._current_level >= 0:
         return True
-    return torch._C._are_functorch_transforms_active() and not _only_vmap()
+    if not torch._C._are_functorch_transforms_active() or only_vmap():
+        return False
+    return torch.compiler.is_compiling() or not _one_gradient()
 
 
 def dtype_of_call(device_type: str, dtype: torch.dtype) -> torch.dtype:
@@ -95,7 +104,10 @@ def why_not(
     """
     reasons: dict[str, str] = {}
     if composed:
-        transform = "forward-mode AD or a torch.func transform is live: only the reference has it"
+        transform = (
+            "forward-mode AD, a gradient of a gradient, or a compiled gradient of torch.func is "
+            "live: only the reference has it"
+        )
         return dict.fromkeys(("cpu", "triton", "cudnn"), transform)
     if device_type != "cpu":
         reasons["cpu"] = f"the input is on {device_type}"

@@ -24,6 +24,8 @@ Selector = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """A name or glob pattern (`"decoder.*"`), several of them, or a function of name and module."""
 
 FAST_CLASSES: dict[type, type] = {TorchGRU: GRU, TorchGRUCell: GRUCell}
+_OPTIONS = ("cell", "backend", "recompute", "recurrent_dropout", "learn_h0", "num_heads")
+
 _TO_TORCH: dict[type, type] = {fast: torch_class for torch_class, fast in FAST_CLASSES.items()}
 
 
@@ -78,8 +80,8 @@ def revert(
 ) -> ConvertReport:
     """Turn every `gru_fast.GRU` and `gru_fast.GRUCell` in a model into torch's, in place.
 
-    Modules whose `cell` torch does not have are skipped. Arguments, result and errors are
-    `convert`'s.
+    Modules whose `cell` torch does not have, or with several heads, are skipped. Arguments, result
+    and errors are `convert`'s.
     """
     return _swap(model, include, exclude, _TO_TORCH)
 
@@ -124,7 +126,7 @@ def _swap(
                 module.__dict__.pop("_flat_weights", None)
                 module.__dict__.pop("_flat_weight_refs", None)
             else:
-                for option in ("cell", "backend", "recompute", "recurrent_dropout", "learn_h0"):
+                for option in _OPTIONS:
                     module.__dict__.pop(option, None)
                 if isinstance(module, TorchGRU):
                     module._init_flat_weights()
@@ -162,6 +164,8 @@ def _unusable(module: nn.Module) -> str:
     for option in ("recurrent_dropout", "learn_h0"):
         if getattr(module, option, False):
             return f"torch has no {option}"
+    if getattr(module, "num_heads", 1) != 1:
+        return f"torch has no num_heads={module.num_heads}"
     hidden = module.hidden_size
     assert isinstance(hidden, int)
     for name, shape in _expected_shapes(module, hidden).items():

@@ -123,6 +123,7 @@ def explain(
     facts: dict[str, Any] = {
         "lengths": lengths is not None or isinstance(input, PackedSequence),
         "resets": reset_mask is not None,
+        "grouped": getattr(module, "num_heads", 1) > 1,
         "composed": backends.needs_composition(),
     }
     dtype = backends.dtype_of_call(data.device.type, data.dtype)
@@ -131,7 +132,9 @@ def explain(
     tensors = (data, hx, reset_state, *module._flat_weights)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     why_not = backends.why_not(*place, **facts)
-    sizes = (T, B, 2 if getattr(module, "bidirectional", False) else 1, module.hidden_size)
+    heads = getattr(module, "num_heads", 1)
+    groups = heads * (2 if getattr(module, "bidirectional", False) else 1)
+    sizes = (T, B, groups, module.hidden_size // heads)
     preferred = None
     if data.is_cuda and module.backend == "auto":
         preferred = backends.why_cudnn(data.device, dtype, sizes, module.cell, training)
@@ -234,16 +237,16 @@ def _cost(
 ) -> tuple[int, int, int]:
     """FLOP, bytes moved and bytes saved for backward of the forward call."""
     H, N, S = module.hidden_size, GATES[module.cell], SLOTS[module.cell]
-    layers, directions, recompute = 1, 1, False
+    layers, directions, recompute, heads = 1, 1, False, getattr(module, "num_heads", 1)
     if isinstance(module, GRU):
         layers, directions = module.num_layers, 2 if module.bidirectional else 1
         recompute = module.recompute
     flops = moved = saved = 0
     width = module.input_size
     for _ in range(layers):
-        flops += 2 * steps * directions * N * H * (width + H)
+        flops += 2 * steps * directions * N * H * (width + H // heads)
         moved += steps * (width + directions * H)
-        moved += directions * N * H * (width + H + (2 if module.bias else 0))
+        moved += directions * N * H * (width + H // heads + (2 if module.bias else 0))
         moved += directions * B * H * (1 if hx is None else 2)
         saved += steps * directions * S * H if training and not recompute else 0
         width = directions * H

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast import one_step
+from gru_fast import heads, one_step
 from gru_fast.dropout import Dropout, PackedDropout, state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
 from gru_fast.recurrence import FORWARD, layer, layer_with_gates, scan
@@ -126,6 +126,7 @@ def gru(
     cell: str = "reset_after",
     backend: str = "auto",
     recompute: bool = False,
+    num_heads: int = 1,
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
@@ -150,6 +151,7 @@ def gru(
     cell: str = "reset_after",
     backend: str = "auto",
     recompute: bool = False,
+    num_heads: int = 1,
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
@@ -173,6 +175,7 @@ def gru(
     cell: str = "reset_after",
     backend: str = "auto",
     recompute: bool = False,
+    num_heads: int = 1,
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
@@ -196,6 +199,8 @@ def gru(
         cell: "reset_after" (nn.GRU's), "reset_before" or "no_reset".
         backend: a name of `gru_fast.backends.NAMES`.
         recompute: save inputs and outputs only, and rebuild the gates in backward.
+        num_heads: K > 1 makes the recurrent weights block-diagonal, each weight_hh (N*H, H/K); see
+            `gru_fast.GRU`.
         lengths: (B,) int64 or int32, 0 <= length <= T; output is 0 from there on. Not with a
             PackedSequence.
         reset_mask: (T, B), (B, T) with batch_first, or (T,) unbatched, bool: true where a step
@@ -218,6 +223,7 @@ def gru(
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
     plain = not (bidirectional or return_gates or (training and (dropout or recurrent_dropout)))
+    plain = plain and num_heads == 1
     if plain and lengths is reset_mask is reset_state is h_scale is None:
         done = one_step.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
         if done is not None:
@@ -225,20 +231,22 @@ def gru(
     _check_params(params, 4 if bias else 2, num_layers, bias, bidirectional)
     if recurrent_dropout and training:
         layers = num_layers * (2 if bidirectional else 1)
-        shape = state_shape(input, layers, params[1].shape[-1], batch_first)
+        shape = state_shape(input, layers, params[1].shape[-1] * num_heads, batch_first)
         h_scale = state_scale(recurrent_dropout, shape, params[1], h_scale)
     run: Callable[..., tuple[Tensor, Tensor]]
     workspaces: list[Tensor] = []
     if return_gates:
+        inner: Callable[..., Any] = layer_with_gates
+        if num_heads > 1:
+            inner = partial(heads.layer_with_gates, num_heads=num_heads)
 
         def run(*tensors: Tensor, **features: Any) -> tuple[Tensor, Tensor]:
-            output, h_n, workspace = layer_with_gates(
-                *tensors, cell=cell, backend=backend, **features
-            )
+            output, h_n, workspace = inner(*tensors, cell=cell, backend=backend, **features)
             workspaces.append(workspace)
             return output, h_n
     else:
-        run = partial(layer, cell=cell, backend=backend, recompute=recompute)
+        run = layer if num_heads == 1 else partial(heads.layer, num_heads=num_heads)
+        run = partial(run, cell=cell, backend=backend, recompute=recompute)
     results = run_layers(
         input,
         hx,
@@ -248,6 +256,7 @@ def gru(
         dropout=dropout if training else 0.0,
         bidirectional=bidirectional,
         batch_first=batch_first,
+        num_heads=num_heads,
         lengths=lengths,
         reset_mask=reset_mask,
         reset_state=reset_state,
@@ -306,6 +315,7 @@ def run_layers(
     dropout: float,
     bidirectional: bool,
     batch_first: bool,
+    num_heads: int = 1,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
@@ -324,6 +334,7 @@ def run_layers(
         dropout: probability of the dropout between layers, 0 outside training.
         bidirectional: as in `gru`.
         batch_first: as in `gru`.
+        num_heads: as in `gru`; weight_hh has a num_heads-th of the state's columns.
         lengths: as in `gru`.
         reset_mask: as in `gru`.
         reset_state: as in `gru`.
@@ -338,8 +349,8 @@ def run_layers(
     """
     if isinstance(input, PackedSequence):
         return _run_packed(
-            input, hx, params, run, num_layers, dropout, bidirectional, lengths, reset_mask,
-            reset_state, h_scale,
+            input, hx, params, run, num_layers, dropout, bidirectional, num_heads, lengths,
+            reset_mask, reset_state, h_scale,
         )  # fmt: skip
     batched = input.dim() == 3
     if not batched:
@@ -362,8 +373,8 @@ def run_layers(
             reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
     drop = Dropout(dropout) if dropout and num_layers > 1 else None
     output, h_n = _stack(
-        x, hx, params, run, num_layers, bidirectional, lengths, reset_mask, reset_state, h_scale,
-        drop,
+        x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
+        reset_state, h_scale, drop,
     )  # fmt: skip
     if not batched:
         return output.squeeze(1), h_n.squeeze(1)
@@ -378,6 +389,7 @@ def _run_packed(
     num_layers: int,
     dropout: float,
     bidirectional: bool,
+    num_heads: int,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
@@ -399,11 +411,12 @@ def _run_packed(
         return tensor.index_select(1, sorted_indices)
 
     if hx is not None:
-        _check_hx(hx, num_layers * (2 if bidirectional else 1), x.shape[1], params[1].shape[1])
+        H = params[1].shape[1] * num_heads
+        _check_hx(hx, num_layers * (2 if bidirectional else 1), x.shape[1], H)
     drop = PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
     output, h_n = _stack(
-        x, sort(hx), params, run, num_layers, bidirectional, row_lengths.to(data.device),
-        sort(reset_mask), sort(reset_state), sort(h_scale), drop,
+        x, sort(hx), params, run, num_layers, bidirectional, num_heads,
+        row_lengths.to(data.device), sort(reset_mask), sort(reset_state), sort(h_scale), drop,
     )  # fmt: skip
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
@@ -423,6 +436,7 @@ def _stack(
     run: Callable[..., tuple[Tensor, Tensor]],
     num_layers: int,
     bidirectional: bool,
+    num_heads: int,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
@@ -432,7 +446,7 @@ def _stack(
     """All layers over time-major (T, B, I)."""
     D = 2 if bidirectional else 1
     per = len(params) // (num_layers * D)
-    B, H = x.shape[1], params[1].shape[-1]
+    B, H = x.shape[1], params[1].shape[-1] * num_heads
     _check_input_width(x, params[0], 1)
     if hx is None:
         hx = x.new_zeros(num_layers * D, B, H)

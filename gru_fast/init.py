@@ -34,7 +34,8 @@ def per_gate_(module: Module, kind: str, function: Callable[..., Any], **options
     Args:
         module: A GRU or GRUCell, of this library or of torch.
         kind: `"weight_ih"`, `"weight_hh"`, `"bias_ih"` or `"bias_hh"`.
-        function: Called with the (H, I) or (H, H) weight, or (H,) bias, of one gate; in place.
+        function: Called with the (H, I) or (H, H) weight, or (H,) bias, of one gate, with
+            `num_heads` the square weight of one gate and head; in place.
             Weights of less than float32 are handed over in float32 and rounded.
         **options: Passed on, `generator=` for one.
 
@@ -52,7 +53,8 @@ def per_gate_(module: Module, kind: str, function: Callable[..., Any], **options
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
     for parameter in _parameters(module, kind):
-        for block in parameter.chunk(_gates(module)):
+        heads = getattr(module, "num_heads", 1) if kind == "weight_hh" else 1
+        for block in parameter.chunk(_gates(module) * heads):
             exact = block if block.dtype in (torch.float32, torch.float64) else block.float()
             function(exact, **options)
             if exact is not block:
@@ -63,7 +65,7 @@ def per_gate_(module: Module, kind: str, function: Callable[..., Any], **options
 def orthogonal_(
     module: Module, gain: float = 1.0, generator: torch.Generator | None = None
 ) -> Module:
-    """Make the recurrent (H, H) weight of each gate an orthogonal matrix times `gain`.
+    """Make the recurrent (H, H) weight of each gate (and head) an orthogonal matrix times `gain`.
 
     Args:
         module: As for `per_gate_`.

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gru_fast import cudnn, functional
 from gru_fast.backends import NAMES
 from gru_fast.gates import Gates
+from gru_fast.reference import GATES
 
 __all__ = ["GRU", "GRUCell"]
 
@@ -134,20 +135,24 @@ class GRU(Recurrent):
             itself, z * h, is not dropped.
         learn_h0: Adds a parameter `h0`, the state that a call without `hx` begins with and that
             `reset_mask` resets to. It is 0 at first, and when a `state_dict` without it is loaded.
+        num_heads: K > 1 makes the recurrent weights block-diagonal: each head has H / K units,
+            which see the whole input of the layer, and of the state their own head only. It is
+            what a loop over K GRUs of H / K units gives, outputs concatenated. K divides H.
 
     Attributes:
         weight_ih_l[k]: (N * H, I) for k = 0, else (N * H, D * H). N is 3 (rows of r, z, n), or 2
             (z, n) for `cell="no_reset"`. The second direction adds the suffix `_reverse`.
-        weight_hh_l[k]: (N * H, H).
+        weight_hh_l[k]: (N * H, H / num_heads), the columns of a unit's own head.
         bias_ih_l[k]: (N * H).
         bias_hh_l[k]: (N * H).
         h0: (L * D, H), with `learn_h0`.
 
     Raises:
         ValueError: Unknown `cell` or `backend`, sizes that are not positive, `dropout` or
-            `recurrent_dropout` outside [0, 1], or a `proj_size`.
-        TypeError: Sizes that are not int; `bias`, `batch_first`, `recompute` or `learn_h0` that are
-            not bool.
+            `recurrent_dropout` outside [0, 1], a `proj_size`, or a `hidden_size` that `num_heads`
+            does not divide.
+        TypeError: Sizes or `num_heads` that are not int; `bias`, `batch_first`, `recompute` or
+            `learn_h0` that are not bool.
 
     Sources: Cho et al. 2014 (arXiv:1406.1078); the default candidate is cuDNN's and
     `torch.nn.GRU`'s.
@@ -163,6 +168,7 @@ class GRU(Recurrent):
     recompute: bool = False
     recurrent_dropout: float = 0.0
     learn_h0: bool = False
+    num_heads: int = 1
 
     @overload
     def __init__(
@@ -182,6 +188,7 @@ class GRU(Recurrent):
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
+        num_heads: int = 1,
     ) -> None: ...
 
     @overload
@@ -193,6 +200,7 @@ class GRU(Recurrent):
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
+        num_heads: int = 1,
         **kwargs: Any,
     ) -> None: ...
 
@@ -204,6 +212,7 @@ class GRU(Recurrent):
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
         learn_h0: bool = False,
+        num_heads: int = 1,
         **kwargs: Any,
     ) -> None:
         """See the class."""
@@ -218,13 +227,20 @@ class GRU(Recurrent):
         self.backend = backend
         self.recompute = recompute
         self.recurrent_dropout = recurrent_dropout
+        if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+            raise TypeError(f"num_heads should be of type int, got: {type(num_heads).__name__}")
+        self.num_heads = num_heads
         super().__init__("GRU", *args, **kwargs)
         if self.proj_size:
             raise ValueError(
                 f"proj_size is an argument of LSTM only, expected 0 for GRU, got {self.proj_size}"
             )
-        if cell == "no_reset":
-            self._drop_reset_rows()
+        if num_heads < 1 or self.hidden_size % num_heads:
+            raise ValueError(
+                f"num_heads: expected a divisor of hidden_size={self.hidden_size}, got {num_heads}"
+            )
+        if cell == "no_reset" or num_heads > 1:
+            self._reshape_weights()
         self.learn_h0 = learn_h0
         if learn_h0:
             layers = self.num_layers * (2 if self.bidirectional else 1)
@@ -232,9 +248,13 @@ class GRU(Recurrent):
             self.h0 = nn.Parameter(weight.new_zeros(layers, self.hidden_size))
 
     def reset_parameters(self) -> None:
-        """Draw the weights as `torch.nn.GRU` does; `h0` becomes 0."""
+        """Draw the weights as `torch.nn.GRU` of a head's size does; `h0` becomes 0."""
         h0 = self._parameters.pop("h0", None)  # RNNBase would draw it too
         super().reset_parameters()
+        if self.num_heads > 1:
+            with torch.no_grad():
+                for weight in self.parameters():
+                    weight.mul_(self.num_heads**0.5)
         if h0 is not None:
             self.h0 = h0
             nn.init.zeros_(h0)
@@ -251,11 +271,14 @@ class GRU(Recurrent):
         shape = functional.state_shape(input, layers, self.hidden_size, self.batch_first)
         return self.h0 if len(shape) == 2 else self.h0.unsqueeze(1).expand(shape)
 
-    def _drop_reset_rows(self) -> None:
-        rows = 2 * self.hidden_size
+    def _reshape_weights(self) -> None:
+        rows = GATES[self.cell] * self.hidden_size
         for name in self._flat_weights_names:
             old = getattr(self, name)
-            setattr(self, name, nn.Parameter(old.new_empty((rows, *old.shape[1:]))))
+            columns = old.shape[1:]
+            if name.startswith("weight_hh"):
+                columns = (self.hidden_size // self.num_heads,)
+            setattr(self, name, nn.Parameter(old.new_empty((rows, *columns))))
         self.reset_parameters()
 
     def flatten_parameters(self) -> None:
@@ -267,7 +290,7 @@ class GRU(Recurrent):
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return
         weights = self._flat_weights
-        if self.cell != _DEFAULT_CELL or self.bidirectional:
+        if self.cell != _DEFAULT_CELL or self.bidirectional or self.num_heads > 1:
             return
         if all(type(w) is nn.Parameter for w in weights):
             for layer in range(self.num_layers):
@@ -279,6 +302,7 @@ class GRU(Recurrent):
         return super().extra_repr() + _options_repr(
             self.cell,
             self.backend,
+            num_heads=self.num_heads if self.num_heads > 1 else 0,
             recompute=self.recompute,
             recurrent_dropout=self.recurrent_dropout,
             learn_h0=self.learn_h0,
@@ -374,6 +398,7 @@ class GRU(Recurrent):
             cell=self.cell,
             backend=self.backend,
             recompute=self.recompute,
+            num_heads=self.num_heads,
             lengths=lengths,
             reset_mask=reset_mask,
             reset_state=reset_state,

@@ -90,10 +90,11 @@ def to_keras(gru: GRU) -> list[list[np.ndarray]]:
     """What `set_weights` of the Keras layers takes, one list of arrays for each layer.
 
     Raises:
-        ValueError: The cell is `no_reset`, which Keras has not.
+        ValueError: The cell is `no_reset`, which Keras has not, or it has several heads.
     """
     if gru.cell == "no_reset":
         raise ValueError("gru: Keras has no GRU without a reset gate, cell='no_reset'")
+    _check_dense(gru)
     layers = []
     for k in range(gru.num_layers):
         arrays = []
@@ -165,10 +166,12 @@ def to_onnx(gru: GRU) -> list[dict[str, np.ndarray]]:
     """The inputs "W", "R" and, with biases, "B" of an ONNX GRU node for each layer.
 
     Raises:
-        ValueError: The cell is `no_reset`, for which ONNX has no attribute.
+        ValueError: The cell is `no_reset`, for which ONNX has no attribute, or there are several
+            heads.
     """
     if gru.cell == "no_reset":
         raise ValueError("gru: ONNX has no GRU without a reset gate, cell='no_reset'")
+    _check_dense(gru)
     layers = []
     for k in range(gru.num_layers):
         suffixes = ("", "_reverse") if gru.bidirectional else ("",)
@@ -238,6 +241,7 @@ def to_course(gru: GRU) -> dict[str, np.ndarray]:
         ValueError: The GRU has more than one layer or direction, or the cell `reset_after`,
             which that notation has not.
     """
+    _check_dense(gru)
     if gru.num_layers > 1 or gru.bidirectional or gru.cell == "reset_after":
         raise ValueError(
             "gru: expected one layer, one direction and cell='reset_before' or 'no_reset', got "
@@ -264,6 +268,11 @@ def _swap_first_two(rows: np.ndarray) -> np.ndarray:
 
 def _array(gru: nn.Module, name: str) -> np.ndarray:
     return gru.get_parameter(name).detach().cpu().numpy()
+
+
+def _check_dense(gru: GRU) -> None:
+    if gru.num_heads > 1:
+        raise ValueError(f"gru: expected dense recurrent weights, got num_heads={gru.num_heads}")
 
 
 @torch.no_grad()

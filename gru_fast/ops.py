@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gru_fast import ops_vmap, reference
 from gru_fast.checks import check_backward, check_layer, check_length_values, check_scan
+from gru_fast.ops_vmap import DIFFERENTIABLE
 from gru_fast.reference import SLOTS
 
 _OPTIONAL = "Tensor? lengths, Tensor? reset_mask, Tensor? reset_state, Tensor? h_scale"
@@ -57,10 +58,6 @@ layer: Any = torch.ops.gru_fast.layer.default
 scan: Any = torch.ops.gru_fast.scan.default
 layer_backward: Any = torch.ops.gru_fast.layer_backward.default
 scan_backward: Any = torch.ops.gru_fast.scan_backward.default
-
-# Differentiable inputs of each op: (position in the schema, position in output_mask).
-_LAYER_GRADS = {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 8: 6, 9: 7}
-_SCAN_GRADS = {0: 0, 1: 1, 2: 2, 3: 3, 6: 4, 7: 5}
 
 
 def _backward_check(check: Callable[..., None], gradients: int) -> Callable[..., None]:
@@ -112,12 +109,12 @@ def _scan_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _layer_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check_layer_backward(*args)
-    return _fake_gradients([args[3 + i] for i in _LAYER_GRADS], args[18], args[4])
+    return _fake_gradients([args[3 + i] for i in DIFFERENTIABLE["layer"]], args[18], args[4])
 
 
 def _scan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check_scan_backward(*args)
-    return _fake_gradients([args[3 + i] for i in _SCAN_GRADS], args[16], args[4])
+    return _fake_gradients([args[3 + i] for i in DIFFERENTIABLE["scan"]], args[16], args[4])
 
 
 for _name, _fake in (
@@ -242,15 +239,19 @@ def without_grad(op: Any, *args: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep for `gradient_rule` what a forward op had and gave."""
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.reverse, ctx.recompute = inputs[-3:]
     ctx.save_for_backward(*inputs[:-3], output[0], output[2])
 
 
-def _gradient_rule(
-    op: Callable[..., tuple[Tensor, ...]], gradients: dict[int, int]
+def gradient_rule(
+    op: Callable[..., tuple[Tensor, ...]], name: str
 ) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The gradient of "layer" or "scan" by a call of its backward op."""
+    gradients = {position: k for k, position in enumerate(DIFFERENTIABLE[name])}
+
     def backward(
         ctx: Any, grad_output: Tensor | None, grad_h_n: Tensor | None, grad_ws: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -264,8 +265,10 @@ def _gradient_rule(
             grad_output, grad_h_n, grad_ws, *ctx.saved_tensors, ctx.cell, ctx.reverse,
             ctx.recompute, [needed[i] for i in gradients],
         )  # fmt: skip
-        differentiated = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
-        grads = op(*arguments) if differentiated else without_grad(op, *arguments)
+        past_formula = isinstance(op, torch._ops.OpOverload) and not (
+            torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        )
+        grads = without_grad(op, *arguments) if past_formula else op(*arguments)
         for i, k in gradients.items():
             if needed[i]:
                 result[i] = grads[k]
@@ -274,13 +277,14 @@ def _gradient_rule(
     return backward
 
 
-def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep for `double_backward_rule` what a backward op had."""
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.reverse, ctx.recompute, ctx.output_mask = inputs[-4:]
     ctx.save_for_backward(*inputs[:-4])
 
 
-def _double_backward_rule(
+def double_backward_rule(
     function: Callable[..., tuple[Tensor, ...]],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     """Differentiate a backward op through the reference, which is right to any order."""
@@ -319,7 +323,7 @@ class _Eager(torch.autograd.Function):
     def forward(cls, ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         """The op, with what backward needs saved."""
         output = without_grad(cls.op, *args)
-        _save(ctx, args, output)
+        save(ctx, args, output)
         return output
 
 
@@ -329,19 +333,19 @@ def _eager(op: Any, backward: Callable[..., Any]) -> Callable[..., tuple[Tensor,
     return function.apply  # type: ignore[no-any-return]
 
 
-_layer_gradient = _gradient_rule(layer_backward, _LAYER_GRADS)
-_scan_gradient = _gradient_rule(scan_backward, _SCAN_GRADS)
+_layer_gradient = gradient_rule(layer_backward, "layer")
+_scan_gradient = gradient_rule(scan_backward, "scan")
 
 eager_layer = _eager(layer, _layer_gradient)
 eager_scan = _eager(scan, _scan_gradient)
 
-torch.library.register_autograd("gru_fast::layer", _layer_gradient, setup_context=_save, lib=_lib)
-torch.library.register_autograd("gru_fast::scan", _scan_gradient, setup_context=_save, lib=_lib)
+torch.library.register_autograd("gru_fast::layer", _layer_gradient, setup_context=save, lib=_lib)
+torch.library.register_autograd("gru_fast::scan", _scan_gradient, setup_context=save, lib=_lib)
 for _name in ("layer_backward", "scan_backward"):
     torch.library.register_autograd(
         f"gru_fast::{_name}",
-        _double_backward_rule(getattr(reference, _name)),
-        setup_context=_save_backward,
+        double_backward_rule(getattr(reference, _name)),
+        setup_context=save_backward,
         lib=_lib,
     )
 

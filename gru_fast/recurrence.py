@@ -75,6 +75,15 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     )
 
 
+def _under_gradient() -> bool:
+    """Whether a gradient of torch.func is taken that the ops themselves can be a part of."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+        and not backends.only_vmap()
+    )
+
+
 def _is_plain(steps: Tensor) -> bool:
     """Whether nothing but autograd itself looks at the call: no compiler, transform or mode."""
     return not (
@@ -200,6 +209,11 @@ def _layer(
         if route == "cudnn":
             return _as_autocast(cudnn.layer, tensors[:6], training)
         return _as_autocast(reference.layer, tensors, cell, reverse, not gates)
+    if _under_gradient():
+        from gru_fast import ops_functions
+
+        saves_nothing = (recompute or not training) and not gates
+        return _as_autocast(ops_functions.layer, tensors, cell, reverse, saves_nothing)
     if not training:
         return ops.without_grad(ops.layer, *tensors, cell, reverse, not gates)
     op = ops.eager_layer if _is_plain(x) else ops.layer
@@ -262,6 +276,11 @@ def scan(
     if route == "reference":
         check_scan(*tensors, cell, reverse)
         return _as_autocast(reference.scan, tensors, cell, reverse, True)[:2]
+    if _under_gradient():
+        from gru_fast import ops_functions
+
+        saves_nothing = recompute or not training
+        return _as_autocast(ops_functions.scan, tensors, cell, reverse, saves_nothing)[:2]
     if not training:
         output, h_n, _ = ops.without_grad(ops.scan, *tensors, cell, reverse, True)
     else:

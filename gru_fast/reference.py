@@ -131,12 +131,13 @@ def project(
     x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, lengths: Tensor | None = None
 ) -> Tensor:
     """gates_x = x @ weight_ih^T + bias_ih, (T, B, G, N*H), for x (T, B, I) or (T, B, G, I)."""
-    x = _without_padding(x, lengths)
+    x = without_padding(x, lengths)
     gates_x = torch.einsum("tbi,gki->tbgk" if x.dim() == 3 else "tbgi,gki->tbgk", x, weight_ih)
     return gates_x if bias_ih is None else gates_x + bias_ih
 
 
-def _without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+def without_padding(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """X with zeros past each row's length, whatever stands there."""
     valid = _valid_steps(lengths, x.shape[0])
     if valid is None:
         return x
@@ -253,6 +254,27 @@ def layer(
     return scan(gates_x, h0, weight_hh, bias_hh, *optional, cell, reverse, recompute)
 
 
+def _previous_states(
+    output: Tensor,
+    h0: Tensor,
+    valid: Tensor | None,
+    reset: Tensor | None,
+    start: Tensor,
+    reverse: Sequence[bool],
+) -> Tensor:
+    """The state before every step, (T, G, B, H) in scan order; 0 where the row is invalid."""
+    shape = (*output.shape[:2], h0.shape[0], h0.shape[2])
+    h = _scan_order(output.reshape(shape).transpose(1, 2), reverse)
+    p = torch.cat([h0[None], h[:-1]])[: h.shape[0]]
+    if valid is not None:
+        # A reverse scan starts from h0 at the first valid step that it meets.
+        before = torch.cat([torch.zeros_like(valid[:1]), valid[:-1]])
+        p = torch.where(before, p, h0)
+    if reset is not None:
+        p = torch.where(reset, start, p)
+    return p if valid is None else torch.where(valid, p, 0.0)
+
+
 def scan_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
@@ -284,16 +306,7 @@ def scan_backward(
     scale = _by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
 
-    h = _scan_order(output.reshape(T, B, G, H).transpose(1, 2), reverse)
-    p = torch.cat([h0[None], h[:-1]])[:T]
-    if valid is not None:
-        # A reverse scan starts from h0 at the first valid step that it meets.
-        before = torch.cat([torch.zeros_like(valid[:1]), valid[:-1]])
-        p = torch.where(before, p, h0)
-    if reset is not None:
-        p = torch.where(reset, start, p)
-    if valid is not None:
-        p = torch.where(valid, p, 0.0)
+    p = _previous_states(output, h0, valid, reset, start, reverse)
     s = p if scale is None else p * scale
     if recompute:
         a = _scan_order(gates_x.transpose(1, 2), reverse)
@@ -430,7 +443,7 @@ def layer_backward(
     if need_x:
         grad_x = torch.einsum("tbgk,gki->tbi" if shared else "tbgk,gki->tbgi", rows, weight_ih)
     if need_ih:
-        padded = _without_padding(x, lengths)
+        padded = without_padding(x, lengths)
         grad_weight_ih = torch.einsum("tbgk,tbi->gki" if shared else "tbgk,tbgi->gki", rows, padded)
     if need_b_ih and bias_ih is not None:
         grad_bias_ih = rows.sum((0, 1))

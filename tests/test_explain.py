@@ -53,9 +53,27 @@ def test_a_transform_takes_the_reference():
         seen.append(explain(rnn, x))
         return rnn(x)[0].sum()
 
-    torch.func.grad(f)(torch.randn(2, 1, 3))
+    x = torch.randn(2, 1, 3)
+    torch.func.jvp(f, (x,), (x,))
     assert seen[0].backend == "reference"
     assert "torch.func" in seen[0].why_not["cpu"]
+
+
+@needs_cpu_kernels
+def test_a_gradient_of_torch_func_takes_the_kernels():
+    from gru_fast import _C
+
+    rnn = GRU(3, 4)
+    seen = []
+
+    def f(x):
+        seen.append(explain(rnn, x))
+        return rnn(x)[0].sum()
+
+    before = _C.launches()
+    torch.func.grad(f)(torch.randn(2, 1, 3))
+    assert seen[0].backend == "cpu"
+    assert _C.launches() == before + 2
 
 
 def test_a_dtype_without_a_kernel():

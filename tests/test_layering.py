@@ -26,7 +26,7 @@ LAYERS = [
     ["language_model", "sampling", "sampler", "tokenizers"],
     ["packed"],
     ["modules", "convert", "explain", "notations", "init", "patch", "tbptt", "memory", "onnx_*"],
-    ["functional", "recurrence", "one_step", "dropout", "gates"],
+    ["functional", "heads", "recurrence", "one_step", "dropout", "gates"],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
     ["checks", "errors", "reference", "reference_*", "kernels", "_C", "_version"],

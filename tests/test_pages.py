@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-NEEDS = {"onnx.md": ("onnx", "onnxruntime", "onnxscript"), "patch.md": (), "initialisation.md": ()}
+NEEDS = {
+    "onnx.md": ("onnx", "onnxruntime", "onnxscript"),
+    "patch.md": (),
+    "initialisation.md": (),
+    "ensembles-and-heads.md": (),
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")

@@ -309,7 +309,9 @@ def test_private_names_of_torch_exist() -> None:
     func.jvp(look, (torch.ones(2),), (torch.ones(2),))
     with forward_ad.dual_level():
         look(torch.ones(2))
-    assert seen == [False, False, True, True, True, True]
+    func.grad(func.grad(look))(torch.ones(()))
+    func.vjp(lambda x: func.jvp(look, (x,), (x,))[1], torch.ones(2))
+    assert seen == [False, False, False, False, True, True, True, True]
 
 
 class Stack(nn.Module):

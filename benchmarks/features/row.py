@@ -76,6 +76,10 @@ class Drawn(Problem):
         pass
 
     @property
+    def is_plain_layer(self) -> bool:
+        return False
+
+    @property
     def beside_torch(self) -> bool:
         return False
 

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`num_heads`: block-diagonal recurrent weights, 8 heads, as the world models of Dreamer have them.
+
+Beside a Python loop over one small nn.GRU, or one of ours, for each head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gru_fast
+from benchmarks.cases import Case, square
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, training
+
+HEADS = 8
+NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+
+
+def draw(case: Case, generator: torch.Generator) -> Tensors:
+    """Weights of gru_fast.GRU with heads."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    I, H = case.I, case.H  # noqa: E741
+    return {
+        "x": normal(case.T, case.B, I),
+        "weight_ih_l0": normal(3 * H, I) * H**-0.5,
+        "weight_hh_l0": normal(3 * H, H // HEADS) * (H // HEADS) ** -0.5,
+        "bias_ih_l0": normal(3 * H) * H**-0.5,
+        "bias_hh_l0": normal(3 * H) * H**-0.5,
+        "grad_y": normal(case.T, case.B, H),
+    }
+
+
+def _of_head(tensor: Tensor, head: int) -> Tensor:
+    """The rows of one head, gate by gate."""
+    return torch.cat([gate.chunk(HEADS)[head] for gate in tensor.chunk(3)])
+
+
+def _by_head(results: Tensors) -> Tensors:
+    """Gradients of weights, head by head, as the loop has them; outputs as they are."""
+    found: Tensors = {}
+    for name, tensor in results.items():
+        if name.startswith("grad_"):
+            found |= {f"{name}.{k}": _of_head(tensor, k) for k in range(HEADS)}
+        else:
+            found |= {f"{name}.{k}": part for k, part in enumerate(tensor.chunk(HEADS, -1))}
+    return found
+
+
+def loop(kind: Any, suite: str) -> Way:
+    """One head after the other."""
+
+    def way(tensors: Tensors) -> Call:
+        x, H = tensors["x"], tensors["grad_y"].shape[2]
+        modules = [kind(x.shape[2], H // HEADS, dtype=x.dtype) for _ in range(HEADS)]
+        with torch.no_grad():
+            for head, module in enumerate(modules):
+                for name in NAMES:
+                    module.get_parameter(name).copy_(_of_head(tensors[name], head))
+
+        def forward() -> Tensors:
+            return {f"y.{k}": module(x)[0] for k, module in enumerate(modules)}
+
+        if suite == "infer":
+            return inference(forward)
+        leaves: Tensors = {
+            f"{name}.{k}": module.get_parameter(name)
+            for k, module in enumerate(modules)
+            for name in NAMES
+        }
+        parts = tensors["grad_y"].chunk(HEADS, -1)
+        return training(forward, leaves, {f"y.{k}": g.contiguous() for k, g in enumerate(parts)})
+
+    return way
+
+
+def heads(suite: str) -> Way:
+    """All heads in one call; the results are cut into heads, which the loop's are already."""
+
+    def way(tensors: Tensors) -> Call:
+        x, H = tensors["x"], tensors["grad_y"].shape[2]
+        module = gru_fast.GRU(x.shape[2], H, num_heads=HEADS, dtype=x.dtype)
+        with torch.no_grad():
+            for name in NAMES:
+                module.get_parameter(name).copy_(tensors[name])
+
+        def forward() -> Tensors:
+            return {"y": module(x)[0]}
+
+        call = inference(forward)
+        if suite == "train":
+            leaves: Tensors = {name: module.get_parameter(name) for name in NAMES}
+            call = training(forward, leaves, {"y": tensors["grad_y"]})
+        return lambda: _by_head(call())
+
+    return way
+
+
+def _row(suite: str) -> Row:
+    return Row(
+        Drawn(
+            square(512, 16, 64), suite, "float32", "cpu", feature=f"num_heads/{suite}",
+            draw=draw, exact=loop(nn.GRU, suite),
+        ),
+        [
+            Named("nn.GRU.loop", loop(nn.GRU, suite), baseline=True),
+            Named("gru_fast.GRU.loop", loop(gru_fast.GRU, suite)),
+            Named("gru_fast.GRU.num_heads", heads(suite)),
+        ],
+        quick=Case(5, 16, 3, 9),
+        more=[square(512, 1, 64)],
+    )  # fmt: skip
+
+
+ROWS = [_row("train"), _row("infer")]

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Multi-head layers: block-diagonal recurrent weights as more groups of one call.
+
+Every head sees the whole input of the layer and its own part of the state. The tensors are those
+of a plain layer, gate by gate over all units, but that each row of weight_hh has the columns of
+its head only: the rule by which torch stores the weights of a grouped convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gru_fast import recurrence
+from gru_fast.recurrence import FORWARD
+from gru_fast.reference import GATES, SLOTS
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    num_heads: int,
+    cell: str,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`recurrence.layer` of D directions with K heads of H/K units each.
+
+    Args:
+        x: (T, B, I).
+        h0: (D, B, H).
+        weight_ih: (D, N*H, I).
+        weight_hh: (D, N*H, H/K).
+        bias_ih: (D, N*H) or None.
+        bias_hh: (D, N*H) or None.
+        num_heads: K, a divisor of H.
+        cell: as in `recurrence.layer`.
+        **options: the other arguments of `recurrence.layer` for D groups of H units.
+
+    Returns:
+        output (T, B, D*H) and h_n (D, B, H).
+
+    Raises:
+        RuntimeError: as `recurrence.layer`.
+    """
+    tensors = (weight_ih, weight_hh, bias_ih, bias_hh)
+    output, h_n = _run(recurrence.layer, x, h0, tensors, num_heads, cell, options)
+    return output, h_n
+
+
+def layer_with_gates(
+    x: Tensor, h0: Tensor, *tensors: Tensor, num_heads: int, cell: str, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`recurrence.layer_with_gates` with heads; the workspace is that of D groups of H units."""
+    run = recurrence.layer_with_gates
+    output, h_n, workspace = _run(run, x, h0, tensors, num_heads, cell, options)
+    D, _, H = h0.shape
+    T, B = workspace.shape[:2]
+    by_head = workspace.reshape(T, B, D, num_heads, SLOTS[cell], H // num_heads)
+    return output, h_n, by_head.transpose(3, 4).reshape(T, B, D, SLOTS[cell] * H)
+
+
+def _run(
+    run: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    h0: Tensor,
+    tensors: Sequence[Tensor | None],
+    num_heads: int,
+    cell: str,
+    options: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    D, B, H = h0.shape
+    N, units = GATES[cell], H // max(num_heads, 1)
+    weight_hh = tensors[1]
+    assert weight_hh is not None
+    if num_heads < 1 or H % num_heads or weight_hh.shape != (D, N * H, units):
+        raise RuntimeError(
+            f"weight_hh: expected shape (D, {N}*H, H/num_heads) = {(D, N * H, units)} with "
+            f"num_heads={num_heads} a divisor of H, got {tuple(weight_hh.shape)}"
+        )
+
+    def rows(tensor: Tensor | None) -> Tensor | None:
+        """(D, N*H, *) as (D*K, N*H/K, *)."""
+        if tensor is None:
+            return None
+        columns = tensor.shape[2:]
+        by_head = tensor.reshape(D, N, num_heads, units, *columns).transpose(1, 2)
+        return by_head.reshape(D * num_heads, N * units, *columns)
+
+    def states(tensor: Tensor | None) -> Tensor | None:
+        """(D, B, H) as (D*K, B, H/K)."""
+        if tensor is None:
+            return None
+        by_head = tensor.reshape(D, B, num_heads, units).transpose(1, 2)
+        return by_head.reshape(D * num_heads, B, units)
+
+    options = dict(options)
+    flags = options.pop("reverse", FORWARD)
+    output, h_n, *others = run(
+        x,
+        states(h0),
+        *map(rows, tensors),
+        cell=cell,
+        reverse=[flag for flag in flags for _ in range(num_heads)],
+        reset_state=states(options.pop("reset_state", None)),
+        **options,
+    )
+    return output, h_n.reshape(D, num_heads, B, units).transpose(1, 2).reshape(D, B, H), *others
