@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS, Case, layer_inputs
-from gru_fast import ops
-from op_calls import backward_arguments
+from gru_fast import functional, ops
+from op_calls import backward_arguments, scan_arguments
 
 N = 3
 
@@ -174,6 +174,32 @@ def test_batching_rules_of_the_gradients(
         ]
         for k, value in enumerate(ours):
             assert_same(value, torch.stack([row[k] for row in rows]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_scan(cell: str) -> None:
+    """The recurrence over projected inputs, as language models use it."""
+    inputs = layer_inputs(Case(cell, "everything", (False, True), T=3, B=2, I=3, H=2))
+    gates_x, h0, weight, bias, *features = scan_arguments(inputs)[:8]
+    options = dict(zip(("lengths", "reset_mask", "reset_state", "h_scale"), features, strict=True))
+
+    def loss(backend: str) -> Callable[..., Tensor]:
+        def run(gates_x: Tensor, weight: Tensor) -> Tensor:
+            output, h_n = functional.scan(
+                gates_x, h0, weight, bias, **options, cell=cell, reverse=[False, True],
+                backend=backend,
+            )  # fmt: skip
+            return output.square().sum() + h_n.sin().sum()
+
+        return run
+
+    ours, truth = (func.grad(loss(name), (0, 1)) for name in ("auto", "reference"))
+    assert_same(ours(gates_x, weight), truth(gates_x, weight))
+    for dims, many in (
+        ((0, None), (torch.stack([gates_x, gates_x.cos()]), weight)),
+        ((None, 0), (gates_x, torch.stack([weight, weight.cos()]))),
+    ):
+        assert_same(torch.vmap(ours, dims)(*many), torch.vmap(truth, dims)(*many))
 
 
 def test_wanted_gradients_only() -> None:

@@ -75,8 +75,19 @@ def loop(kind: Any, suite: str) -> Way:
     return way
 
 
-def _by_model(stacked: Tensors) -> Tensors:
-    return {f"{name}.{k}": t for name, v in stacked.items() for k, t in enumerate(v.unbind())}
+def stacked(results: Tensors) -> Tensors:
+    """What the loop found, one by one, as one tensor of each kind."""
+    kinds = dict.fromkeys(name.rpartition(".")[0] for name in results)
+    count = len(results) // len(kinds)
+    return {kind: torch.stack([results[f"{kind}.{k}"] for k in range(count)]) for kind in kinds}
+
+
+def _stacked(way: Way) -> Way:
+    def exact(tensors: Tensors) -> Call:
+        call = way(tensors)
+        return lambda: stacked(call())
+
+    return exact
 
 
 def vmap(suite: str) -> Way:
@@ -88,13 +99,12 @@ def vmap(suite: str) -> Way:
         x, grad_y = tensors["x"], tensors["grad_y"]
         run = torch.vmap(lambda p: func.functional_call(module, p, (x,))[0])
         if suite == "infer":
-            return inference(lambda: _by_model({"y": run(leaves)}))
+            return inference(lambda: {"y": run(leaves)})
 
         def call() -> Tensors:
             y = run(leaves)
             found = torch.autograd.grad(y, list(leaves.values()), grad_y)
-            grads = {f"grad_{name}": g for name, g in zip(leaves, found, strict=True)}
-            return _by_model({"y": y} | grads)
+            return {"y": y} | {f"grad_{name}": g for name, g in zip(leaves, found, strict=True)}
 
         return call
 
@@ -115,7 +125,7 @@ def vmap_grad(tensors: Tensors) -> Call:
 
     def call() -> Tensors:
         found, y = run(params, grad_y)
-        return _by_model({"y": y} | {f"grad_{name}": g for name, g in found.items()})
+        return {"y": y} | {f"grad_{name}": g for name, g in found.items()}
 
     return call
 
@@ -152,7 +162,7 @@ def samples_by_vmap(tensors: Tensors) -> Call:
 
     def call() -> Tensors:
         found = run(params, tensors["x"], tensors["grad_y"][0])
-        return _by_model({f"grad_{name}": g for name, g in found.items()})
+        return {f"grad_{name}": g for name, g in found.items()}
 
     return call
 
@@ -162,11 +172,11 @@ def _ensemble(suite: str) -> Row:
     return Row(
         Drawn(
             square(64, 1, 100), suite, "float32", "cpu", feature=f"ensemble/{suite}",
-            draw=draw_ensemble, exact=loop(nn.GRU, suite),
+            draw=draw_ensemble, exact=_stacked(loop(nn.GRU, suite)),
         ),
         [
-            Named("nn.GRU.loop", loop(nn.GRU, suite), baseline=True),
-            Named("gru_fast.GRU.loop", loop(gru_fast.GRU, suite)),
+            Named("nn.GRU.loop", loop(nn.GRU, suite), baseline=True, results=stacked),
+            Named("gru_fast.GRU.loop", loop(gru_fast.GRU, suite), results=stacked),
             Named("gru_fast.GRU.vmap", vmap(suite)),
             *more,
         ],
@@ -181,11 +191,11 @@ ROWS = [
     Row(
         Drawn(
             square(64, 32, 64), "train", "float32", "cpu", feature="per_sample/train",
-            draw=draw_samples, exact=samples_in_a_loop(nn.GRU),
+            draw=draw_samples, exact=_stacked(samples_in_a_loop(nn.GRU)),
         ),
         [
-            Named("nn.GRU.loop", samples_in_a_loop(nn.GRU), baseline=True),
-            Named("gru_fast.GRU.loop", samples_in_a_loop(gru_fast.GRU)),
+            Named("nn.GRU.loop", samples_in_a_loop(nn.GRU), baseline=True, results=stacked),
+            Named("gru_fast.GRU.loop", samples_in_a_loop(gru_fast.GRU), results=stacked),
             Named("gru_fast.GRU.vmap_grad", samples_by_vmap),
         ],
         quick=Case(5, 8, 3, 9),

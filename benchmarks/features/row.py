@@ -100,12 +100,19 @@ class Named(Provider):
         way: see `Way`.
         baseline: whether ratios are to this one.
         package: that provides it, for the version.
+        results: from what the call returns to the results that are compared; it is not timed.
     """
 
     def __init__(
-        self, name: str, way: Way, *, baseline: bool = False, package: str | None = None
+        self,
+        name: str,
+        way: Way,
+        *,
+        baseline: bool = False,
+        package: str | None = None,
+        results: Callable[[Tensors], Tensors] = lambda found: found,
     ) -> None:
-        self.name, self.way = name, way
+        self.name, self.way, self.results = name, way, results
         self.is_baseline = baseline  # type: ignore[misc]
         self.package = package or ("gru_fast" if name.startswith("gru_fast") else "torch")
 
@@ -116,7 +123,7 @@ class Named(Provider):
         return None
 
     def prepare(self, problem: Problem, threads: int) -> Prepared:
-        return Prepared(self.way(problem.tensors), _detached)
+        return Prepared(self.way(problem.tensors), lambda found: _detached(self.results(found)))
 
 
 def training(forward: Call, leaves: Tensors, gradients: Tensors) -> Call:
