@@ -38,6 +38,8 @@ class Model(nn.Module):
 
 
 @pytest.mark.slow
+# torch's own, in its exporter.
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_package_runs_in_a_fresh_process(tmp_path: Path) -> None:
     model = Model().eval()
