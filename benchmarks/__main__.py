@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import ROOT
 
 OWN = {
+    "claims": "benchmarks.claims",
     "features": "benchmarks.features.cli",
     "figures": "benchmarks.figures",
     "import": "benchmarks.importing",

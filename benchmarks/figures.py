@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import ROOT, machine
+from benchmarks import ROOT, machine, measured
 from benchmarks.records import Record, Results, read
 from benchmarks.report import seconds, threads
 
@@ -21,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\S+) ([a-z ]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 LAYERS = ("train", "infer")
+STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
 
 
 def sizes(record: Record) -> str:
@@ -90,16 +91,15 @@ def beside_onnx(results: Results) -> str:
 
 
 def steps(results: Results) -> str:
-    peers = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
     return pivot(
         "I = H, B",
         (
             (
                 f"{r.case['H']}, {r.case['B']}",
-                f"`{peers[r.provider]}` / ours, {threads(r)}",
+                f"`{STEP_PEERS[r.provider]}` / ours, {threads(r)}",
                 f"{times(value)}, {seconds(r.median_s)}",
             )
-            for r, value in beside(results, "step", peers)
+            for r, value in beside(results, "step", STEP_PEERS)
         ),
     )
 
@@ -257,7 +257,8 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Rewrite the figures of every page."""
+    """Rewrite the figures of every page, and the table that `explain` quotes."""
+    measured.PATH.write_text(measured.source(RESULTS), "utf-8")
     for page in PAGES:
         page.write_text(with_figures(page.read_text("utf-8")), "utf-8")
     return 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gru_fast import backends
+from gru_fast import backends, measured
 from gru_fast.modules import GRU, GRUCell
 from gru_fast.reference import GATES, SLOTS
 
@@ -37,7 +37,10 @@ class Explanation:
         dependent_steps: Time steps, over all layers, that have to run one after the other.
         bound_seconds: Time of the forward call that the given peaks allow at best,
             max(flops / peak_flops, bytes / peak_bytes), or None without both peaks.
-        measured_seconds: The committed figure for this call, or None: not measured.
+        measured_seconds: What a call of these sizes took in the committed benchmark run, forward
+            and, in training, backward with every gradient; None: not measured.
+        measured_bound_seconds: The time that the peaks of that machine allow at best, or None.
+        measured_on: That machine, and its number of threads.
     """
 
     call: str
@@ -52,6 +55,8 @@ class Explanation:
     dependent_steps: int = 0
     bound_seconds: float | None = None
     measured_seconds: float | None = None
+    measured_bound_seconds: float | None = None
+    measured_on: str | None = None
 
     def __str__(self) -> str:
         """Several lines of text."""
@@ -75,10 +80,14 @@ class Explanation:
                 f"  backward   {_unit(self.backward_flops, 'FLOP')}, "
                 f"{_unit(self.saved_bytes, 'B')} saved for it beside the output"
             )
-        measured = "not measured"
+        figure = "not measured"
         if self.measured_seconds is not None:
-            measured = _unit(self.measured_seconds, "s")
-        return "\n".join([*lines, f"  bound      {bound}", f"  measured   {measured}"])
+            passes = "forward and backward" if self.backward_flops else "forward"
+            figure = f"{passes} {_unit(self.measured_seconds, 's')}"
+            if self.measured_bound_seconds is not None:
+                figure += f" where {_unit(self.measured_bound_seconds, 's')} is the bound"
+            figure += f", on {self.measured_on}"
+        return "\n".join([*lines, f"  bound      {bound}", f"  measured   {figure}"])
 
 
 def explain(
@@ -164,11 +173,16 @@ def explain(
     if peak_flops is not None and peak_bytes is not None:
         bound = max(flops / peak_flops, moved / peak_bytes)
     shown = str(data.dtype).removeprefix("torch.")
+    kernel = _kernel(backend, module, data, sizes, training, facts)
+    plain = not any(facts.values())
+    seconds, committed_bound, machine = _committed(
+        _code(backend, kernel, module) if plain else None, module, data, T, B, dtype, training
+    )
     return Explanation(
         call=f"{module}, {'training' if training else 'inference'}, input T={T} B={B} "
         f"I={data.shape[-1]} {shown} {data.device}",
         backend=backend,
-        kernel=_kernel(backend, module, data, sizes, training, facts),
+        kernel=kernel,
         why_not=why_not,
         error=error,
         flops=flops,
@@ -177,7 +191,61 @@ def explain(
         backward_flops=backward if training else 0,
         dependent_steps=T * getattr(module, "num_layers", 1),
         bound_seconds=bound,
+        measured_seconds=seconds,
+        measured_bound_seconds=committed_bound,
+        measured_on=machine,
     )
+
+
+def _code(backend: str | None, kernel: str, module: GRU | GRUCell) -> str | None:
+    """The name of what runs in `measured`."""
+    if backend == "cpu":
+        return "cpu.cell" if isinstance(module, GRUCell) else "cpu"
+    return kernel.split(", ")[1] if kernel.startswith("Triton, ") else None
+
+
+def _committed(
+    code: str | None,
+    module: GRU | GRUCell,
+    data: Tensor,
+    T: int,
+    B: int,
+    dtype: torch.dtype,
+    training: bool,
+) -> tuple[float | None, float | None, str | None]:
+    """Seconds, bound and machine of the committed figure; None where there is none.
+
+    Figures are of one layer and one direction of the default cell, with biases.
+    """
+    options = {
+        "num_layers": 1,
+        "bidirectional": False,
+        "bias": True,
+        "cell": "reset_after",
+        "recompute": False,
+        "recurrent_dropout": 0.0,
+        "num_heads": 1,
+        "layer_norm": False,
+    }
+    if code is None or any(getattr(module, n, value) != value for n, value in options.items()):
+        return None, None, None
+    name = str(dtype).removeprefix("torch.")
+    if (
+        data.is_cuda
+        and name == "float32"
+        and getattr(torch.backends.cudnn.rnn, "fp32_precision", None) == "tf32"
+    ):
+        name = "tf32"
+    threads = 0 if data.is_cuda else torch.get_num_threads()
+    suite = "train" if training else "infer"
+    key = (code, suite, name, threads, data.shape[-1], module.hidden_size, B, T)
+    if key not in measured.MEASURED:
+        return None, None, None
+    seconds, bound = measured.MEASURED[key]
+    machine = measured.MACHINES[data.device.type]
+    if threads:
+        machine += f", {threads} thread{'s' if threads > 1 else ''}"
+    return seconds * 1e-6, bound * 1e-6 or None, machine
 
 
 def _kernel(

@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import gru_fast
-from gru_fast import GRU, GRUCell, backends, explain, ops
+from gru_fast import GRU, GRUCell, backends, explain, measured, ops
 
 needs_cpu_kernels = pytest.mark.skipif(not ops.HAS_CPU_KERNELS, reason="no compiled CPU kernels")
 CELLS = ("reset_after", "reset_before", "no_reset")
@@ -178,3 +178,34 @@ def test_the_text():
 def test_other_modules(module):
     with pytest.raises(TypeError, match=r"module should be a gru_fast.GRU .*convert"):
         explain(module, torch.randn(2, 1, 3))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("training", [False, True])
+def test_quotes_the_committed_figure(training):
+    """Of a call that the README has: the figure, the bound and the machine of that run."""
+    threads = torch.get_num_threads()
+    rnn, x = GRU(64, 64), torch.randn(256, 1, 64)
+    try:
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(training):
+            explanation = explain(rnn, x)
+            others = [
+                explain(GRU(64, 64, 2), x),
+                explain(GRU(64, 64, cell="no_reset"), x),
+                explain(rnn, x, lengths=torch.tensor([3])),
+                explain(rnn, x[1:]),
+                explain(rnn.bfloat16(), x.bfloat16()),
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    suite = "train" if training else "infer"
+    seconds, bound = measured.MEASURED["cpu", suite, "float32", 1, 64, 64, 1, 256]
+    assert explanation.measured_seconds == pytest.approx(seconds * 1e-6)
+    assert explanation.measured_bound_seconds == pytest.approx(bound * 1e-6)
+    assert bound < seconds
+    passes = "forward and backward" if training else "forward"
+    assert f"measured   {passes} " in str(explanation)
+    assert f"{measured.MACHINES['cpu']}, 1 thread" in str(explanation)
+    for other in others:
+        assert other.measured_seconds is None and "not measured" in str(other)

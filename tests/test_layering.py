@@ -29,9 +29,9 @@ LAYERS = [
     ["functional", "heads", "recurrence", "one_step", "dropout", "gates"],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
-    ["checks", "errors", "reference", "reference_*", "kernels", "_C", "_version"],
+    ["checks", "errors", "measured", "reference", "reference_*", "kernels", "_C", "_version"],
 ]
-LEAVES = {"checks", "errors", "reference", "_version"}
+LEAVES = {"checks", "errors", "measured", "reference", "_version"}
 THIRD_PARTY = {"gru_fast", "torch", "numpy"}
 ONNX = {"onnx", "onnxscript"}
 OPTIONAL_IN_JOURNEYS = {"click", "matplotlib", "names", "safetensors", "tqdm"}

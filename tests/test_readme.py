@@ -38,3 +38,8 @@ def test_figures_that_were_typed_are_found():
     start = block.start() + number.start()
     typed = text[:start] + "9" + text[start:]
     assert figures.with_figures(typed) == text
+
+
+def test_what_explain_quotes_is_the_committed_results():
+    table = load("benchmarks.measured")
+    assert table.PATH.read_text("utf-8") == table.source(figures.RESULTS)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from benchmarks import machine, probe, timing
@@ -54,14 +56,20 @@ def bound(case: Case, dtype: str, threads: int, peaks: probe.Peaks) -> float | N
 
 
 def run_case(
-    case: Case, threads: int, effort: timing.Effort, peaks: probe.Peaks | None
+    case: Case,
+    threads: int,
+    effort: timing.Effort,
+    peaks: probe.Peaks | None,
+    only: Collection[str] | None = None,
 ) -> list[Record]:
-    """Gate, then interleaved rounds."""
+    """Gate, then interleaved rounds, of all providers or of those with these names."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = GRULanguageModel(case.V, case.I, case.H)
     records, calls = {}, {}
     for (name, dtype), (number, prepare) in providers().items():
+        if only is not None and name not in only:
+            continue
         key = f"{name} {dtype}"
         record = Record("sample", name, number, "cpu", dtype, threads, case.as_dict())
         records[key] = record

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks claims`: every ratio of the README is found and can be measured again."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from repository_tools import load
+
+claims = load("benchmarks.claims")
+cli = load("benchmarks.cli")
+figures = load("benchmarks.figures")
+records = load("benchmarks.records")
+
+
+def test_every_ratio_of_the_readme_is_a_claim():
+    """As many as the tables have cells with a ratio, block by block."""
+    page = claims.README.read_text("utf-8")
+    blocks = list(figures.BLOCK.finditer(page))
+    assert blocks
+    for match, (_, results, parts) in zip(blocks, claims.committed(page), strict=True):
+        if results.machine["gpu"] is None:
+            shown = len(re.findall(r"\d(?:\.\d+)?x", match[0]))
+            assert len(list(claims.claims_of(results, parts))) == shown, parts
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("claims") / "small.json"
+    arguments = ["train", "infer", "--shapes", "I3-H8-B2-T4", "--providers", "gru_fast.cpu"]
+    assert cli.main([*arguments, "--quick", "--json", str(path)]) == 0
+    return records.read(path)
+
+
+@pytest.fixture
+def a_page(small_run, tmp_path, monkeypatch):
+    """Makes a README of that run, with its ratios multiplied by a factor."""
+    return lambda factor: make_page(small_run, tmp_path, monkeypatch, factor)
+
+
+def make_page(small_run, tmp_path, monkeypatch, factor):
+    changed = [
+        replace(r, ratio_to_torch=r.ratio_to_torch and r.ratio_to_torch * factor)
+        for r in small_run.records
+    ]
+    records.Results(small_run.machine, changed).write(tmp_path / "small.json")
+    page = tmp_path / "README.md"
+    page.write_text("<!-- figures: small.json train -->\n<!-- end of figures -->\n")
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "README", page)
+
+
+@pytest.mark.parametrize(("factor", "code", "word"), [(0.01, 0, "kept"), (1000, 1, "BROKEN")])
+def test_a_run_of_claims(a_page, capsys, factor, code, word):
+    a_page(factor)
+    assert claims.main("claims", ["--quick"]) == code
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if "nn.GRU / gru_fast.cpu" in line]
+    assert len(lines) == 2 and all(line.endswith(word) for line in lines)
+    assert f"{2 if word == 'kept' else 0} kept, {0 if word == 'kept' else 2} broken" in out
+
+
+def test_what_is_not_reached_is_not_broken(a_page, capsys):
+    a_page(1000)
+    assert claims.main("claims", ["--quick", "--budget", "-1"]) == 0
+    assert "0 kept, 0 broken, 2 of 2 not run" in capsys.readouterr().out
+
+
+def test_an_error_of_ours_breaks_a_claim_and_one_of_a_peer_does_not():
+    case = {"I": 1, "H": 1, "B": 1, "T": 1, "L": 1, "V": 0, "resets": 0.0}
+    numbers = {"median_s": 1.0, "p20_s": 1.0, "p80_s": 1.0, "rounds": 3}
+    ours, theirs = (
+        records.Record("infer", name, "1", "cpu", "float32", 1, case, "ok", **numbers)
+        for name in ("gru_fast.cpu", "nn.GRU")
+    )
+    claim = claims.Claim(ours, "nn.GRU", 1.0)
+    assert claims.judge(claim, [ours, theirs]).word == "kept"
+    failed = dict.fromkeys(numbers) | {"parity": "wrong", "error": "h_n is wrong"}
+    assert claims.judge(claim, [replace(ours, **failed), theirs]).word == "BROKEN h_n is wrong"
+    assert not claims.judge(claim, [ours, replace(theirs, **failed)]).broken
+    assert "nn.GRU does not run here" in claims.judge(claim, [ours]).word
