@@ -32,10 +32,12 @@ SKIP_HINT = (
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-AVX512_DOT = ["-mavx512vnni", "-mavx512bf16"]
+AVX512_BF16 = ["-mavx512bf16"]
+AVX512_DOT = ["-mavx512vnni", *AVX512_BF16]
 X86_KERNELS = {
     "kernels_avx2.cpp": AVX2,
     "kernels_avx512.cpp": AVX2 + AVX512,
+    "kernels_avx512_bf16.cpp": AVX2 + AVX512 + AVX512_BF16,
     "sampler_avx2.cpp": AVX2,
     "sampler_avx512.cpp": AVX2 + AVX512,
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,

@@ -22,8 +22,18 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 template <class Real>
-constexpr ScalarType kScalarType =
-    std::is_same_v<Real, double> ? ScalarType::Double : ScalarType::Float;
+constexpr ScalarType kScalarType = std::is_same_v<Real, double>     ? ScalarType::Double
+                                   : std::is_same_v<Real, BFloat16> ? ScalarType::BFloat16
+                                                                    : ScalarType::Float;
+// Not const_data_ptr<Real>(): torch knows its own bfloat16 only.
+template <class Real>
+const Real* data_of(const Tensor& tensor) {
+  return static_cast<const Real*>(tensor.const_data_ptr());
+}
+template <class Real>
+Real* mutable_data_of(const Tensor& tensor) {
+  return static_cast<Real*>(tensor.mutable_data_ptr());
+}
 
 inline Cell parse_cell(const std::string& cell) {
   if (cell == "reset_after") return Cell::kResetAfter;
@@ -58,7 +68,7 @@ class Marshal {
 
   const Real* read(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     check(name, tensor, shape);
-    return keep(as_real(tensor)).template const_data_ptr<Real>();
+    return data_of<Real>(keep(as_real(tensor)));
   }
   const Real* read(const char* name, const MaybeTensor& tensor,
                    std::initializer_list<int64_t> shape) {
@@ -73,10 +83,11 @@ class Marshal {
     return keep(dense && given_ == kScalarType<Real> ? tensor : as_real(tensor));
   }
 
-  // Results are in Real until give_back().
+  // Results are in Number, Real or what it is computed in, until give_back().
+  template <class Number>
   Tensor make(std::initializer_list<int64_t> shape, bool zeroed = false) const {
     const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape);
-    if (zeroed) return torch::stable::new_zeros(like_, sizes, kScalarType<Real>);
+    if (zeroed) return torch::stable::new_zeros(like_, sizes, kScalarType<Number>);
     // new_empty looks its operator up by name, three times a call: as much as a small step.
     int64_t strides[kMaxDims];
     int64_t stride = 1;
@@ -85,14 +96,14 @@ class Marshal {
     }
     AtenTensorHandle made = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                    sizes.data(), strides, dtype_code(),
+                                                    sizes.data(), strides, dtype_code<Number>(),
                                                     aoti_torch_device_type_cpu(), 0, &made));
     const Tensor result(made);
-    poison_if_set(result.mutable_data_ptr(), result.numel() * sizeof(Real));
+    poison_if_set(result.mutable_data_ptr(), result.numel() * sizeof(Number));
     return result;
   }
   Tensor give_back(const Tensor& result) const {
-    return given_ == kScalarType<Real> ? result : torch::stable::to(result, given_);
+    return result.scalar_type() == given_ ? result : torch::stable::to(result, given_);
   }
 
   const int64_t* read_lengths(const MaybeTensor& lengths, int64_t T, int64_t B) {
@@ -142,8 +153,11 @@ class Marshal {
 
  private:
   static constexpr size_t kMaxDims = 4;
+  template <class Number>
   static int32_t dtype_code() {
-    return std::is_same_v<Real, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+    return std::is_same_v<Number, double>     ? aoti_torch_dtype_float64()
+           : std::is_same_v<Number, BFloat16> ? aoti_torch_dtype_bfloat16()
+                                              : aoti_torch_dtype_float32();
   }
   void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor like the input");
@@ -220,7 +234,7 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   p.x_shared = x.dim() == 3;
   const Tensor& dense = p.x_shared ? m.rows(a.x_name, x, {p.T, p.B, width})
                                    : m.rows(a.x_name, x, {p.T, p.B, p.G, width});
-  p.x = dense.template const_data_ptr<Real>();
+  p.x = data_of<Real>(dense);
   p.x_stride_t = dense.stride(0);
   p.x_stride_b = dense.stride(1);
   p.x_stride_g = p.x_shared ? 0 : dense.stride(2);

@@ -21,21 +21,25 @@ using ScanGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class Real>
 const KernelTable<Real>& kernel_table() {
-  if constexpr (std::is_same_v<Real, double>) {
+  if constexpr (std::is_same_v<Real, BFloat16>) {
+    return *bfloat16_kernels();
+  } else if constexpr (std::is_same_v<Real, double>) {
     return kernels().f64;
   } else {
     return kernels().f32;
   }
 }
 
-// Calls body(Real{}) with the type that computes for tensors of this dtype.
+// Calls body(Real{}) with the type that kernels read for tensors of this dtype.
 template <class Body>
 auto with_compute_type(const char* name, const Tensor& tensor, Body body) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return body(double{});
-    case ScalarType::Float:
     case ScalarType::BFloat16:
+      if (bfloat16_kernels() != nullptr) return body(BFloat16{});
+      [[fallthrough]];
+    case ScalarType::Float:
     case ScalarType::Half:
       return body(float{});
     default:
@@ -83,15 +87,16 @@ ForwardResult run_forward(const Arguments& a, bool recompute) {
   f.in = read_problem(m, a);
   const auto& [T, B, G, H] = std::tie(f.in.T, f.in.B, f.in.G, f.in.H);
   const bool empty = T == 0 || B == 0 || G == 0 || H == 0;
-  Tensor output = m.make({T, B, G * H}, empty);
-  Tensor h_n = m.make({G, B, H}, empty);
-  Tensor workspace = recompute ? m.make({0}) : m.make({T, B, G, slot_count(a.cell) * H}, empty);
+  Tensor output = m.template make<Real>({T, B, G * H}, empty);
+  Tensor h_n = m.template make<Real>({G, B, H}, empty);
+  Tensor workspace = recompute ? m.template make<Real>({0})
+                               : m.template make<Real>({T, B, G, slot_count(a.cell) * H}, empty);
   if (empty) {
     torch::stable::copy_(h_n, a.h0);
   } else {
-    f.output = output.mutable_data_ptr<Real>();
-    f.h_n = h_n.mutable_data_ptr<Real>();
-    f.workspace = recompute ? nullptr : workspace.mutable_data_ptr<Real>();
+    f.output = mutable_data_of<Real>(output);
+    f.h_n = mutable_data_of<Real>(h_n);
+    f.workspace = recompute ? nullptr : mutable_data_of<Real>(workspace);
     run_forward_kernel(f);
   }
   return {m.give_back(output), m.give_back(h_n), m.give_back(workspace)};
@@ -132,10 +137,12 @@ LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
   b.wanted[7] = b.wanted[7] && a.h_scale.has_value();
   std::vector<Tensor> results;
   results.reserve(8);
-  auto grad = [&](Real*& pointer, std::initializer_list<int64_t> shape, bool summed) {
+  auto grad = [&]<class Number>(Number*& pointer, std::initializer_list<int64_t> shape,
+                                bool summed) {
     const bool wanted = b.wanted[results.size()];
-    results.push_back(wanted ? m.make(shape, summed || empty) : m.make({0}));
-    pointer = wanted ? results.back().template mutable_data_ptr<Real>() : nullptr;
+    results.push_back(wanted ? m.template make<Number>(shape, summed || empty)
+                             : m.template make<Real>({0}));
+    pointer = wanted ? mutable_data_of<Number>(results.back()) : nullptr;
   };
   if (a.weight_ih == nullptr) {
     grad(f.grad_x, {p.T, p.B, p.G, rows}, false);

@@ -261,7 +261,10 @@ def _kernel(
     if backend == "cpu":
         from gru_fast import _C
 
-        return f"C++, {_C.cpu_isa()}"
+        if data.dtype not in (torch.bfloat16, torch.float16):
+            return f"C++, {_C.cpu_isa()}"
+        narrow = data.dtype == torch.bfloat16 and _C.multiplies_bfloat16()
+        return f"C++, {_C.cpu_isa()}, {'bfloat16 products' if narrow else 'computes in float32'}"
     if backend == "cudnn":
         return "cuDNN, through PyTorch"
     if backend == "triton":

@@ -19,7 +19,7 @@ class BackwardPass {
         layout_(scratch),
         chunk_(f, layout_),
         rebuild_(f, chunk_, layout_, threads),
-        scan_(f, chunk_, layout_),
+        scan_(f, chunk_, layout_, threads, member),
         grads_(f, chunk_, layout_, threads, member) {}
 
   int64_t scratch_bytes() const { return layout_.used(); }

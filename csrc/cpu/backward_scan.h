@@ -3,6 +3,7 @@
 // state before it, whose epilogue already computes D of the step before.
 #pragma once
 #include "chunk.h"
+#include "column_panels.h"
 #include "team.h"
 #include "tile.h"
 
@@ -15,31 +16,28 @@ class BackwardScan {
  public:
   static constexpr int W = kLanes<Real>;
   using V = Vec<Real>;
+  using Number = Compute<Real>;
 
-  BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout)
+  BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
+               int member)
       : f_(f), p_(f.in), c_(chunk) {
-    // Slots that enter the first product of a step, and where they start in D.
-    slot_begin_ = 0;
-    slot_count_ = p_.cell == Cell::kResetAfter ? 3 : 2;
-    carry_ = layout.template take<Real>(p_.G * p_.B * c_.units);
-    panels_ = layout.template take<Real>(p_.G * c_.tiles * slot_count_ * c_.units * W);
-    candidate_panels_ = p_.cell == Cell::kResetBefore
-                            ? layout.template take<Real>(p_.G * c_.tiles * c_.units * W)
-                            : nullptr;
+    carry_ = layout.template take<Number>(p_.G * p_.B * c_.units);
+    auto panels = [&](int first_slot, int slots) {
+      ColumnPanels<Real> made{p_.weight_hh, p_.H,  c_.units, p_.H,   c_.gates,
+                              {},           slots, nullptr,  nullptr};
+      for (int i = 0; i < slots; ++i) made.order[i] = c_.gate_of(first_slot + i);
+      made.take(p_.G, p_.T == 1, layout, threads, member);
+      return made;
+    };
+    panels_ = panels(0, p_.cell == Cell::kResetAfter ? 3 : 2);
+    if (p_.cell == Cell::kResetBefore) candidate_panels_ = panels(2, 1);
   }
 
-  // Packs W_hh by columns, in the order of the slots of D, and starts the carry from grad_h_n.
+  // Packs W_hh and starts the carry from grad_h_n.
   void begin(int members, int member) {
-    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, slot_count_ * c_.units,
-                      p_.order != nullptr);
-    const Range part = part_of(p_.G * c_.tiles, member, members);
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t g = i / c_.tiles, tile = i % c_.tiles;
-      for (int slot = 0; slot < slot_count_; ++slot) {
-        pack(g, c_.gate_of(slot), tile, panels_ + (i * slot_count_ + slot) * c_.units * W);
-      }
-      if (candidate_panels_) pack(g, 2, tile, candidate_panels_ + i * c_.units * W);
-    }
+    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, panels_.K(), p_.order != nullptr);
+    panels_.pack(p_.G, members, member);
+    if (p_.cell == Cell::kResetBefore) candidate_panels_.pack(p_.G, members, member);
     each_own_tile(0, p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
       const int64_t offset = (g * p_.B + c_.rows.row(rank)) * p_.H + tile * W;
       store(carry(g, rank, tile), load_or_zero(f_.grad_h_n, offset, lanes_of<Real>(tile, p_.H)));
@@ -92,13 +90,7 @@ class BackwardScan {
     }
   }
 
-  void pack(int64_t g, int gate, int64_t tile, Real* to) const {
-    const Real* block = p_.weight_hh + (g * c_.gates + gate) * p_.H * p_.H;
-    pack_columns(block, p_.H, p_.H, tile, to);
-    fill_zero(to + p_.H * W, (c_.units - p_.H) * W);
-  }
-
-  GRU_MEMBER Real* carry(int64_t g, int64_t rank, int64_t tile) const {
+  GRU_MEMBER Number* carry(int64_t g, int64_t rank, int64_t tile) const {
     return carry_ + (g * p_.B + rank) * c_.units + tile * W;
   }
 
@@ -120,24 +112,24 @@ class BackwardScan {
     const V z = slot(z_slot), n = slot(n_slot);
     const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
     const V dh = load(carry(g, rank, tile)) + load_or_zero(f_.grad_output, out, lanes);
-    const V dn = dh * (Real(1) - z) + grad_slot(n_slot);
+    const V dn = dh * (Number(1) - z) + grad_slot(n_slot);
     const V dz = dh * (previous - n) + grad_slot(z_slot);
-    const V da_n = dn * (Real(1) - n * n);
+    const V da_n = dn * (Number(1) - n * n);
     store(to + n_slot * c_.units, da_n);
-    store(to + z_slot * c_.units, dz * z * (Real(1) - z));
+    store(to + z_slot * c_.units, dz * z * (Number(1) - z));
     store(carry(g, rank, tile), dh * z);
     if (p_.cell == Cell::kResetAfter) {
       const V q = slot(0), r = slot(1);
       const V dr = da_n * q + grad_slot(1);
       store(to, da_n * r + grad_slot(0));
-      store(to + c_.units, dr * r * (Real(1) - r));
+      store(to + c_.units, dr * r * (Number(1) - r));
     }
   }
 
   // reset_before: D of n reaches r and the state through the gated state r * hs.
   void through_candidate(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), first_row = c_.first_row(g, step);
-    multiply(c_.d(g, step, 0, 2, 0), c_.units, candidate_panels_, g, t,
+    multiply(c_.d(g, step, 0, 2, 0), candidate_panels_, g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = c_.rows.row(rank), place = t * p_.B + b;
                const int lanes = lanes_of<Real>(tile, p_.H);
@@ -147,7 +139,7 @@ class BackwardScan {
                  const int64_t at = (place * p_.G + g) * c_.slots * p_.H + tile * W;
                  dr += load_n(f_.grad_workspace + at, lanes);
                }
-               store(c_.d(g, first_row + rank) + tile * W, dr * r * (Real(1) - r));
+               store(c_.d(g, first_row + rank) + tile * W, dr * r * (Number(1) - r));
                add_to_state(g, t, rank, tile, sums[0] * r);
              });
   }
@@ -155,7 +147,7 @@ class BackwardScan {
   void through_state(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), alive = c_.rows.alive(t);
     const int64_t still = step > c_.begin ? c_.rows.alive(c_.rows.time(g, step - 1)) : 0;
-    multiply(c_.d(g, step, 0, slot_begin_, 0), slot_count_ * c_.units, panels_, g, t,
+    multiply(c_.d(g, step, 0, 0, 0), panels_, g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                add_to_state(g, t, rank, tile, sums[0]);
                const int64_t b = c_.rows.row(rank);
@@ -183,7 +175,7 @@ class BackwardScan {
   GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t rank, int64_t b, int64_t tile) {
     if (f_.grad_reset_state != nullptr) {
       const int lanes = lanes_of<Real>(tile, p_.H);
-      Real* to = f_.grad_reset_state + (g * p_.B + b) * p_.H + tile * W;
+      Number* to = f_.grad_reset_state + (g * p_.B + b) * p_.H + tile * W;
       store_n(to, load_n(to, lanes) + load(carry(g, rank, tile)), lanes);
     }
     store(carry(g, rank, tile), V{});
@@ -191,13 +183,13 @@ class BackwardScan {
 
   // Multiplies D of this member's rows that are alive at t; the epilogue gets ranks.
   template <class Epilogue>
-  GRU_MEMBER void multiply(const Real* operand, int64_t K, const Real* panels, int64_t g, int64_t t,
-                           Epilogue epilogue) {
+  GRU_MEMBER void multiply(const Real* operand, const ColumnPanels<Real>& panels, int64_t g,
+                           int64_t t, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
     sweep<Real>(
-        {operand + ranks.first * c_.ld, ranks.stride * c_.ld}, ranks.below(c_.rows.alive(t)), K, 1,
-        share_.tiles.begin, share_.tiles.end,
-        [&](int64_t tile, int) { return panels + (g * c_.tiles + tile) * K * W; },
+        {operand + ranks.first * c_.ld, ranks.stride * c_.ld}, ranks.below(c_.rows.alive(t)),
+        panels.K(), 1, share_.tiles.begin, share_.tiles.end,
+        [&](int64_t tile, int count) { return panels.get(g, tile, count); },
         [&](int64_t i, int64_t tile, const V* sums)
             GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
   }
@@ -205,8 +197,8 @@ class BackwardScan {
   const Backward<Real>& f_;
   const Problem<Real>& p_;
   const Chunk<Real>& c_;
-  int slot_begin_, slot_count_;
-  Real *carry_, *panels_, *candidate_panels_;
+  Number* carry_;
+  ColumnPanels<Real> panels_{}, candidate_panels_{};
   Share share_{};
 };
 

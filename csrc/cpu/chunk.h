@@ -37,6 +37,11 @@ struct Chunk {
     place_ = layout.take<int64_t>(p.G * capacity);
   }
 
+  // Whether there is no other chunk.
+  GRU_MEMBER bool only() const {
+    return steps == p.T || (p.order != nullptr && p.alive_before[p.T] <= capacity);
+  }
+
   // Makes it the chunk that ends before a step: as many steps as have room for their rows.
   GRU_MEMBER void end_before(int64_t step) {
     end = step;

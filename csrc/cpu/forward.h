@@ -3,6 +3,8 @@
 // the gates in its epilogue. Each member computes what its own rows and units need, so the members
 // meet only where hidden units are split: once a step, twice for reset_before.
 #pragma once
+#include <type_traits>
+
 #include "gate_math.h"
 #include "in_place.h"
 #include "schedule.h"
@@ -40,7 +42,7 @@ struct GatePanels {
   const Real* weight;  // (G, N*H, K)
   int64_t group_stride;
 
-  GRU_MEMBER int64_t panel_size() const { return K * count * kLanes<Real>; }
+  GRU_MEMBER int64_t panel_size() const { return packed_k<Real>(K) * count * kLanes<Real>; }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
     if (packed != nullptr) return packed + (g * tiles + tile) * panel_size();
     for (int i = 0; i < abreast; ++i) {
@@ -53,18 +55,20 @@ struct GatePanels {
   template <class Epilogue>
   GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
                            Epilogue epilogue) const {
-    if (packed == nullptr && rows <= kMaxRowsInPlace) {
-      sweep_in_place<Real>(
-          a, rows, K, count, range.begin, range.end,
-          [&](int64_t tile, int v) {
-            return weight + g * group_stride + (gates[v] * H + tile * kLanes<Real>)*K;
-          },
-          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
-    } else {
-      sweep<Real>(
-          a, rows, K, count, range.begin, range.end,
-          [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
+    if constexpr (kPack<Real> == 1) {
+      if (packed == nullptr && rows <= kMaxRowsInPlace) {
+        sweep_in_place<Real>(
+            a, rows, K, count, range.begin, range.end,
+            [&](int64_t tile, int v) {
+              return weight + g * group_stride + (gates[v] * H + tile * kLanes<Real>)*K;
+            },
+            [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
+        return;
+      }
     }
+    sweep<Real>(
+        a, rows, K, count, range.begin, range.end,
+        [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
   }
   GRU_MEMBER void pack(Range range) const {
     for (int64_t i = range.begin; i < range.end; ++i) {
@@ -79,6 +83,7 @@ class ForwardScan {
  public:
   static constexpr int W = kLanes<Real>;
   using V = Vec<Real>;
+  using Number = Compute<Real>;
 
   ForwardScan(const Forward<Real>& f, int threads, int member, void* scratch)
       : f_(f),
@@ -95,17 +100,18 @@ class ForwardScan {
     const bool on_the_fly = p_.T == 1;
     const int64_t states = p_.G * p_.B * ld_;
     Layout layout(scratch);
-    state_ = layout.take<Real>(2 * states);
-    operand_ = p_.h_scale ? layout.take<Real>(2 * states) : state_;
+    state_ = layout.take<Number>(2 * states);
+    if constexpr (std::is_same_v<Real, Number>) operand_ = state_;
+    if (multiplies_copy()) operand_ = layout.take<Real>(2 * states);
     gated_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
-    update_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
-    gates_x_ = layout.take<Real>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
+    update_ = plan_.second >= 0 ? layout.take<Number>(states) : nullptr;
+    gates_x_ = layout.take<Number>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
     const bool gathers = p_.order != nullptr && p_.weight_ih != nullptr;
     gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
                 member * kProjectRows * p_.I;
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
-    Real* mine = layout.take<Real>(on_the_fly ? threads * kMaxAbreastVectors * W * most : 0) +
-                 member * kMaxAbreastVectors * W * most;
+    const int64_t panel = kMaxAbreastVectors * W * packed_k<Real>(most);
+    Real* mine = layout.take<Real>(on_the_fly ? threads * panel : 0) + member * panel;
     auto panels = [&](const int* gates, int count, const Real* weight, int64_t K) {
       GatePanels<Real> made{
           p_.H, K,      tiles_,           {gates[0], count > 1 ? gates[1] : 0, 0}, count, nullptr,
@@ -163,9 +169,12 @@ class ForwardScan {
   GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t rank, int64_t tile) const {
     return (step % 2 * p_.G * p_.B + g * p_.B + rank) * ld_ + tile * W;
   }
-  GRU_MEMBER Real* gates_x(int64_t g, int64_t row, int64_t tile) const {
+  GRU_MEMBER Number* gates_x(int64_t g, int64_t row, int64_t tile) const {
     return gates_x_ + ((g * chunk_ * p_.B + row) * tiles_ + tile) * gates_ * W;
   }
+
+  // Whether the product reads a copy of the state: scaled, or rounded.
+  GRU_MEMBER bool multiplies_copy() const { return kPack<Real> > 1 || p_.h_scale != nullptr; }
 
   // Makes h the state that `step` starts from: equations (2) and (3).
   GRU_MEMBER void enter(int64_t step, int64_t g, int64_t rank, int64_t tile, V h) {
@@ -174,9 +183,10 @@ class ForwardScan {
     if (rows_.reset(g, t, b)) h = load_or_zero(rows_.reset_row(g, b), tile * W, n);
     store(state_ + at(step, g, rank, tile), h);
     if (p_.h_scale != nullptr) {
-      const V scale = load_n(p_.h_scale + (b * p_.G + g) * p_.H + tile * W, n);
-      store(operand_ + at(step, g, rank, tile), h * scale);
+      // As the backward pass will read it.
+      h = as_stored<Real>(h) * load_n(p_.h_scale + (b * p_.G + g) * p_.H + tile * W, n);
     }
+    if (multiplies_copy()) store(operand_ + at(step, g, rank, tile), h);
   }
 
   void start() {
@@ -229,7 +239,7 @@ class ForwardScan {
           const Real* row = rows_.input_row(g, t, rows_.row(rank));
           for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
             const int n = lanes_of<Real>(tile, p_.H);
-            Real* to = gates_x(g, (step - begin) * p_.B + rank, tile);
+            Number* to = gates_x(g, (step - begin) * p_.B + rank, tile);
             for (int gate = 0; gate < gates_; ++gate) {
               store(to + gate * W, load_n(row + gate * p_.H + tile * W, n) + bias(gate, tile));
             }
@@ -241,7 +251,7 @@ class ForwardScan {
     auto rows = [&](const Real* first, int64_t stride, int64_t count, auto to_row) {
       input_.multiply({first, stride}, count, g, share_.tiles,
                       [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                        Real* to = gates_x(g, to_row(row), tile);
+                        Number* to = gates_x(g, to_row(row), tile);
                         for (int gate = 0; gate < gates_; ++gate) {
                           store(to + gate * W, sums[gate] + bias(gate, tile));
                         }
@@ -320,7 +330,7 @@ class ForwardScan {
     multiply(first_, operand_ + at(step, g, 0, 0), g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = rows_.row(rank);
-               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
@@ -338,7 +348,7 @@ class ForwardScan {
     multiply(first_, operand_ + at(step, g, 0, 0), g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = rows_.row(rank);
-               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V z = sigmoid<Real>(sums[0] + load(gx));
                const V n = tanh<Real>(sums[1] + load(gx + W));
                save(t, g, b, tile, 0, z);
@@ -352,7 +362,7 @@ class ForwardScan {
     multiply(first_, operand_ + at(step, g, 0, 0), g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = rows_.row(rank);
-               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                save(t, g, b, tile, 0, r);
@@ -367,7 +377,7 @@ class ForwardScan {
     multiply(second_, gated_ + at(g, 0, 0), g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = rows_.row(rank);
-               const Real* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
                const V n = tanh<Real>(sums[0] + load(gx + 2 * W));
                save(t, g, b, tile, 2, n);
                finish(step, t, g, rank, b, tile, load(update_ + at(g, rank, tile)), n);
@@ -380,7 +390,8 @@ class ForwardScan {
   const GatePlan plan_;
   const int gates_, slots_;
   const int64_t tiles_, ld_, chunk_;
-  Real *state_, *operand_, *gated_, *update_, *gates_x_, *gathered_;
+  Number *state_, *update_, *gates_x_;
+  Real *operand_, *gated_, *gathered_;
   GatePanels<Real> first_{}, second_{}, input_{};
   int64_t scratch_bytes_;
   Share share_{};

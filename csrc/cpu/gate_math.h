@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// sigmoid and tanh on a register, to about one unit in the last place; NaN stays NaN.
+// sigmoid and tanh on a register, to about one unit in the last place of the type that tensors
+// have; NaN stays NaN.
 #pragma once
 #include "vec.h"
 #if defined(__AVX__)
@@ -147,6 +148,50 @@ GRU_INLINE Vec<Real> tanh(Vec<Real> x) {
   tanh<Real, 1>(one);
   return one[0];
 }
+
+#if defined(__AVX512BF16__)
+// What is rounded to 8 bits needs no more than the 14 of the approximate reciprocal.
+
+// 2^x = 2^whole * (1 + fraction). The polynomial is minimax in relative error (2.8e-6) over +-0.5.
+struct ShortExp2 {
+  __m512 whole, power;
+
+  GRU_MEMBER explicit ShortExp2(Vec<float> x) {
+    const __m512 given = reinterpret_cast<__m512>(x);
+    whole =
+        _mm512_maskz_roundscale_ps(0xffff, given, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec<float> f = reinterpret_cast<Vec<float>>(_mm512_sub_ps(given, whole));
+    Vec<float> p = f * 0.009582852944731712f + 0.05590642988681793f;
+    p = p * f + 0.24024099111557007f;
+    p = p * f + 0.6931241750717163f;
+    power = reinterpret_cast<__m512>(p * f + 1.0f);
+  }
+  // Saturates to 0 and infinity.
+  GRU_MEMBER Vec<float> value() const {
+    return reinterpret_cast<Vec<float>>(_mm512_maskz_scalef_ps(0xffff, power, whole));
+  }
+};
+
+GRU_INLINE Vec<float> short_reciprocal(Vec<float> x) {
+  return reinterpret_cast<Vec<float>>(_mm512_maskz_rcp14_ps(0xffff, reinterpret_cast<__m512>(x)));
+}
+
+template <>
+GRU_MEMBER Vec<float> sigmoid<BFloat16>(Vec<float> x) {
+  constexpr float log2e = ExpConstants<float>::log2e;
+  return short_reciprocal(ShortExp2(x * -log2e).value() + 1.0f);
+}
+
+template <>
+GRU_MEMBER Vec<float> tanh<BFloat16>(Vec<float> x) {
+  constexpr float log2e = ExpConstants<float>::log2e;
+  // min returns its second operand where one of them is NaN.
+  const __m512 limited =
+      _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(60.0f), reinterpret_cast<__m512>(x * (2 * log2e)));
+  const Vec<float> e = ShortExp2(reinterpret_cast<Vec<float>>(limited)).value();
+  return (e - 1.0f) * short_reciprocal(e + 1.0f);
+}
+#endif
 
 }  // namespace
 }  // namespace GRU_FAST_ISA

@@ -54,7 +54,7 @@ void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t 
 }
 
 // As sweep() of tile.h; weight(tile, v) is the first weight row of vector v of a tile, of whose
-// rows lanes(tile) exist. The operand's k_stride must be 1.
+// rows lanes(tile) exist. The k of a row of the operand must be neighbours.
 template <class Real, class Weight, class Lanes, class Epilogue>
 GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vectors,
                                int64_t tile_begin, int64_t tile_end, Weight weight, Lanes lanes,

@@ -17,6 +17,9 @@ const Kernels& table();
 namespace avx512 {
 const Kernels& table();
 }
+namespace avx512_bf16 {
+const KernelTable<BFloat16>& bfloat16_table();
+}
 #endif
 
 namespace {
@@ -92,5 +95,14 @@ void set_isa(const std::string& name) {
   current.store(find_usable(name), std::memory_order_release);
 }
 const Kernels& kernels() { return get().table(); }
+
+const KernelTable<BFloat16>* bfloat16_kernels() {
+#ifdef GRU_FAST_X86
+  if (get().table == avx512::table && __builtin_cpu_supports("avx512bf16")) {
+    return &avx512_bf16::bfloat16_table();
+  }
+#endif
+  return nullptr;
+}
 
 }  // namespace gru_fast

@@ -13,5 +13,7 @@ std::string current_isa();
 // Throws std::invalid_argument naming what is usable.
 void set_isa(const std::string& name);
 const Kernels& kernels();
+// Kernels that multiply bfloat16, or null: where the CPU does not, or another set was asked for.
+const KernelTable<BFloat16>* bfloat16_kernels();
 
 }  // namespace gru_fast

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table of one instruction set, for the kernels_*.cpp files.
+// The tables of one instruction set, for the kernels_*.cpp files.
 #pragma once
 #include "backward.h"
 #include "forward.h"
@@ -7,17 +7,20 @@
 namespace gru_fast {
 namespace GRU_FAST_ISA {
 
-const Kernels& table();
+template <class Real>
+constexpr KernelTable<Real> kTable = {forward_scratch_bytes<Real>, forward<Real>,
+                                      backward_scratch_bytes<Real>, backward<Real>};
 
+#ifdef __AVX512BF16__
+const KernelTable<BFloat16>& bfloat16_table();
+const KernelTable<BFloat16>& bfloat16_table() { return kTable<BFloat16>; }
+#else
+const Kernels& table();
 const Kernels& table() {
-  static constexpr Kernels kernels = {
-      {forward_scratch_bytes<float>, forward<float>, backward_scratch_bytes<float>,
-       backward<float>},
-      {forward_scratch_bytes<double>, forward<double>, backward_scratch_bytes<double>,
-       backward<double>},
-  };
+  static constexpr Kernels kernels = {kTable<float>, kTable<double>};
   return kernels;
 }
+#endif
 
 }  // namespace GRU_FAST_ISA
 }  // namespace gru_fast

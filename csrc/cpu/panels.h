@@ -23,45 +23,73 @@ GRU_INLINE int lanes_of(int64_t tile, int64_t units) {
   return left < kLanes<Real> ? static_cast<int>(left) : kLanes<Real>;
 }
 
-// to[k * to_stride + lane] = rows[lane][k], zero in the lanes from n on.
+// to[word * to_stride + lane] = word `word` of rows[lane], zero in the lanes from n on and in the
+// half of the last word that no k fills. to_stride is in elements.
 template <class Real>
 void pack_transposed(const Real* rows, int64_t row_stride, int n, int64_t K, Real* to,
                      int64_t to_stride) {
   constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
   int64_t k = 0;
   if (n == W) {
-    for (; k + W <= K; k += W) {
+    for (; k + W * P <= K; k += W * P) {
       Vec<Real> block[W];
       load_transposed(rows + k, row_stride, block);
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) store(to + (k + i) * to_stride, block[i]);
+      for (int i = 0; i < W; ++i) store_words(to + (k / P + i) * to_stride, block[i]);
     }
   }
-  for (; k < K; ++k) {
-    Vec<Real> column{};
-    for (int lane = 0; lane < n; ++lane) column[lane] = rows[lane * row_stride + k];
-    store(to + k * to_stride, column);
+  for (; k < K; k += P) {
+    Real column[W * P] = {};
+    const int64_t left = K - k < P ? K - k : P;
+    for (int lane = 0; lane < n; ++lane) {
+      for (int64_t i = 0; i < left; ++i) column[lane * P + i] = rows[lane * row_stride + k + i];
+    }
+    store_words(to + k / P * to_stride, load_words(column));
   }
 }
 
-// The weight rows of one unit tile for `count` gates, side by side: [K][count][lanes].
+// The weight rows of one unit tile for `count` gates, side by side: [word][count][lanes].
 template <class Real>
 void pack_gates(const Real* weight, int64_t H, int64_t K, const int* gates, int count, int64_t tile,
                 Real* panel) {
   constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
   for (int i = 0; i < count; ++i) {
     pack_transposed(weight + (gates[i] * H + tile * W) * K, K, lanes_of<Real>(tile, H), K,
-                    panel + i * W, count * W);
+                    panel + i * (W * P), count * (W * P));
   }
 }
 
-// One column tile of a row-major block (rows, columns): [rows][lanes].
+// Writes the words that stand for kPack rows of a right-hand operand: [word][lanes].
 template <class Real>
-void pack_columns(const Real* block, int64_t rows, int64_t columns, int64_t tile, Real* panel) {
+GRU_INLINE void store_rows(Real* to, const Vec<Real> (&rows)[kPack<Real>]) {
+  store(to, rows[0]);
+}
+#if defined(__AVX512BF16__)
+GRU_INLINE void store_rows(BFloat16* to, const Vec<BFloat16> (&rows)[2]) {
+  const HalfWords words = spread(narrow(rows[0])) | spread(narrow(rows[1])) << 16;
+  store_words(to, reinterpret_cast<Vec<float>>(words));
+}
+#endif
+
+// `count` column tiles of a row-major block (rows, columns), tile_stride apart: [word][lanes], zero
+// from `rows` to padded_rows. Tiles are the inner loop, so that the block is read along its rows.
+template <class Real>
+void pack_columns(const Real* block, int64_t rows, int64_t columns, int64_t first_tile,
+                  int64_t count, int64_t padded_rows, Real* to, int64_t tile_stride) {
   constexpr int W = kLanes<Real>;
-  const int n = lanes_of<Real>(tile, columns);
-  for (int64_t k = 0; k < rows; ++k)
-    store(panel + k * W, load_n(block + k * columns + tile * W, n));
+  constexpr int P = kPack<Real>;
+  const int last_lanes = lanes_of<Real>(first_tile + count - 1, columns);
+  for (int64_t k = 0; k < padded_rows; k += P) {
+    const Real* row = block + k * columns + first_tile * W;
+    for (int64_t tile = 0; tile < count; ++tile) {
+      const int n = tile + 1 == count ? last_lanes : W;
+      Vec<Real> word[P] = {};
+      for (int i = 0; i < P && k + i < rows; ++i) word[i] = load_n(row + i * columns + tile * W, n);
+      store_rows(to + tile * tile_stride + k * W, word);
+    }
+  }
 }
 
 template <class Real>

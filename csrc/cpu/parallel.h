@@ -13,7 +13,7 @@ int threads_worth(const Problem<Real>& p, int passes, int available) {
   if (available <= 1) return 1;
   // Orders of magnitude of one core: what a step takes is bound by arithmetic or by reading
   // weights.
-  constexpr double kFlopsPerNs = 80, kBytesPerNs = 80;
+  constexpr double kFlopsPerNs = sizeof(Real) == 2 ? 160 : 80, kBytesPerNs = 80;
   constexpr double kRegionNs = 25'000, kBarrierNs = 1'500;
   const double products = static_cast<double>(gate_count(p.cell)) * p.H * p.G;
   auto step_ns = [&](double inner) {

@@ -8,6 +8,23 @@ namespace gru_fast {
 
 enum class Cell : int { kResetAfter, kResetBefore, kNoReset };
 
+// A bfloat16 as it lies in memory.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type that tensors of another are computed in.
+template <class Real>
+struct ComputeType {
+  using type = Real;
+};
+template <>
+struct ComputeType<BFloat16> {
+  using type = float;
+};
+template <class Real>
+using Compute = typename ComputeType<Real>::type;
+
 static constexpr int gate_count(Cell cell) { return cell == Cell::kNoReset ? 2 : 3; }
 static constexpr int slot_count(Cell cell) {
   return cell == Cell::kResetAfter ? 4 : cell == Cell::kResetBefore ? 3 : 2;
@@ -44,7 +61,8 @@ struct Forward {
   Real* workspace;  // (T, B, G, S*H), or null: not saved
 };
 
-// A null gradient pointer means: not asked for.
+// A null gradient pointer means: not asked for. Gradients that are added up are not rounded on the
+// way.
 template <class Real>
 struct Backward {
   Problem<Real> in;
@@ -53,14 +71,14 @@ struct Backward {
   const Real* grad_output;     // (T, B, G*H) or null
   const Real* grad_h_n;        // (G, B, H) or null
   const Real* grad_workspace;  // (T, B, G, S*H) or null
-  Real* grad_x;          // contiguous (T, B, [G,] I), zeroed where groups share x; or grad_gates_x
-  Real* grad_h0;         // (G, B, H)
-  Real* grad_weight_ih;  // (G, N*H, I)
-  Real* grad_weight_hh;  // (G, N*H, H)
-  Real* grad_bias_ih;    // (G, N*H)
-  Real* grad_bias_hh;    // (G, N*H)
-  Real* grad_reset_state;  // (G, B, H), zeroed
-  Real* grad_h_scale;      // (B, G*H), zeroed
+  Real* grad_x;  // contiguous (T, B, [G,] I), zeroed where groups share x; or grad_gates_x
+  Compute<Real>* grad_h0;           // (G, B, H)
+  Compute<Real>* grad_weight_ih;    // (G, N*H, I)
+  Compute<Real>* grad_weight_hh;    // (G, N*H, H)
+  Compute<Real>* grad_bias_ih;      // (G, N*H)
+  Compute<Real>* grad_bias_hh;      // (G, N*H)
+  Compute<Real>* grad_reset_state;  // (G, B, H), zeroed
+  Compute<Real>* grad_h_scale;      // (B, G*H), zeroed
 };
 
 class Team;

@@ -15,24 +15,57 @@ constexpr int64_t kSumBlock = 256;
 constexpr int64_t kGradSumBlock = 32;
 constexpr int kMaxTileVectors = 24;
 
-// The left operand: rows of `a`, where rows and k may have any stride.
+// The left operand: rows of `a`. Rows may have any stride, and so may the words of a row, each of
+// which holds kPack neighbouring k.
 template <class Real>
 struct Operand {
   const Real* a;
   int64_t row_stride;
-  int64_t k_stride = 1;
+  int64_t word_stride = kPack<Real>;
   int64_t sum_block = kSumBlock;
 };
 
-// Weights of a unit tile, packed for the product: [K][NV][lanes]; tiles lie one after the other.
-// out[(i * NT + tile) * NV + v] = sum_k a[(row + i) * row_stride + k * k_stride] *
-// panel[tile][k][v]
+// sum += weight * the word at `a`
+template <class Real>
+GRU_INLINE void multiply_add(Vec<Real>& sum, Vec<Real> weight, Real a) {
+  sum += weight * a;
+}
+#if defined(__AVX512BF16__)
+template <class Real>
+GRU_INLINE void multiply_add(Vec<float>& sum, Vec<float> weight, uint32_t word) {
+  sum = reinterpret_cast<Vec<float>>(
+      _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(weight),
+                       reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(word)))));
+}
+#endif
+
+template <class Real>
+GRU_INLINE Real word_at(const Real* a) {
+  return *a;
+}
+GRU_INLINE uint32_t word_at(const BFloat16* a) {
+  uint32_t word;
+  std::memcpy(&word, a, sizeof word);
+  return word;
+}
+// The last word of an odd number of k.
+GRU_INLINE uint32_t half_word_at(const BFloat16* a) { return a->bits; }
+
+// Rows of the panels: K, rounded up to whole words.
+template <class Real>
+constexpr int64_t packed_k(int64_t K) {
+  return (K + kPack<Real> - 1) / kPack<Real> * kPack<Real>;
+}
+
+// Weights of a unit tile, packed for the product: [word][NV][lanes]; tiles lie one after the other.
+// out[(i * NT + tile) * NV + v] = sum_k a[row + i][k] * panel[tile][k][v]
 template <class Real, int ROWS, int NT, int NV>
 void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, Vec<Real>* out) {
   constexpr int W = kLanes<Real>;
   constexpr int N = NT * NV;
+  constexpr int P = kPack<Real>;
   static_assert(ROWS * N <= kMaxTileVectors);
-  const int64_t panel_stride = K * NV * W;
+  const int64_t panel_stride = packed_k<Real>(K) * NV * W;
   const int64_t row_stride = operand.row_stride;
   const Real* a = operand.a + row * row_stride;
   int64_t k = 0;
@@ -40,18 +73,27 @@ void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, 
   do {
     const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
     Vec<Real> sum[ROWS][N] = {};
-    for (; k < stop; ++k) {
-      const Real* ak = a + k * operand.k_stride;
+    auto add = [&](auto word) GRU_MEMBER_LAMBDA {
+      const Real* ak = a + k / P * operand.word_stride;
       const Real* pk = panels + k * (NV * W);
       Vec<Real> weight[N];
 #pragma GCC unroll 12
-      for (int n = 0; n < N; ++n) weight[n] = load(pk + (n / NV) * panel_stride + (n % NV) * W);
+      for (int n = 0; n < N; ++n) {
+        weight[n] = load_words(pk + (n / NV) * panel_stride + (n % NV) * (W * P));
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
-        const Real value = ak[i * row_stride];
+        const auto value = word(ak + i * row_stride);
 #pragma GCC unroll 12
-        for (int n = 0; n < N; ++n) sum[i][n] += weight[n] * value;
+        for (int n = 0; n < N; ++n) multiply_add<Real>(sum[i][n], weight[n], value);
       }
+    };
+    for (; k + P <= stop; k += P) {
+      add([](const Real* at) GRU_MEMBER_LAMBDA { return word_at(at); });
+    }
+    if constexpr (P > 1) {
+      if (k < stop) add([](const Real* at) GRU_MEMBER_LAMBDA { return half_word_at(at); });
+      k = stop;
     }
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i) {

@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// One SIMD register of float or double, as wide as the flags of this translation unit allow.
-// Included by the kernels_*.cpp files only, each of which gives it a namespace of its own.
+// One SIMD register of float or double, as wide as the flags of this translation unit allow, and
+// how tensors get into it. bfloat16 becomes float on the way. Included by the kernels_*.cpp files
+// only, each of which gives it a namespace of its own.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include "problem.h"
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -41,12 +47,22 @@ struct VecType<double> {
   typedef double Half __attribute__((vector_size(kVecBytes / 2), aligned(8), may_alias));
   typedef int64_t Bits __attribute__((vector_size(kVecBytes)));
 };
+template <>
+struct VecType<BFloat16> {
+  using Reg = VecType<float>::Reg;
+  using Bits = VecType<float>::Bits;
+  typedef float Unaligned __attribute__((vector_size(kVecBytes), aligned(2), may_alias));
+  typedef float Half __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
+};
 template <class Real>
 using Vec = typename VecType<Real>::Reg;
 template <class Real>
 using VecBits = typename VecType<Real>::Bits;
 template <class Real>
-constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(Real));
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(Compute<Real>));
+// A lane of a product multiplies words of this many neighbouring k.
+template <class Real>
+constexpr int kPack = static_cast<int>(sizeof(Compute<Real>) / sizeof(Real));
 
 template <class Real>
 GRU_INLINE Vec<Real> load(const Real* p) {
@@ -57,9 +73,40 @@ GRU_INLINE void store(Real* p, Vec<Real> v) {
   *reinterpret_cast<typename VecType<Real>::Unaligned*>(p) = v;
 }
 template <class Real>
-GRU_INLINE Vec<Real> broadcast(Real value) {
+GRU_INLINE Vec<Real> broadcast(Compute<Real> value) {
   return value - Vec<Real>{};
 }
+
+#if defined(__AVX512BF16__)
+// The masks of all lanes keep GCC 12 from warning about its own headers.
+typedef uint32_t HalfWords __attribute__((vector_size(kVecBytes)));
+GRU_INLINE HalfWords spread(__m256i halves) {
+  return reinterpret_cast<HalfWords>(_mm512_maskz_cvtepu16_epi32(0xffff, halves));
+}
+GRU_INLINE Vec<float> widen(__m256i halves) {
+  return reinterpret_cast<Vec<float>>(spread(halves) << 16);
+}
+GRU_INLINE __m256i narrow(Vec<float> v) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+}
+GRU_INLINE Vec<float> load(const BFloat16* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+GRU_INLINE void store(BFloat16* p, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+}
+GRU_INLINE Vec<float> load_n(const BFloat16* p, int n) {
+  if (__builtin_expect(n == kLanes<float>, 1)) return load(p);
+  return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+}
+GRU_INLINE void store_n(BFloat16* p, Vec<float> v, int n) {
+  if (__builtin_expect(n == kLanes<float>, 1)) {
+    store(p, v);
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow(v));
+  }
+}
+#endif
 
 // The first n lanes; the others read as zero, and are left alone by store_n.
 template <class Real>
@@ -76,6 +123,39 @@ GRU_INLINE void store_n(Real* p, Vec<Real> v, int n) {
   } else {
     std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(Real));
   }
+}
+
+// What comes back when v is stored and loaded.
+template <class Real>
+GRU_INLINE Vec<Real> as_stored(Vec<Real> v) {
+  if constexpr (kPack<Real> == 1) {
+    return v;
+  } else {
+#if defined(__AVX512BF16__)
+    return widen(narrow(v));
+#endif
+  }
+}
+
+template <class Real>
+GRU_INLINE Real value_of(Real number) {
+  return number;
+}
+GRU_INLINE float value_of(BFloat16 number) {
+  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Words as they lie, whatever they stand for.
+template <class Real>
+GRU_INLINE Vec<Real> load_words(const Real* p) {
+  return *reinterpret_cast<const typename VecType<Real>::Unaligned*>(p);
+}
+template <class Real>
+GRU_INLINE void store_words(Real* p, Vec<Real> v) {
+  *reinterpret_cast<typename VecType<Real>::Unaligned*>(p) = v;
 }
 
 #if defined(__has_builtin)
@@ -126,8 +206,8 @@ GRU_INLINE Vec<Real> load_halves(const Real* low, const Real* high, std::index_s
 }
 #endif
 
-// rows[j][i] = p[i * stride + j]. Loads of half rows do the first stage of the transpose: the
-// shuffles are what bounds it.
+// rows[j][i] = word j of p + i * stride. Loads of half rows do the first stage of the transpose:
+// the shuffles are what bounds it.
 template <class Real>
 GRU_INLINE void load_transposed(const Real* p, int64_t stride, Vec<Real> (&rows)[kLanes<Real>]) {
   constexpr int W = kLanes<Real>;
@@ -135,17 +215,18 @@ GRU_INLINE void load_transposed(const Real* p, int64_t stride, Vec<Real> (&rows)
   if constexpr (W > 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; ++i) {
+      constexpr int half = W / 2 * kPack<Real>;
       const Real* near = p + i * stride;
       const Real* far = near + W / 2 * stride;
       rows[i] = load_halves(near, far, std::make_index_sequence<W>{});
-      rows[i + W / 2] = load_halves(near + W / 2, far + W / 2, std::make_index_sequence<W>{});
+      rows[i + W / 2] = load_halves(near + half, far + half, std::make_index_sequence<W>{});
     }
     transpose_stage<Real, W / 4>(rows);
     return;
   }
 #endif
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) rows[i] = load(p + i * stride);
+  for (int i = 0; i < W; ++i) rows[i] = load_words(p + i * stride);
   transpose<Real>(rows);
 }
 

@@ -3,6 +3,7 @@
 // biases (column sums). Rows are added in the order of the scan's chunks, whatever the threads.
 #pragma once
 #include "chunk.h"
+#include "column_panels.h"
 #include "team.h"
 #include "tile.h"
 
@@ -15,6 +16,8 @@ class WeightGrads {
  public:
   static constexpr int W = kLanes<Real>;
   using V = Vec<Real>;
+  using Number = Compute<Real>;
+  static constexpr int P = kPack<Real>;
 
   WeightGrads(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
               int member)
@@ -24,12 +27,15 @@ class WeightGrads {
         input_tiles_(tiles_of<Real>(p_.I)),
         input_slot_(p_.cell == Cell::kResetAfter ? 1 : 0),
         unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock) {
-    const int64_t rows = c_.capacity;
+    const int64_t rows = packed_k<Real>(c_.capacity);
     auto take = [&](bool wanted, int64_t count) {
       return wanted ? layout.template take<Real>(count) : nullptr;
     };
-    input_panels_ = take(f.grad_x != nullptr && p_.weight_ih != nullptr,
-                         p_.G * input_tiles_ * c_.gates * c_.units * W);
+    if (f.grad_x != nullptr && p_.weight_ih != nullptr) {
+      input_panels_ = {p_.weight_ih, p_.H,     c_.units, p_.I,   c_.gates,
+                       {0, 1, 2},    c_.gates, nullptr,  nullptr};
+      input_panels_.take(p_.G, c_.only(), layout, threads, member);
+    }
     x_ = take(f.grad_weight_ih != nullptr, input_tiles_ * rows * W);
     state_ = take(f.grad_weight_hh != nullptr, c_.tiles * rows * W);
     gated_ =
@@ -40,24 +46,20 @@ class WeightGrads {
   // Packs W_ih by columns, in the order of the input slots of D, and clears what padding gets.
   void pack(int members, int member) const {
     clear_padding(part_of(p_.B, member, members));
-    if (input_panels_ == nullptr) return;
-    const Range part = part_of(p_.G * input_tiles_, member, members);
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t g = i / input_tiles_, tile = i % input_tiles_;
-      for (int gate = 0; gate < c_.gates; ++gate) {
-        Real* to = input_panels_ + (i * c_.gates + gate) * c_.units * W;
-        pack_columns(p_.weight_ih + (g * c_.gates + gate) * p_.H * p_.I, p_.H, p_.I, tile, to);
-        fill_zero(to + p_.H * W, (c_.units - p_.H) * W);
-      }
-    }
+    input_panels_.pack(p_.G, members, member);
   }
 
   // `first`: no chunk came before, so the sums start here.
   void run(Team& team, int member, bool first) const {
     for (int64_t g = 0; g < p_.G; ++g) {
       const Range rows = part_of(c_.row_count(g), member, team.size(), kRowBlock);
-      input_gradient(g, rows);
-      for (int64_t row = rows.begin; row < rows.end; ++row) pack_row(g, row);
+      if (input_panels_.on_the_way == nullptr) {
+        input_gradient(g, rows, {0, input_tiles_});
+      } else {
+        // Each panel is packed by one member.
+        input_gradient(g, {0, c_.row_count(g)}, part_of(input_tiles_, member, team.size()));
+      }
+      for (int64_t row = rows.begin; row < rows.end; row += P) pack_rows(g, row);
       team.barrier(member);
       const Range tasks = part_of(c_.slots * unit_blocks_, member, team.size());
       for (int64_t i = tasks.begin; i < tasks.end; ++i) {
@@ -80,7 +82,7 @@ class WeightGrads {
     }
   }
 
-  void input_gradient(int64_t g, Range rows) const {
+  void input_gradient(int64_t g, Range rows, Range tiles) const {
     if (f_.grad_x == nullptr) return;
     if (p_.weight_ih == nullptr) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -92,11 +94,11 @@ class WeightGrads {
       }
       return;
     }
-    const int64_t K = c_.gates * c_.units;
     const bool shared = p_.x_shared && p_.G > 1;
     sweep<Real>(
-        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), K, 1, 0, input_tiles_,
-        [&](int64_t tile, int) { return input_panels_ + (g * input_tiles_ + tile) * K * W; },
+        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), input_panels_.K(), 1,
+        tiles.begin, tiles.end,
+        [&](int64_t tile, int count) { return input_panels_.get(g, tile, count); },
         [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           const int64_t place = c_.place(g, rows.begin + i);
           const int64_t at = p_.x_shared ? place : place * p_.G + g;
@@ -106,57 +108,78 @@ class WeightGrads {
         });
   }
 
-  // One row of x and of the state as right-hand operands: [tile][row][lanes].
-  void pack_row(int64_t g, int64_t row) const {
-    const int64_t rows = c_.row_count(g);
-    const int64_t place = c_.place(g, row), t = place / p_.B, b = place % p_.B;
+  // A word of rows of x and of the state as right-hand operands: [tile][word][lanes].
+  void pack_rows(int64_t g, int64_t first) const {
+    const int64_t rows = c_.row_count(g), padded = packed_k<Real>(rows);
+    struct {
+      int64_t place, t, b;
+    } at[P];
+    const int count = rows - first < P ? static_cast<int>(rows - first) : P;
+    for (int i = 0; i < count; ++i) {
+      const int64_t place = c_.place(g, first + i);
+      at[i] = {place, place / p_.B, place % p_.B};
+    }
+    auto pack = [&](Real* to, int64_t tile, auto value) GRU_MEMBER_LAMBDA {
+      V word[P] = {};
+      for (int i = 0; i < count; ++i) word[i] = value(i);
+      store_rows(to + (tile * padded + first) * W, word);
+    };
     if (x_ != nullptr) {
-      const Real* from = c_.rows.input_row(g, t, b);
       for (int64_t tile = 0; tile < input_tiles_; ++tile) {
-        store(x_ + (tile * rows + row) * W, load_n(from + tile * W, lanes_of<Real>(tile, p_.I)));
+        const int lanes = lanes_of<Real>(tile, p_.I);
+        pack(x_, tile, [&](int i) GRU_MEMBER_LAMBDA {
+          return load_n(c_.rows.input_row(g, at[i].t, at[i].b) + tile * W, lanes);
+        });
       }
     }
     if (state_ == nullptr) return;
     for (int64_t tile = 0; tile < c_.tiles; ++tile) {
-      const V hs = c_.scaled_previous(g, t, b, tile);
-      store(state_ + (tile * rows + row) * W, hs);
-      if (gated_ == nullptr) continue;
       const int lanes = lanes_of<Real>(tile, p_.H);
-      const V r = load_n(c_.gate_row(g, row, place) + tile * W, lanes);
-      store(gated_ + (tile * rows + row) * W, r * hs);
+      auto state = [&](int i)
+                       GRU_MEMBER_LAMBDA { return c_.scaled_previous(g, at[i].t, at[i].b, tile); };
+      pack(state_, tile, state);
+      if (gated_ == nullptr) continue;
+      pack(gated_, tile, [&](int i) GRU_MEMBER_LAMBDA {
+        return load_n(c_.gate_row(g, first + i, at[i].place) + tile * W, lanes) * state(i);
+      });
     }
   }
 
   // kRowBlock units of one slot: their weight rows and biases.
   void weight_gradient(int64_t g, int slot, int64_t unit_block, bool first) const {
-    const int64_t rows = c_.row_count(g), unit = unit_block * kRowBlock;
+    const int64_t rows = c_.row_count(g), padded = packed_k<Real>(rows);
+    const int64_t unit = unit_block * kRowBlock;
     const int valid = p_.H - unit < kRowBlock ? static_cast<int>(p_.H - unit) : kRowBlock;
     double total[kRowBlock] = {};  // many rows, one chain: float alone would lose digits
     for (int64_t row = 0; row < rows; ++row) {
       const Real* from = c_.d(g, row) + slot * c_.units + unit;
-      Real* to = block_ + row * kRowBlock;
+      Real* to = block_ + row / P * (kRowBlock * P) + row % P;
       for (int i = 0; i < kRowBlock; ++i) {
-        to[i] = from[i];
-        total[i] += from[i];
+        to[i * P] = from[i];
+        total[i] += value_of(from[i]);
       }
+    }
+    if (padded > rows) {
+      Real* to = block_ + (padded - P) * kRowBlock + rows % P;
+      for (int i = 0; i < kRowBlock; ++i) to[i * P] = Real{};
     }
     const bool after = p_.cell == Cell::kResetAfter;
     const bool input_side = !(after && slot == 0), hidden_side = !(after && slot == 3);
     const int64_t first_row = (g * c_.gates + c_.gate_of(slot)) * p_.H + unit;
-    auto add = [&](Real* to, Real value) { *to = first ? value : *to + value; };
+    auto add = [&](Number* to, Number value) { *to = first ? value : *to + value; };
     for (int i = 0; i < valid; ++i) {
-      const Real sum = static_cast<Real>(total[i]);
+      const Number sum = static_cast<Number>(total[i]);
       if (input_side && f_.grad_bias_ih) add(f_.grad_bias_ih + first_row + i, sum);
       if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, sum);
     }
-    auto multiply = [&](const Real* panels, int64_t columns, Real* grad) {
+    auto multiply = [&](const Real* panels, int64_t columns, Number* grad) {
       sweep<Real>(
-          {block_, 1, kRowBlock, kGradSumBlock}, kRowBlock, rows, 1, 0, tiles_of<Real>(columns),
-          [&](int64_t tile, int) { return panels + tile * rows * W; },
+          {block_, P, kRowBlock * P, kGradSumBlock}, kRowBlock, padded, 1, 0,
+          tiles_of<Real>(columns), [&](int64_t tile, int) { return panels + tile * padded * W; },
           [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
             if (i >= valid) return;
             const int lanes = lanes_of<Real>(tile, columns);
-            Real* to = grad + (first_row + i) * columns + tile * W;
+            Number* to = grad + (first_row + i) * columns + tile * W;
             store_n(to, first ? sums[0] : load_n(to, lanes) + sums[0], lanes);
           });
     };
@@ -173,7 +196,8 @@ class WeightGrads {
   const int64_t input_tiles_;
   const int input_slot_;
   const int64_t unit_blocks_;
-  Real *input_panels_, *x_, *state_, *gated_, *block_;
+  ColumnPanels<Real> input_panels_{};
+  Real *x_, *state_, *gated_, *block_;
 };
 
 }  // namespace

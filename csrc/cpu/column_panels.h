@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Weights as the right-hand operand of D W, the product of the gradients: packed by columns, gate
+// after gate in the order of the slots of D.
+#pragma once
+#include "schedule.h"
+#include "tile.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+template <class Real>
+struct ColumnPanels {
+  static constexpr int W = kLanes<Real>;
+  static constexpr int64_t kMostAbreast = 8;
+
+  const Real* weight;  // (G, gates * H, columns)
+  int64_t H, units, columns, gates;
+  int order[3];      // the gate that belongs to each slot
+  int64_t slots;     // of D, `units` columns each
+  Real* packed;      // (G, tiles) panels, or null: on the way, for panels that are used once
+  Real* on_the_way;  // of this member
+
+  GRU_MEMBER int64_t tiles() const { return tiles_of<Real>(columns); }
+  GRU_MEMBER int64_t K() const { return slots * units; }
+  GRU_MEMBER int64_t panel_size() const { return K() * W; }
+
+  // Takes memory for the panels of G groups, or of what one member needs at a time.
+  GRU_MEMBER void take(int64_t G, bool once, Layout& layout, int threads, int member) {
+    packed = once ? nullptr : layout.template take<Real>(G * tiles() * panel_size());
+    const int64_t own = kMostAbreast * panel_size();
+    on_the_way = once ? layout.template take<Real>(threads * own) + member * own : nullptr;
+  }
+
+  // This member's part of all panels.
+  GRU_MEMBER void pack(int64_t G, int members, int member) const {
+    if (packed == nullptr) return;
+    const Range part = part_of(G * tiles(), member, members);
+    for (int64_t i = part.begin; i < part.end;) {
+      const int64_t tile = i % tiles();
+      int64_t count = part.end - i < kMostAbreast ? part.end - i : kMostAbreast;
+      count = tiles() - tile < count ? tiles() - tile : count;
+      pack_tiles(i / tiles(), tile, count, packed + i * panel_size());
+      i += count;
+    }
+  }
+
+  GRU_MEMBER void pack_tiles(int64_t g, int64_t tile, int64_t count, Real* to) const {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const Real* block = weight + (g * gates + order[slot]) * H * columns;
+      pack_columns(block, H, columns, tile, count, units, to + slot * units * W, panel_size());
+    }
+  }
+
+  // For sweep() of tile.h.
+  GRU_MEMBER const Real* get(int64_t g, int64_t tile, int count) const {
+    if (packed != nullptr) return packed + (g * tiles() + tile) * panel_size();
+    pack_tiles(g, tile, count, on_the_way);
+    return on_the_way;
+  }
+};
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast
