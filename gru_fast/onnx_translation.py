@@ -48,6 +48,17 @@ def register() -> None:
             torch_op(name, trace_only=True)(function)
 
 
+class _Outputs(tuple[Value, ...]):
+    """The outputs of a layer that ONNX has."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == 2:
+            raise ValueError(
+                "return_gates: expected False, ONNX's GRU does not give the values of its gates"
+            )
+        return super().__getitem__(index)
+
+
 def layer(
     x: Value,
     h0: Value,
@@ -62,10 +73,10 @@ def layer(
     cell: str = "reset_after",
     reverse: Sequence[int] = (0,),
     recompute: bool = False,
-) -> tuple[Value, Value, Value]:
+) -> tuple[Value, Value]:
     """`gru_fast::layer`: one GRU node for one layer in one or both directions, else one a group.
 
-    The third output, the workspace of training, is a placeholder.
+    There is no third output, the workspace: that the graph uses it is an error.
 
     Raises:
         ValueError: The call has an `h_scale`, or a `reset_mask` and more than one step.
@@ -97,7 +108,7 @@ def layer(
             outputs.append(output)
             finals.append(h_n)
         output, h_n = op.Concat(*outputs, axis=2), op.Concat(*finals, axis=0)
-    return output, h_n, op.Constant(value_floats=[0.0])
+    return _Outputs((output, h_n))
 
 
 def scan(
@@ -112,7 +123,7 @@ def scan(
     cell: str = "reset_after",
     reverse: Sequence[int] = (0,),
     recompute: bool = False,
-) -> tuple[Value, Value, Value]:
+) -> tuple[Value, Value]:
     """`gru_fast::scan`: ONNX projects the input itself, here by an identity matrix.
 
     Raises:

@@ -203,13 +203,19 @@ class Scaled(Resets):
         return functional.gru(x, None, self.gru._flat_weights, h_scale=scale)
 
 
+class Gates(Resets):
+    def forward(self, x, extra):
+        return self.gru(x, return_gates=True)[2].z
+
+
 @pytest.mark.parametrize(
     ("model", "extra", "message"),
     [
         (Resets(), torch.zeros(4, 3, dtype=torch.bool), "reset_mask: expected None for more than"),
         (Scaled(), torch.ones(1, 3, 4), "h_scale: expected None"),
+        (Gates(), torch.ones(1), "return_gates: expected False"),
     ],
-    ids=["resets", "h_scale"],
+    ids=["resets", "h_scale", "gates"],
 )
 def test_what_onnx_cannot_say_is_an_error_that_names_it(model, extra, message):
     with pytest.raises(torch.onnx.OnnxExporterError) as error:
@@ -334,7 +340,11 @@ def test_layers_inside_a_larger_model_in_eval_mode():
         def __init__(self):
             super().__init__()
             self.embedding = nn.Embedding(11, 5)
-            self.gru = gru_fast.GRU(5, 4, 2, dropout=0.5, batch_first=True)
+            self.gru = gru_fast.GRU(
+                5, 4, 2, dropout=0.5, batch_first=True, recurrent_dropout=0.5, learn_h0=True,
+                num_heads=2,
+            )  # fmt: skip
+            nn.init.normal_(self.gru.h0)
             self.head = nn.Linear(4, 3)
 
         def forward(self, tokens):
@@ -345,7 +355,7 @@ def test_layers_inside_a_larger_model_in_eval_mode():
     program = gru_fast.onnx.export(
         model, (tokens,), dynamic_shapes=({0: BATCH, 1: STEPS},), verbose=False
     )
-    assert len(gru_nodes(program)) == 2
+    assert len(gru_nodes(program)) == 4, "one for each head"
     assert_same(program, model, torch.randint(11, (4, 3)))
 
 
