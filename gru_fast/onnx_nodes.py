@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnx.numpy_helper
+import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ class ReverseGRU(nn.Module):
 
         Args:
             input: (T, B, I), or (B, T, I) with `batch_first`.
-            hx: The state before the last step, (1, B, H); None means zeros.
+            hx: The state before the last step, (1, B, H); None means zeros, or the learned state.
             lengths: (B,), as in `gru_fast.GRU`: a row starts at its last valid step.
 
         Returns:
@@ -69,6 +70,8 @@ class ReverseGRU(nn.Module):
             raise ValueError(f"input: expected 3 dimensions, got {input.dim()}")
         gru = self.gru
         x = input.transpose(0, 1) if gru.batch_first else input
+        if hx is None and gru.learn_h0:
+            hx = gru.h0.unsqueeze(1).expand(-1, x.shape[1], -1)
         output, h_n = functional.layer(
             x,
             x.new_zeros(1, x.shape[1], gru.hidden_size) if hx is None else hx,
@@ -92,7 +95,8 @@ def load_gru(
 
     `sequence_lens` is the module's `lengths=`, `initial_h` its `hx`, (D, B, H) with either layout;
     `output` is Y with the directions side by side, (T, B, D * H), and `h_n` is Y_h. `layout=1`
-    makes a module with `batch_first`.
+    makes a module with `batch_first`. A constant initial state that is the same for every row
+    becomes the parameter `h0` of `learn_h0=True`.
 
     Args:
         source: Path of a model, or the model.
@@ -107,7 +111,7 @@ def load_gru(
     Raises:
         ValueError: There is no such node or more than one, the node has an option that this
             library has not (`clip`, other activations), weights that are not constants or do not
-            fit, or a constant initial state or length that is not ignored.
+            fit, or constant lengths or different initial states of the rows that are not ignored.
         FileNotFoundError: No such file.
     """
     unknown = set(ignore) - {"initial_h", "sequence_lens"}
@@ -129,19 +133,32 @@ def load_gru(
         node, scope = found[n]
         arrays = {}
         for key, value in zip(_INPUTS[1:], node.input[1:], strict=False):
-            array = _constant(value, scope, model) if value else None
+            if not value or key in ignore:
+                continue
+            shapes = _shapes(model.graph) if key == "initial_h" else {}
+            array = _constant(value, scope, model, shapes)
             if array is not None:
                 arrays[key] = array
-            elif value and key in ("W", "R", "B"):
+            elif key in ("W", "R", "B"):
                 raise ValueError(f"{n}: expected a constant {key}, got one that is computed")
-        for key in ("initial_h", "sequence_lens"):
-            given = arrays.pop(key, None)
-            if given is not None and key not in ignore and (key != "initial_h" or given.any()):
+        state = arrays.pop("initial_h", np.zeros(0))
+        layer = from_node(node, arrays)
+        batch = 0 if isinstance(layer, GRU) and layer.batch_first else 1
+        rows_differ = state.any() and (state != state.take([0], batch)).any()
+        for key, wrong in (
+            ("initial_h", rows_differ),
+            ("sequence_lens", "sequence_lens" in arrays),
+        ):
+            if wrong:
                 raise ValueError(
                     f"{n}: {key} is a constant of the model. Give it to the module yourself (hx= "
                     f"or lengths=) and pass ignore=({key!r},)"
                 )
-        layers.append(from_node(node, arrays))
+        if state.any():
+            gru = layer.gru if isinstance(layer, ReverseGRU) else layer
+            gru.learn_h0 = True
+            gru.h0 = nn.Parameter(torch.from_numpy(state.take(0, batch)))
+        layers.append(layer)
     return layers[0] if len(layers) == 1 else _stacked(layers)
 
 
@@ -210,13 +227,15 @@ def _stacked(layers: list[GRU | ReverseGRU]) -> GRU:
                 f"name: layer {k} does not fit on the first, expected input size {width} and the "
                 f"options of {first}, got {above}"
             )
-    gru = GRU(first.input_size, num_layers=len(layers), dtype=first.weight_ih_l0.dtype, **options)
-    state = {
-        name.replace("_l0", f"_l{k}"): value
-        for k, layer in enumerate(layers)
-        for name, value in layer.state_dict().items()
-    }
-    gru.load_state_dict(state)
+    learned = any(isinstance(layer, GRU) and layer.learn_h0 for layer in layers)
+    dtype = first.weight_ih_l0.dtype
+    gru = GRU(first.input_size, num_layers=len(layers), dtype=dtype, learn_h0=learned, **options)
+    state, states = {}, []
+    for k, layer in enumerate(layers):
+        own = layer.state_dict()
+        states.append(own.pop("h0", torch.zeros(1 + first.bidirectional, first.hidden_size)))
+        state.update({name.replace("_l0", f"_l{k}"): value for name, value in own.items()})
+    gru.load_state_dict(state | ({"h0": torch.cat(states)} if learned else {}))
     return gru
 
 
@@ -237,8 +256,19 @@ def _nodes(graph: onnx.GraphProto, outer: Scope) -> Iterator[tuple[onnx.NodeProt
                 yield from _nodes(inner, scope)
 
 
-def _constant(name: str, scope: Scope, model: onnx.ModelProto) -> np.ndarray | None:
-    """The value of that name, or None if it depends on an input of the model."""
+def _shapes(graph: onnx.GraphProto) -> dict[str, list[int]]:
+    """The inputs' shapes, 2 where a size is free."""
+    return {
+        value.name: [d.dim_value or 2 for d in value.type.tensor_type.shape.dim]
+        for value in graph.input
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _constant(
+    name: str, scope: Scope, model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]
+) -> np.ndarray | None:
+    """The value of that name, or None if it depends on an input other than by its shape here."""
     tensors: dict[str, onnx.TensorProto] = {}
     nodes: dict[int, onnx.NodeProto] = {}
 
@@ -251,7 +281,10 @@ def _constant(name: str, scope: Scope, model: onnx.ModelProto) -> np.ndarray | N
         elif id(source) not in nodes:
             if any(a.HasField("g") or a.graphs for a in source.attribute):
                 return False
-            if not all(map(visit, source.input)):
+            if source.op_type == "Shape" and source.input[0] in shapes:
+                zeros = np.zeros(shapes[source.input[0]], np.float32)
+                tensors[source.input[0]] = onnx.numpy_helper.from_array(zeros, source.input[0])
+            elif not all(map(visit, source.input)):
                 return False
             nodes[id(source)] = source  # after what it needs
         return True

@@ -231,16 +231,50 @@ def test_weights_that_do_not_fit(change, message):
         load_gru(model_of(weights() | change))
 
 
-def test_constant_states_and_lengths_are_not_dropped_silently():
-    zeros = np.zeros((1, B, H), np.float32)
-    load_gru(model_of(weights() | {"initial_h": zeros}))
-    for constant in ({"initial_h": zeros + 1}, {"sequence_lens": np.array([1, 2], np.int32)}):
+def test_constant_lengths_and_states_that_differ_are_not_dropped_silently():
+    for constant in (
+        {"initial_h": np.arange(B * H, dtype=np.float32).reshape(1, B, H)},
+        {"sequence_lens": np.array([1, 2], np.int32)},
+    ):
         [name] = constant
         with pytest.raises(ValueError, match=f"gru: {name} is a constant of the model"):
             load_gru(model_of(weights() | constant))
         load_gru(model_of(weights() | constant), ignore=(name,))
     with pytest.raises(ValueError, match="ignore: expected initial_h or sequence_lens, got"):
         load_gru(model_of(weights()), ignore=("B",))
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+def test_a_constant_state_of_all_rows_is_a_learned_one(direction):
+    D = 2 if direction == "bidirectional" else 1
+    assert not load_gru(
+        model_of(weights() | {"initial_h": np.zeros((1, B, H), np.float32)})
+    ).learn_h0
+    state = np.random.default_rng(3).normal(size=(D, 1, H)).astype(np.float32)
+    X = np.random.default_rng(1).normal(size=(T, B, I)).astype(np.float32)
+    helper = onnx.helper
+    # The state of a batch of any size, as exporters write it.
+    before = [
+        helper.make_node("Shape", ["X"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["batch"], axis=0),
+        helper.make_node("Concat", ["D", "batch", "H"], ["wanted"], axis=0),
+        helper.make_node("Expand", ["h0", "wanted"], ["initial_h"]),
+    ]
+    sizes = {"one": np.array([1]), "D": np.array([D]), "H": np.array([H]), "h0": state}
+    for model in (
+        model_of(weights(D) | {"initial_h": state.repeat(B, 1)}, direction=direction),
+        model_of(weights(D) | sizes, before=before, direction=direction),
+    ):
+        del model.graph.input[0].type.tensor_type.shape.dim[:]
+        for size in ("steps", "batch", I):
+            dim = model.graph.input[0].type.tensor_type.shape.dim.add()
+            setattr(dim, "dim_param" if isinstance(size, str) else "dim_value", size)
+        module = load_gru(model)
+        for given, expected in zip(as_node(module, X), run(model, X=X), strict=True):
+            np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-6)
+        assert dict(module.named_parameters())[
+            "gru.h0" if direction == "reverse" else "h0"
+        ].requires_grad
 
 
 def two_nodes():
@@ -315,14 +349,19 @@ def test_nodes_inside_loops_and_functions_are_found():
 def test_there_and_back(export, tmp_path):
     """Two layers in both directions through a file, ours and torch.nn.GRU's."""
     torch.manual_seed(0)
-    model = gru_fast.GRU(I, H, 2, bidirectional=True, cell="reset_before").eval()
+    options = {"verbose": False}
     if export is torch.onnx.export:
-        model = nn.GRU(I, H, 2, bidirectional=True).eval()
+        model = nn.GRU(I, H, 2, bidirectional=True)
+    else:
+        model = gru_fast.GRU(I, H, 2, bidirectional=True, cell="reset_before", learn_h0=True)
+        nn.init.normal_(model.h0)
+        options["dynamic_shapes"] = ({1: torch.export.Dim("batch")},)
     path = tmp_path / "model.onnx"
-    program = export(model, (torch.zeros(T, B, I),), path, verbose=False)
+    program = export(model.eval(), (torch.zeros(T, B, I),), path, **options)
     names = [n.name for n in program.model_proto.graph.node if n.op_type == "GRU"]
     loaded = load_gru(path, names)
     assert loaded.cell == getattr(model, "cell", "reset_after")
+    assert loaded.learn_h0 == hasattr(model, "h0")
     for name, p in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), p)
 
