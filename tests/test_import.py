@@ -59,6 +59,7 @@ def test_every_public_name_exists_and_is_documented():
         "GRU",
         "GRUCell",
         "GRULanguageModel",
+        "Gates",
         "Sampler",
         "Stream",
         "ConvertReport",
@@ -72,6 +73,7 @@ def test_every_public_name_exists_and_is_documented():
         "patch",
         "patched",
         "revert",
+        "tbptt",
         "unpatch",
     }
     for name in gru_fast.__all__:
