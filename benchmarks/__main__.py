@@ -11,9 +11,9 @@ from benchmarks import ROOT
 OWN = {
     "claims": "benchmarks.claims",
     "features": "benchmarks.features.cli",
-    "figures": "benchmarks.figures",
     "import": "benchmarks.importing",
     "lm": "benchmarks.features.cli",
+    "report": "benchmarks.figures",
     "sample": "benchmarks.sample.cli",
     "scaling": "benchmarks.scaling",
     "sweep": "benchmarks.sweep",

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT, figures, machine, timing
+from benchmarks import ROOT, figures, figures_cpu, machine, timing
 from benchmarks.cases import SUITES, Case
 from benchmarks.compare import spread
 from benchmarks.features import all_rows
+from benchmarks.markdown import beside
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider, all_providers
 from benchmarks.records import Record, Results, read
@@ -74,13 +75,13 @@ def claims_of(results: Results, parts: Sequence[str]) -> Iterator[Claim]:
     """Every ratio that these parts of the page show and a CPU can repeat."""
     pairs: list[tuple[str, dict[str, str]]] = []
     if "train" in parts:
-        pairs += [(suite, {"gru_fast.cpu": "nn.GRU"}) for suite in figures.LAYERS]
+        pairs += [(suite, {"gru_fast.cpu": "nn.GRU"}) for suite in figures_cpu.LAYERS]
     if "infer" in parts:
         pairs += [("infer", {"gru_fast.cpu": "onnxruntime"})]
     if "step" in parts:
-        pairs += [("step", figures.STEP_PEERS)]
+        pairs += [("step", figures_cpu.STEP_PEERS)]
     for suite, peers in pairs:
-        for r, ratio in figures.beside(results, suite, peers):
+        for r, ratio in beside(results, suite, peers):
             same = r.ratio_to_torch is not None and r.baseline == peers[r.provider]
             yield Claim(r, peers[r.provider], r.ratio_to_torch if same else ratio)  # type: ignore[arg-type]
     for r in results.records:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small table of committed figures that `gru_fast.explain` quotes, as gru_fast/measured.py.
 
-`python -m benchmarks figures` writes it; a test holds it to the committed results.
+`python -m benchmarks report` writes it; a test holds it to the committed results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks.records import Record, read
 PATH = ROOT / "gru_fast" / "measured.py"
 FILES = ("cpu-layers.json", "cpu-step.json", "gpu-h200.json")
 HEAD = '''# SPDX-License-Identifier: Apache-2.0
-"""Committed figures of the benchmarks, for `explain`. Made by `python -m benchmarks figures`.
+"""Committed figures of the benchmarks, for `explain`. Made by `python -m benchmarks report`.
 
 A row: the code that ran, what was timed, dtype, threads, (I, H, B, T), then microseconds and the
 microseconds that the machine allows at best (0: unknown). One layer, one direction, with biases.

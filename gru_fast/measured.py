@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Committed figures of the benchmarks, for `explain`. Made by `python -m benchmarks figures`.
+"""Committed figures of the benchmarks, for `explain`. Made by `python -m benchmarks report`.
 
 A row: the code that ran, what was timed, dtype, threads, (I, H, B, T), then microseconds and the
 microseconds that the machine allows at best (0: unknown). One layer, one direction, with biases.

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of what was measured on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+
+from benchmarks.markdown import beside, count, pivot, sizes, times
+from benchmarks.records import Record, Results
+from benchmarks.report import seconds, threads
+
+LAYERS = ("train", "infer")
+STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
+OURS = "gru_fast."
+
+
+def layers(results: Results) -> str:
+    chosen = [r for r in results.records if r.suite in LAYERS and r.provider == "gru_fast.cpu"]
+    chosen.sort(key=lambda r: (LAYERS.index(r.suite), r.threads))
+
+    def cell(r: Record) -> str:
+        share = "" if r.share_of_bound is None else f" ({r.share_of_bound:.0%})"
+        return times(r.ratio_to_torch) + share
+
+    return pivot("I = H, B, T", ((sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen))
+
+
+def beside_onnx(results: Results) -> str:
+    found = beside(results, "infer", {"gru_fast.cpu": "onnxruntime"})
+    found.sort(key=lambda pair: pair[0].threads)
+    return pivot("I = H, B, T", ((sizes(r), f"infer, {threads(r)}", times(v)) for r, v in found))
+
+
+def steps(results: Results) -> str:
+    return pivot(
+        "I = H, B",
+        (
+            (
+                f"{r.case['H']}, {r.case['B']}",
+                f"`{STEP_PEERS[r.provider]}` / ours, {threads(r)}",
+                f"{times(value)}, {seconds(r.median_s)}",
+            )
+            for r, value in beside(results, "step", STEP_PEERS)
+        ),
+    )
+
+
+def samples(results: Results) -> str:
+    def cell(r: Record) -> str:
+        if r.median_s is None:
+            return "-"
+        rate = r.case["B"] * r.case["T"] / r.median_s
+        return f"{times(r.ratio_to_torch)}, {count(rate)}/s"
+
+    return pivot(
+        "H, B, V, threads",
+        (
+            (
+                f"{r.case['H']}, {r.case['B']}, {r.case['V']}, {r.threads}",
+                f"{r.provider.removeprefix('gru_fast.')} {r.dtype}",
+                cell(r),
+            )
+            for r in results.records
+            if r.suite == "sample" and r.provider.startswith("gru_fast.")
+        ),
+    )
+
+
+def peers(results: Results) -> str:
+    """Every other peer's time / ours, sequences and single steps; nn.GRU has tables of its own."""
+    found: list[tuple[int, str, str, str]] = []
+    others = (r.provider for r in results.records if not r.provider.startswith(OURS))
+    names = dict.fromkeys(name for name in others if name != "nn.GRU")
+    for suite in (*LAYERS, "step"):
+        for name in names:
+            for r, value in beside(results, suite, {"gru_fast.cpu": name}):
+                row = f"{suite} {sizes(r)}, {threads(r)}"
+                found.append((r.threads, row, f"`{name}`", times(value)))
+    found.sort(key=lambda cell: cell[0])
+    return pivot("I = H, B, T", (cell[1:] for cell in found))
+
+
+def lost(results: Results) -> str:
+    """The rows in which a peer that computes the same is faster, the worst first."""
+    found: list[tuple[float, str, str]] = []
+    for r in results.records:
+        if r.parity != "ok" or r.provider.startswith(OURS):
+            continue
+        for ours, value in beside(results, r.suite, {"gru_fast.cpu": r.provider}):
+            same = (ours.case, ours.threads, ours.dtype) == (r.case, r.threads, r.dtype)
+            if same and value < 1:
+                row = f"{r.suite} {sizes(ours)}, {ours.dtype}, {threads(ours)}"
+                found.append((value, row, r.provider))
+    if not found:
+        return "None."
+    cells = []
+    for value, row, provider in sorted(found):
+        cells += [(f"{row}, beside `{provider}`", "peer's time / ours", times(value))]
+    return pivot("I = H, B, T", cells)
+
+
+def features(results: Results) -> str:
+    """Of each row every provider: the baseline's time, and how much faster the others are."""
+
+    def cell(r: Record) -> str:
+        if r.median_s is None:
+            return r.error or "-"
+        if r.provider == r.baseline:
+            return seconds(r.median_s)
+        return f"{times(r.ratio_to_torch)}, {seconds(r.median_s)}"
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for r in results.records:
+            if r.feature is not None:
+                resets = f", {r.case['resets']:.0%} resets" if r.case["resets"] else ""
+                row = f"{r.feature}: {sizes(r)}{resets}: `{r.provider}`"
+                yield row, threads(r), cell(r)
+                if r.peak_bytes is not None:
+                    yield row, f"peak memory, {threads(r)}", f"{r.peak_bytes / 2**20:.1f} MiB"
+
+    return pivot("feature/what: I = H, B, T", cells())
+
+
+def language_models(results: Results) -> str:
+    """Tokens a second of a training step."""
+
+    def cell(r: Record) -> str:
+        assert r.median_s is not None
+        rate = f"{count(r.case['B'] * r.case['T'] / r.median_s)}/s"
+        return rate if r.provider == r.baseline else f"{times(r.ratio_to_torch)}, {rate}"
+
+    return pivot(
+        "V, I, H, B, T",
+        (
+            (
+                ", ".join(str(r.case[letter]) for letter in "VIHBT") + f", {threads(r)}",
+                f"`{r.provider}`",
+                cell(r),
+            )
+            for r in results.records
+            if r.suite == "lm" and r.median_s is not None
+        ),
+    )
+
+
+def slopes(results: Results) -> str:
+    """Exponents of the fitted growth."""
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for f in results.figures:
+            if f["name"].startswith("slope_"):
+                n = f["threads"]
+                many = f", {n} thread{'s' if n > 1 else ''}" if n else ""
+                row = f"{f['name'].removeprefix('slope_')} of {f['sizes'][0]} to {f['sizes'][-1]}"
+                yield row + many, f"{f['suite']}, `{f['provider']}`", f"{f['value']:.2f}"
+
+    return pivot("size", cells())
+
+
+def sweep(results: Results) -> str:
+    """Of each part of the grid: how often and by how much we are faster."""
+    groups: dict[str, list[float]] = {}
+    for r in results.records:
+        if r.provider == "gru_fast.cpu" and r.ratio_to_torch is not None:
+            groups.setdefault(f"{r.suite}, {r.dtype}, {threads(r)}", []).append(r.ratio_to_torch)
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for name, ratios in groups.items():
+            yield name, "cells", str(len(ratios))
+            yield name, "faster", f"{sum(v >= 1 for v in ratios) / len(ratios):.0%}"
+            yield name, "least", times(min(ratios))
+            yield name, "median", times(median(ratios))
+            yield name, "most", times(max(ratios))
+
+    return pivot("", cells())
+
+
+def before_the_first_result(results: Results) -> str:
+    """Imports, first calls, wheel."""
+
+    def value(figure: dict[str, object]) -> str:
+        number = figure["value"]
+        assert isinstance(number, float)
+        return seconds(number) if figure["unit"] == "s" else f"{number / 2**20:.2f} MiB"
+
+    return pivot("what", ((f["name"].replace("_", " "), "", value(f)) for f in results.figures))

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records as cells and rows of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.records import Record, Results
+
+
+def sizes(record: Record) -> str:
+    """Of a layer, as "H, B, T"."""
+    case = record.case
+    inputs = "" if case["I"] == case["H"] else f"I {case['I']}, "
+    return f"{inputs}{case['H']}, {case['B']}, {case['T']}"
+
+
+def markdown(header: list[str], rows: dict[str, dict[str, str]]) -> str:
+    """A table of rows by name, each a cell by column name."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    lines += [[name, *(cells.get(c, "-") for c in header[1:])] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def pivot(corner: str, cells: Iterable[tuple[str, str, str]]) -> str:
+    """(row, column, text) as a table, rows and columns in the order in which they come."""
+    header: dict[str, None] = {}
+    rows: dict[str, dict[str, str]] = {}
+    for row, column, text in cells:
+        header[column] = None
+        rows.setdefault(row, {})[column] = text
+    return markdown([corner, *header], rows)
+
+
+def times(value: float | None) -> str:
+    """How many times faster, bold where we are slower."""
+    if value is None:
+        return "-"
+    text = f"{value:.3g}x" if value >= 10 else f"{value:.2f}x"
+    return text if value >= 1 else f"**{text}**"
+
+
+def beside(results: Results, suite: str, pairs: dict[str, str]) -> list[tuple[Record, float]]:
+    """Our records, and the time of the peer that pairs names for ours over our own."""
+    medians = {
+        (r.provider, str(r.case), r.threads): r.median_s
+        for r in results.records
+        if r.suite == suite and r.median_s is not None
+    }
+    found = []
+    for r in results.records:
+        if r.suite != suite or r.provider not in pairs or r.median_s is None:
+            continue
+        theirs = medians.get((pairs[r.provider], str(r.case), r.threads))
+        if theirs is not None:
+            found.append((r, theirs / r.median_s))
+    return found
+
+
+def count(value: float) -> str:
+    """Three digits and a thousand's or a million's letter."""
+    return f"{value / 1e6:.2f}M" if value >= 0.9995e6 else f"{value / 1e3:.3g}k"

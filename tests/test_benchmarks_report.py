@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m benchmarks report`: docs/results.md and its plots are of the committed results."""
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from repository_tools import load
+
+features_cli = load("benchmarks.features.cli")
+figures = load("benchmarks.figures")
+importing = load("benchmarks.importing")
+plots = load("benchmarks.plots")
+records = load("benchmarks.records")
+scaling = load("benchmarks.scaling")
+sweep = load("benchmarks.sweep")
+
+
+def texts(png: Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    data, place, found = png.read_bytes(), 8, {}
+    while place < len(data):
+        (length,), kind = struct.unpack(">I", data[place : place + 4]), data[place + 4 : place + 8]
+        if kind == b"tEXt":
+            name, _, value = data[place + 8 : place + 8 + length].partition(b"\0")
+            found[name.decode("latin1")] = value.decode("latin1")
+        place += 12 + length
+    return found
+
+
+def test_the_page_is_made_from_the_committed_results():
+    assert figures.REPORT.read_text("utf-8") == figures.report()
+
+
+def test_the_plots_are_of_the_committed_results():
+    """Each keeps the digest of its results: a plot that was not drawn anew is found."""
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", figures.REPORT.read_text("utf-8"))
+    sources = {f"plots/{plot.file}": figures.RESULTS / plot.source for plot in plots.PLOTS}
+    assert pictures
+    for picture in pictures:
+        kept = texts(figures.REPORT.parent / picture)[plots.DIGEST]
+        assert kept == plots.digest(sources[picture]), f"{picture}: run python -m benchmarks report"
+
+
+@pytest.fixture(scope="module")
+def quick_results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    for name, main, suite, more in (
+        ("sweep", sweep.main, "sweep", ["--dtype", "float32"]),
+        ("scaling", scaling.main, "scaling", []),
+        ("lm", features_cli.main, "lm", []),
+        ("features", features_cli.main, "features", ["--rows", "reset_mask"]),
+    ):
+        path = folder / f"cpu-{name}.json"
+        assert main(suite, ["--quick", *more, "--json", str(path)]) == 0
+    figure = {"name": "import_torch", "value": 1.5, "unit": "s"}
+    wheel = {"name": "wheel", "value": 2.0**21, "unit": "B"}
+    machine = records.read(folder / "cpu-lm.json").machine
+    records.Results(machine, figures=[figure, wheel]).write(folder / "cpu-import.json")
+    return folder
+
+
+def test_every_suite_has_its_section(quick_results):
+    page = figures.report(quick_results)
+    for name, (title, _) in figures.CONTENTS.items():
+        assert (f"## {title}\n" in page) == (quick_results / name).exists()
+    assert "| import torch | 1.5 s |" in page and "| wheel | 2.00 MiB |" in page
+    assert "reset_mask/train" in page and "`gru_fast.GRULanguageModel`" in page
+    assert re.search(r"\| T of 32 to 128, 1 thread \| -?\d\.\d\d \|", page)
+    assert re.search(r"\| infer, float32, 1 thread \| 8 \| \d+% \|", page)
+
+
+def test_plots_of_every_suite(quick_results, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = {path.name: path for path in plots.draw_all(quick_results, tmp_path)}
+    assert set(drawn) == {"sweep-train.png", "sweep-infer.png", "scaling.png", "lm.png"}
+    for plot in plots.PLOTS:
+        if plot.file in drawn:
+            assert texts(drawn[plot.file])[plots.DIGEST] == plots.digest(
+                quick_results / plot.source
+            )
+
+
+def test_where_a_peer_is_faster(quick_results):
+    found = records.read(quick_results / "cpu-sweep.json")
+    first = next(r for r in found.records if r.provider == "gru_fast.cpu")
+    theirs = next(r for r in found.records if r.provider == "nn.GRU" and r.case == first.case)
+    for r in found.records:
+        r.median_s = 1.0
+    assert figures.figures_cpu.lost(found) == "None."
+    theirs.median_s = 0.5
+    assert "beside `nn.GRU` | **0.50x** |" in figures.figures_cpu.lost(found)
