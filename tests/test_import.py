@@ -64,6 +64,7 @@ def test_every_public_name_exists_and_is_documented():
         "Stream",
         "ConvertReport",
         "Explanation",
+        "Gates",
         "__version__",
         "available_backends",
         "convert",
