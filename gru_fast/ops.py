@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import ops_vmap, reference
+from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_backward, check_layer, check_length_values, check_scan
 from gru_fast.ops_vmap import DIFFERENTIABLE
 from gru_fast.reference import SLOTS
@@ -124,26 +125,6 @@ for _name, _fake in (
     ("scan_backward", _scan_backward_fake),
 ):
     torch.library.register_fake(f"gru_fast::{_name}", _fake, lib=_lib)
-
-
-class without_autocast:
-    """Run a block with autocast off for one device type, at no cost where it is off already."""
-
-    def __init__(self, device_type: str) -> None:
-        """Take the device type, as in `torch.autocast`."""
-        self.device_type = device_type
-        self.context: torch.autocast | None = None
-
-    def __enter__(self) -> None:
-        """Disable autocast if it is enabled."""
-        if torch.is_autocast_enabled(self.device_type):
-            self.context = torch.autocast(self.device_type, enabled=False)
-            self.context.__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *exc: Any) -> None:
-        """Restore autocast."""
-        if self.context is not None:
-            self.context.__exit__(*exc)
 
 
 _warned = False

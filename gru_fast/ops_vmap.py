@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gru_fast.autocast import without_autocast
 from gru_fast.reference import project, without_padding
 from gru_fast.reference_rows import recurrent_factors
 
@@ -158,9 +159,10 @@ def backward_rule(op: Op, scan_backward: Op, name: str) -> Rule:
         if weights:
             grads, dims = _backward_in_groups(op, entries, size, mode, wanted)
         else:
-            folded = [_into_batch(r, a, d, size) for r, a, d in entries]
+            folded: list[Any] = [_into_batch(r, a, d, size) for r, a, d in entries]
             in_rows = _layer_backward_in_rows if name == "layer" else _scan_backward_in_rows
-            grads, dims = in_rows(scan_backward, folded, size, mode, wanted)
+            with without_autocast(folded[3].device.type):
+                grads, dims = in_rows(scan_backward, folded, size, mode, wanted)
         return tuple(grads), tuple(d if w else None for d, w in zip(dims, wanted, strict=True))
 
     return rule

@@ -122,6 +122,28 @@ def test_per_sample_gradients(name: str) -> None:
         assert_same([g[k] for g in ours.values()], list(truth))
 
 
+def test_per_sample_gradients_under_autocast_stay_float32() -> None:
+    model = gru_fast.GRU(5, 4)
+    params, x = dict(model.named_parameters()), torch.randn(7, 6, 5)
+    run = torch.vmap(func.grad(lambda p, x: member(model)(p, x[:, None])), (None, 0))
+    truth = run(params, x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = run(params, x)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2), (3, 0)], ids=["no_steps", "no_rows"])
+def test_nothing_to_sum_is_zero(sizes: tuple[int, int]) -> None:
+    model = ensemble()[0]
+    params, x = dict(model.named_parameters()), torch.randn(7, *sizes, 5, dtype=torch.float64)
+    for many, dims in ((params, None), ({k: torch.stack([v] * 7) for k, v in params.items()}, 0)):
+        found = torch.vmap(func.grad(member(model)), (dims, 0))(many, x)
+        assert {k: v.shape for k, v in found.items()} == {
+            k: (7, *v.shape) for k, v in params.items()
+        }
+        assert not any(v.any() for v in found.values())
+
+
 def test_per_sample_gradients_are_one_scan() -> None:
     """The samples are rows of one batch: the weights are neither copied nor read for each."""
     model = ensemble()[0]
