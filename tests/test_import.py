@@ -64,7 +64,6 @@ def test_every_public_name_exists_and_is_documented():
         "Stream",
         "ConvertReport",
         "Explanation",
-        "Gates",
         "__version__",
         "available_backends",
         "convert",
