@@ -43,7 +43,7 @@ def times(value: float | None) -> str:
 def beside(results: Results, suite: str, pairs: dict[str, str]) -> list[tuple[Record, float]]:
     """Our records, and the time of the peer that pairs names for ours over our own."""
     medians = {
-        (r.provider, str(r.case), r.threads): r.median_s
+        (r.provider, str(r.case), r.threads, r.dtype): r.median_s
         for r in results.records
         if r.suite == suite and r.median_s is not None
     }
@@ -51,7 +51,7 @@ def beside(results: Results, suite: str, pairs: dict[str, str]) -> list[tuple[Re
     for r in results.records:
         if r.suite != suite or r.provider not in pairs or r.median_s is None:
             continue
-        theirs = medians.get((pairs[r.provider], str(r.case), r.threads))
+        theirs = medians.get((pairs[r.provider], str(r.case), r.threads, r.dtype))
         if theirs is not None:
             found.append((r, theirs / r.median_s))
     return found

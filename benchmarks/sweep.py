@@ -17,7 +17,7 @@ from benchmarks.providers_torch import TorchGRU
 from benchmarks.records import Record
 from benchmarks.runner import Setting, run_problem
 
-EFFORT = timing.Effort(block_s=0.002, budget_s=0.15, least=3, most=9)
+EFFORT = timing.Effort(block_s=0.002, budget_s=0.1, least=3, most=7)
 GATE_STEPS = 8
 BUDGET = 600.0
 QUICK = [cases.square(H, B, T) for H, B, T in product((8, 13), (1, 3), (1, 9))]

@@ -11,6 +11,7 @@ from torch.utils import deterministic
 
 from gru_fast import one_step, ops
 from one_step_spy import Spy
+from repository_tools import load
 
 if ops.HAS_CPU_KERNELS:
     from gru_fast import _C
@@ -89,3 +90,21 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     spy = Spy(one_step._native)
     monkeypatch.setattr(one_step, "_native", spy)
     return spy
+
+
+@pytest.fixture(scope="session")
+def quick_results(tmp_path_factory):
+    """A folder with the results of quick runs of several benchmark suites."""
+    if not ops.HAS_CPU_KERNELS:
+        pytest.skip("no compiled CPU kernels")
+    folder = tmp_path_factory.mktemp("results")
+    for module, suite, more in (
+        ("benchmarks.sweep", "sweep", []),
+        ("benchmarks.scaling", "scaling", []),
+        ("benchmarks.importing", "import", []),
+        ("benchmarks.features.cli", "lm", []),
+        ("benchmarks.features.cli", "features", ["--rows", "reset_mask/infer"]),
+    ):
+        arguments = ["--quick", *more, "--json", str(folder / f"cpu-{suite}.json")]
+        assert load(module).main(suite, arguments) == 0
+    return folder

@@ -80,3 +80,16 @@ def test_an_error_of_ours_breaks_a_claim_and_one_of_a_peer_does_not():
     assert claims.judge(claim, [replace(ours, **failed), theirs]).word == "BROKEN h_n is wrong"
     assert not claims.judge(claim, [ours, replace(theirs, **failed)]).broken
     assert "nn.GRU does not run here" in claims.judge(claim, [ours]).word
+
+
+def test_a_call_that_packs_needs_all_its_tokens():
+    case = {"I": 1, "H": 1, "B": 1, "T": 2000, "L": 1, "V": 9, "resets": 0.0}
+    numbers = {"median_s": 1.0, "p20_s": 1.0, "p80_s": 1.0, "rounds": 3}
+    ours, theirs = (
+        records.Record("sample", name, "1", "cpu", "float32", 1, case, "ok", **numbers)
+        for name in (claims.PACKS, "nn.GRU.loop")
+    )
+    claim = claims.Claim(ours, "nn.GRU.loop", 1.0)
+    assert claims.judge(claim, [ours, theirs]).word == "kept"
+    short = replace(theirs, case={**case, "T": claims.SAMPLED})
+    assert "--full" in claims.judge(claim, [short]).word

@@ -106,7 +106,10 @@ def test_the_command_line(tmp_path, capsys):
     assert features_cli.main("features", ["--threads", "0"]) == 2
 
 
-def test_language_model_in_tokens_a_second(capsys):
-    assert features_cli.main("lm", ["--quick"]) == 0
-    assert "tokens/s" in capsys.readouterr().out
+def test_language_model_in_tokens_a_second(quick_results, capsys):
+    found = records.read(quick_results / "cpu-lm.json").records
+    chosen = features.find("lm/step")
+    assert "tokens/s" in features_cli.text(chosen, found)
+    assert {r.suite for r in found} == {"lm"} and {r.parity for r in found} == {"ok"}
     assert features_cli.main("lm", ["--rows", "reset_mask"]) == 2
+    assert "lm/step" in capsys.readouterr().err

@@ -9,13 +9,9 @@ import pytest
 
 from repository_tools import load
 
-features_cli = load("benchmarks.features.cli")
 figures = load("benchmarks.figures")
-importing = load("benchmarks.importing")
 plots = load("benchmarks.plots")
 records = load("benchmarks.records")
-scaling = load("benchmarks.scaling")
-sweep = load("benchmarks.sweep")
 
 
 def texts(png: Path) -> dict[str, str]:
@@ -44,30 +40,12 @@ def test_the_plots_are_of_the_committed_results():
         assert kept == plots.digest(sources[picture]), f"{picture}: run python -m benchmarks report"
 
 
-@pytest.fixture(scope="module")
-def quick_results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("results")
-    for name, main, suite, more in (
-        ("sweep", sweep.main, "sweep", ["--dtype", "float32"]),
-        ("scaling", scaling.main, "scaling", []),
-        ("lm", features_cli.main, "lm", []),
-        ("features", features_cli.main, "features", ["--rows", "reset_mask"]),
-    ):
-        path = folder / f"cpu-{name}.json"
-        assert main(suite, ["--quick", *more, "--json", str(path)]) == 0
-    figure = {"name": "import_torch", "value": 1.5, "unit": "s"}
-    wheel = {"name": "wheel", "value": 2.0**21, "unit": "B"}
-    machine = records.read(folder / "cpu-lm.json").machine
-    records.Results(machine, figures=[figure, wheel]).write(folder / "cpu-import.json")
-    return folder
-
-
 def test_every_suite_has_its_section(quick_results):
     page = figures.report(quick_results)
     for name, (title, _) in figures.CONTENTS.items():
         assert (f"## {title}\n" in page) == (quick_results / name).exists()
-    assert "| import torch | 1.5 s |" in page and "| wheel | 2.00 MiB |" in page
-    assert "reset_mask/train" in page and "`gru_fast.GRULanguageModel`" in page
+    assert re.search(r"\| import torch \| [\d.]+ m?s \|", page)
+    assert "reset_mask/infer" in page and "`gru_fast.GRULanguageModel`" in page
     assert re.search(r"\| T of 32 to 128, 1 thread \| -?\d\.\d\d \|", page)
     assert re.search(r"\| infer, float32, 1 thread \| 8 \| \d+% \|", page)
 

@@ -9,7 +9,6 @@ from repository_tools import load
 
 cases = load("benchmarks.cases")
 compare = load("benchmarks.compare")
-importing = load("benchmarks.importing")
 records = load("benchmarks.records")
 scaling = load("benchmarks.scaling")
 sweep = load("benchmarks.sweep")
@@ -17,12 +16,10 @@ sweep = load("benchmarks.sweep")
 MACHINE = {"cpu": "x", "isa": "y", "versions": {"torch": "1"}, "commit": None, "gpu": None}
 
 
-def test_quick_sweep(tmp_path, capsys):
-    path = tmp_path / "sweep.json"
-    assert sweep.main("sweep", ["--quick", "--suites", "infer", "--json", str(path)]) == 0
-    found = records.read(path)
-    cells = {(str(cases.Case(**r.case)), r.dtype) for r in found.records}
-    assert len(cells) == len(sweep.QUICK) * 2
+def test_quick_sweep(quick_results, capsys):
+    found = records.read(quick_results / "cpu-sweep.json")
+    cells = {(r.suite, str(cases.Case(**r.case)), r.dtype) for r in found.records}
+    assert len(cells) == len(sweep.QUICK) * 4
     assert {r.provider for r in found.records} == {"nn.GRU", "gru_fast.cpu"}
     assert {r.parity for r in found.records} == {"ok"}
     assert {r.parity_T for r in found.records if r.case["T"] == 9} == {sweep.GATE_STEPS}
@@ -49,10 +46,8 @@ def test_slopes_of_known_times():
     assert scaling.slope(sizes, [5, 5, 4, 8, 16]) == pytest.approx(1)
 
 
-def test_quick_scaling(tmp_path):
-    path = tmp_path / "scaling.json"
-    assert scaling.main("scaling", ["--quick", "--json", str(path)]) == 0
-    found = records.read(path)
+def test_quick_scaling(quick_results):
+    found = records.read(quick_results / "cpu-scaling.json")
     slopes = {(f["name"], f["suite"], f["provider"]) for f in found.figures if "suite" in f}
     for axis in ("slope_T", "slope_B", "slope_H"):
         for suite in scaling.SUITES:
@@ -60,14 +55,19 @@ def test_quick_scaling(tmp_path):
     assert all(r.parity == "ok" for r in found.records)
 
 
-def test_quick_import(tmp_path):
-    path = tmp_path / "import.json"
-    assert importing.main("import", ["--quick", "--json", str(path)]) == 0
-    figures = {f["name"]: f["value"] for f in records.read(path).figures}
+def test_quick_import(quick_results):
+    found = records.read(quick_results / "cpu-import.json")
+    figures = {f["name"]: f["value"] for f in found.figures}
     assert figures["import_torch"] > 0 and figures["import_gru_fast"] > 0
-    assert {"first_call_gru_fast.GRU", "second_call_gru_fast.GRU", "first_call_nn.GRU"} < set(
-        figures
-    )
+    calls = {f"{n}_call_{gru}" for n in ("first", "second") for gru in ("nn.GRU", "gru_fast.GRU")}
+    assert calls <= set(figures)
+
+
+@pytest.mark.slow
+def test_the_wheel_is_built_and_weighed():
+    figures = {f["name"]: f["value"] for f in load("benchmarks.importing").wheel()}
+    assert figures["wheel_build"] > 0
+    assert 0 < figures["wheel"] < 20 * 2**20
 
 
 def a_run(ours: float, theirs: float = 2.0, spread: float = 0.01, **changes):
