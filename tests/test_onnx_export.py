@@ -357,11 +357,3 @@ def test_layers_inside_a_larger_model_in_eval_mode():
     )
     assert len(gru_nodes(program)) == 4, "one for each head"
     assert_same(program, model, torch.randint(11, (4, 3)))
-
-
-def test_heads_are_a_node_each():
-    model = gru_fast.GRU(5, 6, num_heads=2, bidirectional=True).eval()
-    sizes = {"input": {0: STEPS, 1: BATCH}}
-    program = gru_fast.onnx.export(model, (torch.randn(4, 3, 5),), dynamic_shapes=sizes)
-    assert [attributes(node)["hidden_size"] for node in gru_nodes(program)] == [3] * 4
-    assert_same(program, model, torch.randn(9, 2, 5))
