@@ -161,6 +161,12 @@ class TestGate:
         assert (found.parity, found.error) == ("ok", None)
         assert "about a second" in compiled.why_not(small(suite, T=100))
 
+    @pytest.mark.parametrize("suite", ["infer", "train"])
+    def test_a_head_for_each_unit_is_there_for_scale(self, suite):
+        chosen = [providers_torch.TorchGRU("cpu"), providers_gru_fast.Diagonal()]
+        (_, found), _ = runner.run_problem(small(suite), chosen, SETTING)
+        assert (found.parity, found.error) == ("none", None) and found.median_s > 0
+
     def test_flashrnns_order_of_gates(self):
         """Its GPU kernels have a twin in plain torch, where the package is installed."""
         pytest.importorskip("flashrnn")

@@ -21,6 +21,7 @@ from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_cuda import CapturedCellLoop
+from benchmarks.providers_gru_fast import Diagonal
 from benchmarks.providers_kernels import Kernel, kernel_names
 from benchmarks.providers_torch import SplitAndPad, TorchGRU
 from benchmarks.records import Record
@@ -130,7 +131,8 @@ def _row(
     def run(session: Session) -> Found:
         providers = [_baseline(session.device, case), *ours]
         providers += [CapturedCellLoop()] if graph else []
-        providers += providers_cuda_peers.providers() if peers else []
+        if peers:
+            providers += [*providers_cuda_peers.providers(), Diagonal()]
         records, notes = run_problem(on(session), providers, session.setting())
         return records, [], notes
 
