@@ -38,7 +38,7 @@ using Integers = py::array_t<Integer, py::array::c_style>;
 
 // What is left to do is worth the start of a parallel region, or a meeting at every step.
 constexpr double kRegionProducts = 2e6;
-constexpr int64_t kSplitBytes = 100 << 10;
+constexpr int64_t kSplitBytes = 48 << 10;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
 
 struct Free {

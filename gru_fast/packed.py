@@ -131,6 +131,7 @@ def generate(
     top_p: float | None,
     min_p: float | None,
     threads: int = 0,
+    log_probs: bool = True,
     on_tokens: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the whole loop in one native call, or in several short ones for `on_tokens`.
@@ -148,12 +149,14 @@ def generate(
         top_p: In (0, 1] or None.
         min_p: In [0, 1] or None.
         threads: At most so many; 0: torch's number.
+        log_probs: False: they are not computed.
         on_tokens: Called with the (N,) tokens of each step, PADDING in ended rows, at most about
             two milliseconds, or one step, after they were drawn. The tokens are the same.
 
     Returns:
         tokens: (N, S) int64, S <= max_new_tokens, PADDING after a row's end.
-        log_probs: (N, S) float32, of the softmax at temperature 1, 0 after a row's end.
+        log_probs: (N, S) float32, of the softmax at temperature 1, 0 after a row's end and where
+            they are not computed.
         hidden: (L, N, H) float32, the state that the last token of each row was drawn from.
 
     Raises:
@@ -171,37 +174,41 @@ def generate(
 
     def draw(rows: Any, done: int, limit: int, h0: Any) -> tuple[Any, Any, Any, Any]:
         """The next tokens of some rows; PADDING and 0 behind those that ended."""
-        tokens, made, log_probs, hidden = stack.generate(
+        tokens, made, chances, hidden = stack.generate(
             inputs=inputs, input_begin=begin, position=lengths[rows] + done, stream=rows,
             limit=np.full(len(rows), limit, np.int64), eos=list(eos), seed=seed & (1 << 64) - 1,
             do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            h0=h0, log_probs=True, threads=threads,
+            h0=h0, log_probs=log_probs, threads=threads,
         )  # fmt: skip
         steps = int(made.max(initial=0))
         over = np.arange(steps) >= made[:, None]
-        tokens, log_probs = tokens[:, :steps], log_probs[:, :steps]
+        tokens = tokens[:, :steps]
         tokens[over] = PADDING
-        log_probs[over] = 0
-        return tokens, made, log_probs, hidden
+        if chances is None:
+            chances = np.zeros(tokens.shape, np.float32)
+        else:
+            chances = chances[:, :steps]
+            chances[over] = 0
+        return tokens, made, chances, hidden
 
     rows = np.arange(N)
     hidden: Any = None
     if on_tokens is None:
-        tokens, _, log_probs, hidden = draw(rows, 0, max_new_tokens, None)
-        return torch.from_numpy(tokens), torch.from_numpy(log_probs), torch.from_numpy(hidden)
+        tokens, _, chances, hidden = draw(rows, 0, max_new_tokens, None)
+        return torch.from_numpy(tokens), torch.from_numpy(chances), torch.from_numpy(hidden)
     pieces: list[Any] = []
-    chances: list[Any] = []
+    of_pieces: list[Any] = []
     state: Any = None
     done, limit = 0, 1
     while done < max_new_tokens and (len(rows) or not pieces):
         began = time.perf_counter()
         limit = min(limit, max_new_tokens - done)
-        tokens, made, log_probs, state = draw(rows, done, limit, state)
+        tokens, made, chances, state = draw(rows, done, limit, state)
         taken = time.perf_counter() - began
         steps = tokens.shape[1]
         pieces.append(np.full((N, steps), PADDING, np.int64))
-        chances.append(np.zeros((N, steps), np.float32))
-        pieces[-1][rows], chances[-1][rows] = tokens, log_probs
+        of_pieces.append(np.zeros((N, steps), np.float32))
+        pieces[-1][rows], of_pieces[-1][rows] = tokens, chances
         if hidden is None:
             hidden = state
         else:
@@ -216,6 +223,6 @@ def generate(
         limit = 2 * limit if taken < _CHUNK_SECONDS / 2 else max(1, limit // 2)
     return (
         torch.from_numpy(np.concatenate(pieces, 1)),
-        torch.from_numpy(np.concatenate(chances, 1)),
+        torch.from_numpy(np.concatenate(of_pieces, 1)),
         torch.from_numpy(hidden),
     )

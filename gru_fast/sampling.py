@@ -92,6 +92,7 @@ class SamplingOptions:
         min_p: Keep what is at least min_p times as likely as the likeliest, in [0, 1], or None.
         eos_token_id: A row ends with this token; None: with max_new_tokens only.
         seed: Key of the random stream; its low 64 bits count.
+        log_probs: Whether they are wanted; a loop may return zeros instead where they are not.
 
     Raises:
         ValueError: A value is outside its range.
@@ -106,6 +107,7 @@ class SamplingOptions:
     min_p: float | None = None
     eos_token_id: int | None = None
     seed: int = 0
+    log_probs: bool = True
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -186,8 +188,9 @@ def generate(
     if seed is None:
         seed = reference_sampling.seed_from_generator(generator) if do_sample else 0
     options = SamplingOptions(
-        max_new_tokens, do_sample, temperature, top_k, top_p, min_p, eos_token_id, seed
-    )
+        max_new_tokens, do_sample, temperature, top_k, top_p, min_p, eos_token_id, seed,
+        log_probs=return_dict_in_generate,
+    )  # fmt: skip
     if options.eos_token_id is not None and not 0 <= options.eos_token_id < model.vocab_size:
         raise ValueError(
             f"eos_token_id: expected 0 <= id < vocab_size = {model.vocab_size}, "
@@ -264,6 +267,7 @@ def native_loop(
         top_p=options.top_p,
         min_p=options.min_p,
         threads=threads,
+        log_probs=options.log_probs,
         on_tokens=on_tokens,
     )
     return tokens, log_probs, hidden.to(model.head.weight.dtype)

@@ -179,7 +179,8 @@ def test_one_place_chooses_the_loop(model, monkeypatch):
     ((got, prompts, lengths, options, on_tokens),) = calls
     assert got is model and on_tokens is None
     assert prompts.shape == (8, 3) and lengths.tolist() == [3, 3, 1, 1, 0, 0, 2, 2]
-    assert options == SamplingOptions(3, True, 1.0, 4, None, None, None, 2**64 + 9)
+    expected = SamplingOptions(3, True, 1.0, 4, None, None, None, 2**64 + 9, log_probs=False)
+    assert options == expected
 
 
 @pytest.mark.parametrize(

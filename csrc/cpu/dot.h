@@ -178,20 +178,22 @@ DotTiles<P> pick_tiles(int tiles) {
   return dot_tiles<P, ROWS, NT, NV>;
 }
 
-// Few rows need several tiles abreast to hide the latency of the sums.
+// Few rows need several tiles abreast to hide the latency of the sums; a single row of int8 no more
+// than that, so that panels are small beside the first cache (see multiply).
+template <Weights P>
 constexpr int most_abreast(int rows, int vectors) {
-  const int sums = rows >= 4 ? 3 : rows >= 2 ? 6 : 12;
+  const int sums = rows >= 4 ? 3 : rows >= 2 || P == Weights::kInt8 ? 6 : 12;
   return sums / vectors < 8 ? sums / vectors : 8;
 }
 
 template <Weights P, int NV>
 DotTiles<P> pick_dot(int rows, int tiles) {
   if constexpr (kRowBlock == 8) {
-    if (rows == 8) return pick_tiles<P, 8, NV, most_abreast(8, NV)>(tiles);
+    if (rows == 8) return pick_tiles<P, 8, NV, most_abreast<P>(8, NV)>(tiles);
   }
-  if (rows == 4) return pick_tiles<P, 4, NV, most_abreast(4, NV)>(tiles);
-  if (rows == 2) return pick_tiles<P, 2, NV, most_abreast(2, NV)>(tiles);
-  return pick_tiles<P, 1, NV, most_abreast(1, NV)>(tiles);
+  if (rows == 4) return pick_tiles<P, 4, NV, most_abreast<P>(4, NV)>(tiles);
+  if (rows == 2) return pick_tiles<P, 2, NV, most_abreast<P>(2, NV)>(tiles);
+  return pick_tiles<P, 1, NV, most_abreast<P>(1, NV)>(tiles);
 }
 
 // The packed weights of `tiles` unit tiles, `count` gates side by side: [tile][k word][gate][lane].
@@ -400,54 +402,55 @@ GRU_INLINE void finish_items(const Panels& panels, const Sum<P>* sums, int64_t s
   epilogue(items, values);
 }
 
-template <Weights P, int COUNT, class Epilogue>
+// The first `count` items from `items` on, as many at a time as there are left.
+template <Weights P, int N, int COUNT, class Epilogue>
 GRU_INLINE void finish_all(const Panels& panels, const Sum<P>* sums, int64_t stride, int count,
                            Items items, Epilogue epilogue) {
   int j = 0;
-  for (; j + kItems <= count; j += kItems) {
-    finish_items<P, kItems, COUNT>(panels, sums + j * stride, stride, items, epilogue);
-    items.row += kItems * items.row_step;
-    items.tile += kItems * items.tile_step;
+  for (; j + N <= count; j += N) {
+    finish_items<P, N, COUNT>(panels, sums + j * stride, stride, items, epilogue);
+    items.row += N * items.row_step;
+    items.tile += N * items.tile_step;
   }
-  for (; j < count; ++j) {
-    finish_items<P, 1, COUNT>(panels, sums + j * stride, stride, items, epilogue);
-    items.row += items.row_step;
-    items.tile += items.tile_step;
+  if constexpr (N > 1) {
+    finish_all<P, N / 2, COUNT>(panels, sums + j * stride, stride, count - j, items, epilogue);
   }
 }
 
 // Multiplies `rows` rows by the tiles of a range, of COUNT gates each; epilogue(items, values) gets
 // the sums of several rows or tiles at once. Tiles are the outer loop: a panel is read once from
-// afar.
+// afar. A caller that multiplies by the same weights again and again goes backwards every other
+// time: what was read last is still in the cache, where another round would push it out before it
+// is reached.
 template <Weights P, int COUNT, class Epilogue>
 GRU_INLINE void multiply(const Panels& panels, const uint32_t* a, int64_t row_stride, int64_t rows,
-                         Range range, Epilogue epilogue) {
+                         Range range, bool backwards, Epilogue epilogue) {
   constexpr int W = kLanes<float>;
   Sum<P> sums[kMaxTileVectors];
-  const int block_most = rows_in_block(rows);
-  for (int64_t tile = range.begin; tile < range.end;) {
-    const int64_t left = range.end - tile;
-    const int most = most_abreast(block_most, COUNT);
-    const int64_t calls = (left + most - 1) / most;
-    const int tiles = static_cast<int>((left + calls - 1) / calls);
+  const int64_t total = range.end - range.begin;
+  const int most = most_abreast<P>(rows_in_block(rows), COUNT);
+  const int64_t calls = (total + most - 1) / most;
+  for (int64_t call = 0; call < calls; ++call) {
+    const int64_t at = backwards ? calls - 1 - call : call;
+    const int64_t tile = range.begin + at * total / calls;
+    const int tiles = static_cast<int>(range.begin + (at + 1) * total / calls - tile);
     const uint32_t* words = panels.words + tile * panels.K * COUNT * W;
     for (int64_t row = 0; row < rows;) {
       const int block = rows_in_block(rows - row);
       pick_dot<P, COUNT>(block, tiles)(a + row * row_stride, row_stride, words, panels.K, sums);
       if (block >= 4) {
         for (int j = 0; j < tiles; ++j) {
-          finish_all<P, COUNT>(panels, sums + j * COUNT, tiles * COUNT, block,
-                               {row, tile + j, 1, 0}, epilogue);
+          finish_all<P, kItems, COUNT>(panels, sums + j * COUNT, tiles * COUNT, block,
+                                       {row, tile + j, 1, 0}, epilogue);
         }
       } else {
         for (int i = 0; i < block; ++i) {
-          finish_all<P, COUNT>(panels, sums + i * tiles * COUNT, COUNT, tiles,
-                               {row + i, tile, 0, 1}, epilogue);
+          finish_all<P, kItems, COUNT>(panels, sums + i * tiles * COUNT, COUNT, tiles,
+                                       {row + i, tile, 0, 1}, epilogue);
         }
       }
       row += block;
     }
-    tile += tiles;
   }
 }
 

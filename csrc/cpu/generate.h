@@ -15,7 +15,7 @@ constexpr int64_t kMostRows = 64;
 // Logits computed before they are drawn from: they should stay in the cache.
 constexpr int64_t kMostLogits = 1 << 16;
 // Products of a head that is worth splitting: it costs one more meeting a step.
-constexpr int64_t kSplitHead = 1 << 16;
+constexpr int64_t kSplitHead = 1 << 13;
 // Products between two looks at the outside world, about a tenth of a millisecond.
 constexpr int64_t kProductsPerPoll = int64_t{1} << 22;
 

@@ -236,7 +236,7 @@ class Stack {
   // Logits of `rows` rows from top(), each padded_outputs() long; -inf behind the last.
   void logits(const uint32_t* top, int64_t rows, float* to, Range tiles) const {
     const int64_t ld = s_.padded_outputs();
-    multiply<P, 1>(s_.head, top, ldw_, rows, tiles,
+    multiply<P, 1>(s_.head, top, ldw_, rows, tiles, parity_ != 0,
                    [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
                      GRU_EACH(j) {
                        store(to + at.row_of(j) * ld + at.tile_of(j) * W,
@@ -273,7 +273,7 @@ class Stack {
   void project_gates(int64_t layer, const uint32_t* x, int64_t stride, int64_t count,
                      [[maybe_unused]] const float* scale, const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[layer];
-    multiply<P, GATES>(weights.input, x, stride, count, crew.tiles,
+    multiply<P, GATES>(weights.input, x, stride, count, crew.tiles, false,
                        [&]<int N>(Items at, const V(&sums)[GATES][N]) GRU_MEMBER_LAMBDA {
                          GRU_EACH(j) {
                            const int64_t row = at.row_of(j), first = at.tile_of(j) * GATES * W;
@@ -307,7 +307,7 @@ class Stack {
       return load(gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
     };
     if (s_.shape.cell == Cell::kResetAfter) {
-      multiply<P, 3>(weights.first, previous, ldw_, rows, crew.tiles,
+      multiply<P, 3>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[3][N]) GRU_MEMBER_LAMBDA {
                        V rz[2 * N], n[N];
                        GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
@@ -323,7 +323,7 @@ class Stack {
                        }
                      });
     } else if (s_.shape.cell == Cell::kNoReset) {
-      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles,
+      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
                        V z[N], n[N];
                        GRU_EACH(j) z[j] = sums[0][j] + gx(at, j, 0);
@@ -335,7 +335,7 @@ class Stack {
                        }
                      });
     } else {
-      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles,
+      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
                        V rz[2 * N];
                        GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
@@ -349,7 +349,7 @@ class Stack {
                        }
                      });
       crew.wait();
-      multiply<P, 1>(weights.second, gated_, ldw_, rows, crew.tiles,
+      multiply<P, 1>(weights.second, gated_, ldw_, rows, crew.tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
                        V n[N];
                        GRU_EACH(j) n[j] = sums[0][j] + gx(at, j, 2);
