@@ -14,20 +14,27 @@ from benchmarks.problem import Problem
 from benchmarks.providers import Provider, all_providers, choose
 from benchmarks.runner import Setting, run_problem
 
+OTHERS = {
+    "sample": "tokens drawn one after the other",
+    "lm": "a training step of a language model",
+    "features": "what users do beyond a plain layer",
+    "sweep": "nn.GRU beside ours over a grid of sizes",
+    "scaling": "one size varied at a time, with fitted slopes",
+    "import": "import, first call, wheel",
+    "gpu": "everything a GPU can tell",
+    "claims": "the README's ratios, measured again here",
+    "report": "tables and plots from committed results",
+}
+"""What has a command line of its own."""
+
 
 def parser() -> argparse.ArgumentParser:
-    suites = "\n".join(f"  {name:<7}{text}" for name, text in cases.SUITES.items())
+    suites = "\n".join(f"  {name:<10}{text}" for name, text in (cases.SUITES | OTHERS).items())
     found = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description=f"gru_fast beside its peers, in one run.\n\nsuites:\n{suites}\n"
-        "  sample tokens drawn one after the other: python -m benchmarks sample --help\n"
-        "  features  what users do beyond a plain layer: python -m benchmarks features --help\n"
-        "  sweep     nn.GRU beside ours over a grid of sizes: python -m benchmarks sweep --help\n"
-        "  scaling   one size varied at a time: python -m benchmarks scaling --help\n"
-        "  import    import, wheel, build, first call: python -m benchmarks import --help\n"
-        "  lm     a training step of a language model: python -m benchmarks lm --help\n"
-        "  gpu    everything a GPU can tell: python -m benchmarks gpu --help\n\n"
-        "without a suite: train, infer and step, --quick",
+        description=f"gru_fast beside its peers, in one run.\n\n{suites}\n\n"
+        "train, infer and step can be given together and take the options below; the others stand\n"
+        "alone and have --help. Without a suite: train, infer and step, --quick",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("suites", nargs="*", type=_suite, metavar="SUITE")
@@ -44,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _suite(name: str) -> str:
     if name not in cases.SUITES:
-        known = ", ".join([*cases.SUITES, "sample, features or gpu (as the first argument)"])
-        raise argparse.ArgumentTypeError(f"expected one of {known}, got {name!r}")
+        known = f"{', '.join(cases.SUITES)}, or alone one of {', '.join(OTHERS)}"
+        raise argparse.ArgumentTypeError(f"expected {known}; got {name!r}")
     return name
 
 
