@@ -38,6 +38,8 @@ X86_KERNELS = {
     "kernels_avx2.cpp": AVX2,
     "kernels_avx512.cpp": AVX2 + AVX512,
     "kernels_avx512_bf16.cpp": AVX2 + AVX512 + AVX512_BF16,
+    "norm_avx2.cpp": AVX2,
+    "norm_avx512.cpp": AVX2 + AVX512,
     "sampler_avx2.cpp": AVX2,
     "sampler_avx512.cpp": AVX2 + AVX512,
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,

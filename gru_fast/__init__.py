@@ -8,6 +8,7 @@ from gru_fast.convert import ConvertReport, convert, revert
 from gru_fast.explain import Explanation, explain
 from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
+from gru_fast.layer_norm_gru import LayerNormGRU
 from gru_fast.modules import GRU, GRUCell
 from gru_fast.patch import patch, patched, unpatch
 from gru_fast.sampler import Sampler, Stream
@@ -20,6 +21,7 @@ __all__ = [
     "GRUCell",
     "GRULanguageModel",
     "Gates",
+    "LayerNormGRU",
     "Sampler",
     "Stream",
     "__version__",

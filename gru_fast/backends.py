@@ -184,6 +184,11 @@ def why_cudnn(
     return reason
 
 
+def _check_name(backend: str) -> None:
+    if backend not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+
+
 def select(
     backend: str,
     device_type: str,
@@ -217,8 +222,7 @@ def select(
         ValueError: backend is not a known name.
         RuntimeError: a backend asked for by name cannot take the call.
     """
-    if backend not in NAMES:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    _check_name(backend)
     if backend == "reference":
         return backend
     reasons = why_not(
@@ -235,6 +239,71 @@ def select(
     if backend == "auto":
         gpu = ("cudnn", "triton") if prefer_cudnn else ("triton", "cudnn")
         return next((n for n in (*gpu, "cpu") if n not in reasons), "reference")
+    if backend in reasons:
+        raise RuntimeError(f"backend={backend!r} cannot take this call: {reasons[backend]}")
+    return backend
+
+
+def norm_unfit(device: torch.device, dtype: torch.dtype, H: int, plain: bool) -> str | None:
+    """Why the layer-normalised Triton kernel does not fit a call on this device; None if it does.
+
+    Args:
+        device: of the input; None is the answer for one that is not CUDA.
+        dtype: of the input.
+        H: hidden size.
+        plain: whether the call has neither lengths nor resets nor h_scale.
+    """
+    if device.type != "cuda" or not HAS_TRITON or dtype not in TRITON_DTYPES:
+        return None
+    kernels = import_module("gru_fast.kernels")
+    reason: str | None = kernels.norm_why_not(device, dtype, H, plain)
+    return reason
+
+
+def why_not_norm(
+    device_type: str, dtype: torch.dtype, *, unfit: str | None = None, composed: bool = False
+) -> dict[str, str]:
+    """`why_not` for a layer-normalised GRU.
+
+    Args:
+        device_type: as in `why_not`.
+        dtype: as in `why_not`.
+        unfit: what `norm_unfit` says.
+        composed: whether forward-mode AD or a `torch.func` transform but `vmap` is live.
+    """
+    reasons = why_not(device_type, dtype, composed=composed)
+    if device_type == "cuda" and not composed:
+        reasons["cudnn"] = "it does not have layer normalisation"
+        if unfit is not None:
+            reasons.setdefault("triton", unfit)
+    return reasons
+
+
+def select_norm(
+    backend: str,
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    unfit: str | None = None,
+    composed: bool = False,
+) -> str:
+    """The backend that takes a call of a layer-normalised GRU.
+
+    Args:
+        backend: one of `NAMES`.
+        device_type: as in `why_not_norm`.
+        dtype: as in `why_not_norm`.
+        unfit: as in `why_not_norm`.
+        composed: as in `why_not_norm`.
+
+    Raises:
+        ValueError: as `select`.
+        RuntimeError: as `select`.
+    """
+    _check_name(backend)
+    reasons = why_not_norm(device_type, dtype, unfit=unfit, composed=composed)
+    if backend == "auto":
+        return next((n for n in ("triton", "cpu") if n not in reasons), "reference")
     if backend in reasons:
         raise RuntimeError(f"backend={backend!r} cannot take this call: {reasons[backend]}")
     return backend

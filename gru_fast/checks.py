@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gru_fast.reference import GATES, SLOTS
+from gru_fast.reference_norm import NORM_SLOTS
 
 
 def check_cell(cell: str) -> None:
@@ -150,6 +152,69 @@ def _check_recurrence(
             "bias_hh": bias_hh,
             "reset_state": reset_state,
             "h_scale": h_scale,
+        },
+    )
+
+
+def check_norm_scan(
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    gamma_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    eps: float,
+    reverse: Sequence[bool],
+) -> None:
+    """Raise RuntimeError unless the arguments of `gru_fast::norm_scan` fit together."""
+    check_scan(
+        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, "reset_after",
+        reverse,
+    )  # fmt: skip
+    G, H = h0.shape[0], h0.shape[2]
+    _check_shape("gamma_hh", gamma_hh, (G, 3 * H), "(G, 3*H)")
+    _check_alike("gates_x", {"gates_x": gates_x, "gamma_hh": gamma_hh})
+    if not 0 < eps < math.inf:
+        raise RuntimeError(f"eps: expected a positive number, got {eps}")
+
+
+def check_norm_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    gates_x: Tensor,
+    h0: Tensor,
+    output: Tensor,
+    workspace: Tensor,
+    rstd: Tensor,
+    recompute: bool,
+    output_mask: Sequence[bool],
+) -> None:
+    """The same for what `gru_fast::norm_scan_backward` takes beside these arguments."""
+    T, B = gates_x.shape[:2]
+    G, H = h0.shape[0], h0.shape[2]
+    _check_shape("grad_output", grad_output, (T, B, G * H), "(T, B, G*H)")
+    _check_shape("grad_h_n", grad_h_n, (G, B, H), "(G, B, H)")
+    _check_shape("output", output, (T, B, G * H), "(T, B, G*H)")
+    for name, tensor, shape, axes in (
+        ("workspace", workspace, (T, B, G, NORM_SLOTS * H), f"(T, B, G, {NORM_SLOTS}*H)"),
+        ("rstd", rstd, (T, B, G), "(T, B, G)"),
+    ):
+        expected = (0,) if recompute else shape
+        _check_shape(name, tensor, expected, "(0,) with recompute" if recompute else axes)
+    if len(output_mask) != 7:
+        raise RuntimeError(f"output_mask: expected 7 values, got {len(output_mask)}")
+    _check_alike(
+        "h0",
+        {
+            "h0": h0,
+            "grad_output": grad_output,
+            "grad_h_n": grad_h_n,
+            "output": output,
+            "workspace": workspace,
+            "rstd": rstd,
         },
     )
 

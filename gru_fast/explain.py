@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`explain`: which kernel takes a call, why the others do not, and what the call costs at least."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -10,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import backends, measured
+from gru_fast.layer_norm_gru import LayerNormGRU
 from gru_fast.modules import GRU, GRUCell
+from gru_fast.recurrence_norm import needs_composition
 from gru_fast.reference import GATES, SLOTS
+from gru_fast.reference_norm import NORM_SLOTS
 
 __all__ = ["Explanation", "explain"]
 
@@ -91,7 +96,7 @@ class Explanation:
 
 
 def explain(
-    module: GRU | GRUCell,
+    module: GRU | GRUCell | LayerNormGRU,
     input: Tensor | PackedSequence,
     hx: Tensor | None = None,
     *,
@@ -107,7 +112,7 @@ def explain(
     same context.
 
     Args:
-        module: A `gru_fast.GRU` or `gru_fast.GRUCell`.
+        module: A `gru_fast.GRU`, `gru_fast.GRUCell` or `gru_fast.LayerNormGRU`.
         input: As in the call.
         hx: As in the call.
         lengths: As in the call; their values are read.
@@ -120,11 +125,11 @@ def explain(
         An `Explanation`.
 
     Raises:
-        TypeError: `module` is neither a `gru_fast.GRU` nor a `gru_fast.GRUCell`.
+        TypeError: `module` is none of these.
     """
-    if not isinstance(module, (GRU, GRUCell)):
+    if not isinstance(module, (GRU, GRUCell, LayerNormGRU)):
         raise TypeError(
-            "module should be a gru_fast.GRU or gru_fast.GRUCell, got: "
+            "module should be a gru_fast.GRU (or GRUCell, LayerNormGRU), got: "
             f"{type(module).__module__}.{type(module).__qualname__} (gru_fast.convert turns "
             "torch.nn.GRU into one)"
         )
@@ -136,22 +141,32 @@ def explain(
         "composed": backends.needs_composition(),
     }
     dtype = backends.dtype_of_call(data.device.type, data.dtype)
-    place = (data.device.type, dtype, module.cell)
     T, B, steps = _sizes(module, input, lengths)
     tensors = (data, hx, reset_state, *module._flat_weights)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    why_not = backends.why_not(*place, **facts)
     heads = getattr(module, "num_heads", 1)
     groups = heads * (2 if getattr(module, "bidirectional", False) else 1)
     sizes = (T, B, groups, module.hidden_size // heads)
     preferred = None
-    if data.is_cuda and module.backend == "auto":
-        preferred = backends.why_cudnn(data.device, dtype, sizes, module.cell, training)
+    select: Callable[[], str]
+    if isinstance(module, LayerNormGRU):
+        norm: dict[str, Any] = {
+            "unfit": backends.norm_unfit(data.device, dtype, sizes[3], _is_plain(facts)),
+            "composed": needs_composition(),
+        }
+        why_not = backends.why_not_norm(data.device.type, dtype, **norm)
+        select = partial(backends.select_norm, module.backend, data.device.type, dtype, **norm)
+    else:
+        place = (data.device.type, dtype, module.cell)
+        why_not = backends.why_not(*place, **facts)
+        if data.is_cuda and module.backend == "auto":
+            preferred = backends.why_cudnn(data.device, dtype, sizes, module.cell, training)
+        select = partial(
+            backends.select, module.backend, *place, **facts, prefer_cudnn=preferred is not None
+        )
     error = backend = None
     try:
-        backend = backends.select(
-            module.backend, *place, **facts, prefer_cudnn=preferred is not None
-        )
+        backend = select()
     except RuntimeError as raised:
         error = str(raised)
     if backend is not None and module.backend != "auto":
@@ -165,9 +180,9 @@ def explain(
 
     flops, moved, saved = _cost(module, data, hx, T, B, steps, training)
     first = 2 * steps * module.weight_ih.numel() if isinstance(module, GRUCell) else 0
-    if isinstance(module, GRU):
+    if isinstance(module, (GRU, LayerNormGRU)):
         first = 2 * steps * module._flat_weights[0].numel() * (2 if module.bidirectional else 1)
-    recompute = isinstance(module, GRU) and module.recompute
+    recompute = not isinstance(module, GRUCell) and module.recompute
     backward = 2 * flops - (0 if data.requires_grad else first) + (flops if recompute else 0)
     bound = None
     if peak_flops is not None and peak_bytes is not None:
@@ -197,7 +212,7 @@ def explain(
     )
 
 
-def _code(backend: str | None, kernel: str, module: GRU | GRUCell) -> str | None:
+def _code(backend: str | None, kernel: str, module: GRU | GRUCell | LayerNormGRU) -> str | None:
     """The name of what runs in `measured`."""
     if backend == "cpu":
         return "cpu.cell" if isinstance(module, GRUCell) else "cpu"
@@ -206,7 +221,7 @@ def _code(backend: str | None, kernel: str, module: GRU | GRUCell) -> str | None
 
 def _committed(
     code: str | None,
-    module: GRU | GRUCell,
+    module: GRU | GRUCell | LayerNormGRU,
     data: Tensor,
     T: int,
     B: int,
@@ -248,9 +263,13 @@ def _committed(
     return seconds * 1e-6, bound * 1e-6 or None, machine
 
 
+def _is_plain(facts: dict[str, Any]) -> bool:
+    return not (facts["lengths"] or facts["resets"])
+
+
 def _kernel(
     backend: str | None,
-    module: GRU | GRUCell,
+    module: GRU | GRUCell | LayerNormGRU,
     data: Tensor,
     sizes: tuple[int, int, int, int],
     training: bool,
@@ -270,9 +289,11 @@ def _kernel(
     if backend == "triton":
         if 0 in sizes:
             return "none: the call is empty"
+        if isinstance(module, LayerNormGRU):
+            return "Triton, norm, because it fits; not measured"
         kernels = import_module("gru_fast.kernels")
         suite = "train" if training else "infer"
-        plain = not (facts["lengths"] or facts["resets"])
+        plain = _is_plain(facts)
         dtype = backends.dtype_of_call(data.device.type, data.dtype)
         name, measured = kernels.chosen(data.device, dtype, sizes, module.cell, suite, plain)
         how = "as measured" if measured else "because it fits; not measured at this size"
@@ -298,7 +319,7 @@ def _sizes(
 
 
 def _cost(
-    module: GRU | GRUCell,
+    module: GRU | GRUCell | LayerNormGRU,
     data: Tensor,
     hx: Tensor | None,
     T: int,
@@ -307,9 +328,14 @@ def _cost(
     training: bool,
 ) -> tuple[int, int, int]:
     """FLOP, bytes moved and bytes saved for backward of the forward call."""
-    H, N, S = module.hidden_size, GATES[module.cell], SLOTS[module.cell]
+    H, vectors = module.hidden_size, 2 if module.bias else 0
+    if isinstance(module, LayerNormGRU):
+        # rstd, one value a row, is left out.
+        N, S, vectors = 3, NORM_SLOTS, vectors + 2
+    else:
+        N, S = GATES[module.cell], SLOTS[module.cell]
     layers, directions, recompute, heads = 1, 1, False, getattr(module, "num_heads", 1)
-    if isinstance(module, GRU):
+    if not isinstance(module, GRUCell):
         layers, directions = module.num_layers, 2 if module.bidirectional else 1
         recompute = module.recompute
     flops = moved = saved = 0
@@ -317,7 +343,7 @@ def _cost(
     for _ in range(layers):
         flops += 2 * steps * directions * N * H * (width + H // heads)
         moved += steps * (width + directions * H)
-        moved += directions * N * H * (width + H // heads + (2 if module.bias else 0))
+        moved += directions * N * H * (width + H // heads + vectors)
         moved += directions * B * H * (1 if hx is None else 2)
         saved += steps * directions * S * H if training and not recompute else 0
         width = directions * H

@@ -61,9 +61,14 @@ class Row:
 @cache
 def offered(device: Device, direction: str) -> tuple[Row, ...]:
     """The rows for a device: of those for one kernel, numbers and H the ones with most memory."""
+    return offered_of(ROWS, device, direction)
+
+
+def offered_of(rows: tuple[Row, ...], device: Device, direction: str) -> tuple[Row, ...]:
+    """`offered`, of any table."""
     fitting = [
         row
-        for row in ROWS
+        for row in rows
         if direction in row.directions
         and row.shared_kib * 1024 <= device.shared_bytes
         and row.arch[0] <= device.arch <= row.arch[1]

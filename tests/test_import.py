@@ -60,6 +60,7 @@ def test_every_public_name_exists_and_is_documented():
         "GRUCell",
         "GRULanguageModel",
         "Gates",
+        "LayerNormGRU",
         "Sampler",
         "Stream",
         "ConvertReport",

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 def run(*arguments: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
-        [*command, "triton_support/interpreted.py"],
+        [*command, "triton_support/interpreted.py", "triton_support/interpreted_norm.py"],
         cwd=TESTS,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -37,6 +37,6 @@ def test_interpreted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["cta", "grid", "step"])
+@pytest.mark.parametrize("group", ["cta", "grid", "step", "norm"])
 def test_interpreted_widely(group):
     run("-m", "slow", "-k", group)

@@ -15,8 +15,9 @@ import triton
 
 from cases import Case, layer_inputs
 from gru_fast import kernels
-from gru_fast.kernels import problem, registry, tables
+from gru_fast.kernels import norm_ops, norm_tables, problem, registry, tables
 from gru_fast.kernels.tiling import Config
+from norm_cases import norm_arguments
 from triton_support import compiled
 from triton_support.compiled import DEVICES, Resources
 
@@ -67,6 +68,10 @@ def points() -> Iterator[Point]:
                             arch, row.kernel, row.numbers, cell, features, direction,
                             min(row.H, MOST_H), row.config,
                         )  # fmt: skip
+                for row in norm_tables.offered(device, direction) if cell == "reset_after" else ():
+                    yield Point(
+                        arch, row.kernel, row.numbers, cell, features, direction, row.H, row.config
+                    )
             for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
                 sizes = tables.Sizes(2, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
                 for direction in ("forward", "backward"):
@@ -79,6 +84,7 @@ def sample() -> Iterator[Point]:
     wanted = {
         (90, "cta", "16", 128), (90, "grid", "16", 512), (80, "cta", "tf32", 64),
         (75, "cta", "ieee", 64), (100, "grid", "tf32", 256), (120, "step", "16", 256),
+        (90, "norm", "16", 64),
     }  # fmt: skip
     for point in points():
         key = (point.arch, point.kernel, point.numbers, point.H)
@@ -97,6 +103,14 @@ def dtype_of(numbers: str, arch: int) -> torch.dtype:
 
 def compile_point(point: Point) -> dict[str, Resources]:
     """By the name of the point, and for launches of several binaries a number."""
+    launches = _launch_norm(point) if point.kernel == "norm" else _launch(point)
+    wanted = f"{point.direction}_{point.kernel}"
+    binaries = {id(x.compiled): x for x in launches if x.kernel == wanted}
+    found = [compiled.resources(launch, point.arch) for launch in binaries.values()]
+    return {f"{point} #{i}" if i else str(point): used for i, used in enumerate(found)}
+
+
+def _launch(point: Point) -> list[compiled.Launch]:
     dtype = dtype_of(point.numbers, point.arch)
     inputs = layer_inputs(Case(point.cell, point.features, T=2, B=4, I=4, H=point.H), dtype)
     before = problem.dot_precision, registry.KERNELS[point.kernel]
@@ -117,10 +131,29 @@ def compile_point(point: Point) -> dict[str, Resources]:
                 )  # fmt: skip
     finally:
         problem.dot_precision, registry.KERNELS[point.kernel] = before
-    wanted = f"{point.direction}_{point.kernel}"
-    binaries = {id(x.compiled): x for x in launches if x.kernel == wanted}
-    found = [compiled.resources(launch, point.arch) for launch in binaries.values()]
-    return {f"{point} #{i}" if i else str(point): used for i, used in enumerate(found)}
+    return launches
+
+
+def _launch_norm(point: Point) -> list[compiled.Launch]:
+    dtype = dtype_of(point.numbers, point.arch)
+    arguments = norm_arguments(Case("reset_after", point.features, T=2, B=4, H=point.H), dtype)
+    before = problem.dot_precision, norm_tables.config
+    problem.dot_precision = lambda tensor: point.numbers if point.numbers != "16" else "tf32"
+    norm_tables.config = lambda *_: point.config
+    try:
+        with compiled.dry_launches(point.arch) as launches:
+            if point.direction == "forward":
+                norm_ops.norm_scan(*arguments)
+            else:
+                h0 = arguments[1]
+                sizes = ((2, 4, point.H), (2, 4, 1, 6 * point.H), (2, 4, 1))
+                saved = [h0.new_zeros(size) for size in sizes]
+                norm_ops.norm_scan_backward(
+                    saved[0], h0, *arguments[:9], *saved, *arguments[9:], [True] * 7
+                )
+    finally:
+        problem.dot_precision, norm_tables.config = before
+    return launches
 
 
 def read() -> dict[str, list[int]]:

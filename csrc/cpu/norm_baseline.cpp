@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define GRU_FAST_ISA baseline
+#include "norm_kernels.h"

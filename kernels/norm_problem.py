@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of one scan of the layer-normalised GRU, as its kernels take them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .problem import Problem
+
+
+@dataclass(frozen=True)
+class NormProblem:
+    """A reset_after scan over normalised input products; bias_hh is that of the norm.
+
+    Attributes:
+        scan: Everything but the norm.
+        gamma_hh: (G, 3H), contiguous.
+        eps: Added to the variance.
+    """
+
+    scan: Problem
+    gamma_hh: Tensor
+    eps: float
+
+    def shared_arguments(self) -> dict[str, Any]:
+        """What forward and backward kernel both take, by the name of the parameter."""
+        arguments = self.scan.shared_arguments()
+        del arguments["CELL"]
+        return arguments | {"gamma_ptr": self.gamma_hh, "PRECISION": self.scan.precision}
+
+    def forward_arguments(self) -> dict[str, Any]:
+        """What the forward kernel takes beside its outputs."""
+        return (
+            {k: v for k, v in self.scan.forward_arguments().items() if k != "CELL"}
+            | self.shared_arguments()
+            | {"eps": self.eps}
+        )
+
+
+@dataclass(frozen=True)
+class NormChunk:
+    """What a backward scan reads and writes for the scan steps steps[0] ... steps[1] - 1.
+
+    Attributes:
+        problem: Of all T steps.
+        grad_output: (T, B, G*H), or None.
+        output: (T, B, G*H).
+        workspace: (steps, B, G, 6H), of the chunk.
+        rstd: (steps, B, G), of the chunk.
+        steps: Scan steps, [begin, end).
+        grad_gates: (steps, B, G, 3H), written: Ar, Az, An.
+        grad_q: (steps, B, G, H), written: Dq.
+        grad_u: (steps, B, G, 3H), written: Du.
+        grad_state: (G, B, H) float32, the gradient of the state after the chunk; receives that of
+            the state before it.
+        grad_start: (G, B, H) float32 of reset_state, added to; or None.
+        grad_scale: (G, B, H) float32 of h_scale, added to; or None.
+    """
+
+    problem: NormProblem
+    grad_output: Tensor | None
+    output: Tensor
+    workspace: Tensor
+    rstd: Tensor
+    steps: tuple[int, int]
+    grad_gates: Tensor
+    grad_q: Tensor
+    grad_u: Tensor
+    grad_state: Tensor
+    grad_start: Tensor | None
+    grad_scale: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        """What the backward kernel takes, by the name of the parameter."""
+        weight = self.problem.scan.weight_hh
+        G, rows, H = weight.shape
+        return self.problem.shared_arguments() | {
+            # A copy, because tensor cores take 32-bit operands only as they lie.
+            "turned_ptr": weight.view(G, rows // H, H, H).transpose(2, 3).contiguous(),
+            "bias_ptr": self.problem.scan.bias_hh,
+            "grad_output_ptr": self.grad_output,
+            "output_ptr": self.output,
+            "workspace_ptr": self.workspace,
+            "rstd_ptr": self.rstd,
+            "grad_gates_ptr": self.grad_gates,
+            "grad_q_ptr": self.grad_q,
+            "grad_u_ptr": self.grad_u,
+            "grad_state_ptr": self.grad_state,
+            "grad_start_ptr": self.grad_start,
+            "grad_scale_ptr": self.grad_scale,
+            "step_begin": self.steps[0],
+            "step_end": self.steps[1],
+        }

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of the layer-normalised kernels, compiled for every device that they are offered to.
+
+None of them has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import torch
+
+from .problem import Problem, dot_precision
+from .tables import (
+    Row,
+    offered_of,
+    unfit,
+    waves,
+)  # fmt: skip
+from .tiling import Config, Device, Sizes, device_of, sizes_of
+
+ROWS: tuple[Row, ...] = ()
+"""As `tables.ROWS`."""
+
+
+@cache
+def launcher(direction: str) -> Callable[..., None]:
+    """Imported on first use, as triton is with it."""
+    module = import_module(f".norm_{direction}", __package__)
+    launch: Callable[..., None] = getattr(module, f"launch_{direction}_norm")
+    return launch
+
+
+@cache
+def offered(device: Device, direction: str) -> tuple[Row, ...]:
+    """As `tables.offered`."""
+    return offered_of(ROWS, device, direction)
+
+
+def config(device: Device, sizes: Sizes, direction: str) -> Config | None:
+    """The tiles for a call, or None where the kernel does not fit."""
+    fitting = [row for row in offered(device, direction) if row.holds(sizes)]
+    nearest = min((row.H for row in fitting), default=0)
+    configs = [row.config for row in fitting if row.H == nearest]
+    return min(configs, key=lambda c: waves(c, device, sizes), default=None)
+
+
+def take(problem: Problem, direction: str) -> Config:
+    """The tiles for a call.
+
+    Raises:
+        RuntimeError: the kernel does not fit this call on this device.
+    """
+    device, sizes = device_of(problem.h0), sizes_of(problem)
+    found = config(device, sizes, direction)
+    if found is None:
+        raise RuntimeError(f"layer-normalised GRU: {unfit(device, sizes)}")
+    return found
+
+
+def why_not(device: torch.device, dtype: torch.dtype, H: int, plain: bool) -> str | None:
+    """Why there is no kernel for a call, forward or backward; None if there is.
+
+    Args:
+        device: Where.
+        dtype: Of the input.
+        H: Hidden size.
+        plain: As in `Sizes`.
+    """
+    stand_in = torch.empty((), dtype=dtype, device=device)
+    sizes = Sizes(2, 1, 1, H, "reset_after", dtype, dot_precision(stand_in), plain)
+    found = device_of(stand_in)
+    configs = [config(found, sizes, way) for way in ("forward", "backward")]
+    return unfit(found, sizes) if None in configs else None
