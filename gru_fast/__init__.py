@@ -6,6 +6,7 @@ from gru_fast._version import __version__
 from gru_fast.backends import available_backends
 from gru_fast.convert import ConvertReport, convert, revert
 from gru_fast.explain import Explanation, explain
+from gru_fast.explain_generate import explain_generate
 from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.layer_norm_gru import LayerNormGRU
@@ -28,6 +29,7 @@ __all__ = [
     "available_backends",
     "convert",
     "explain",
+    "explain_generate",
     "functional",
     "init",
     "patch",

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gru_fast import packed, reference_sampling
+from gru_fast import gpu_sampling, packed, reference_sampling
 from gru_fast.modules import GRU
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "generate_loop",
     "native_loop",
     "score",
+    "triton_loop",
 ]
 
 PADDING = -100
@@ -222,9 +223,42 @@ def generate(
 
 def choose_loop(model: LanguageModel) -> Loop:
     """The function that runs a call of `generate`; all have the interface of `generate_loop`."""
-    if model.gru.backend in ("auto", "cpu") and packed.why_not(model.gru, model.head) is None:
+    backend = model.gru.backend
+    if backend in ("auto", "cpu") and packed.why_not(model.gru, model.head) is None:
         return native_loop
+    if backend in ("auto", "triton") and gpu_sampling.why_not(model) is None:
+        return triton_loop
     return generate_loop
+
+
+def triton_loop(
+    model: LanguageModel,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    options: SamplingOptions,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`generate_loop` in few launches on a GPU; nothing to draw is left to `generate_loop`.
+
+    Tokens that are to be seen while they are drawn come some steps at a time.
+    """
+    if options.max_new_tokens == 0 or len(prompts) == 0:
+        return generate_loop(model, prompts, prompt_lengths, options, on_tokens)
+    tokens, log_probs, hidden = gpu_sampling.generate(
+        model,
+        prompts,
+        prompt_lengths,
+        max_new_tokens=options.max_new_tokens,
+        on_tokens=on_tokens,
+        do_sample=options.do_sample,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        eos=options.eos_token_id,
+        seed=options.seed,
+    )
+    return tokens, log_probs, hidden.to(model.head.weight.dtype)
 
 
 def native_loop(

@@ -62,7 +62,7 @@ def _block(
 
 
 @triton.jit
-def _products(
+def gate_products(
     acc_r,
     acc_z,
     acc_n,
@@ -209,7 +209,7 @@ def forward_grid(
         operand_at = (step % 2) * states + state_at
 
         wait(counter_ptr, (step * MEETINGS + 1) * programs)
-        acc_r, acc_z, acc_n = _products(
+        acc_r, acc_z, acc_n = gate_products(
             acc_r, acc_z, acc_n, panels_r, panels_z, panels_n, weight_at, operand_ptr, operand_at,
             units, lane, in_rows, FIRST_PART, CELL, H, BLOCK_K, RESIDENT, PRECISION,
         )  # fmt: skip
@@ -221,7 +221,7 @@ def forward_grid(
             tl.store(gated_ptr + state_at + state_tile, (r * s).to(dtype), mask=inside)
             arrive(counter_ptr)
             wait(counter_ptr, (step * MEETINGS + 2) * programs)
-            acc_r, acc_z, acc_n = _products(
+            acc_r, acc_z, acc_n = gate_products(
                 acc_r, acc_z, acc_n, panels_r, panels_z, panels_n, weight_at, gated_ptr, state_at,
                 units, lane, in_rows, "candidate", CELL, H, BLOCK_K, RESIDENT, PRECISION,
             )  # fmt: skip

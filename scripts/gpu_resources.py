@@ -4,7 +4,8 @@
 `python scripts/gpu_resources.py [--arch 80 90 ...] [--markdown]`, no GPU needed. It adds what is
 missing to the snapshot of the Triton version that is imported,
 tests/triton_support/resources-triton-*.json, which tests compare, and drops what is no row any
-more; `--markdown` compiles nothing and prints the snapshot as the table of docs/gpu-kernels.md.
+more; `--markdown` compiles nothing and prints the snapshot as the tables of docs/gpu-kernels.md and
+docs/gpu-sampling.md.
 Half an hour on one core for all.
 """
 
@@ -51,7 +52,7 @@ def markdown() -> str:
     lines: dict[tuple[str, ...], dict[str, list[int]]] = {}
     for name, used in resources.read().items():
         label, _, tiles = name.partition(": ")
-        arch, what, numbers, cell, features, _, most = label.split()
+        arch, what, numbers, cell, features, *_, most = label.split()
         if (cell, features) == ("reset_after", "everything"):
             direction, kernel = what.split("_")
             key = (arch, kernel, numbers, most, tiles.partition(" #")[0])
@@ -71,6 +72,24 @@ def markdown() -> str:
     return text
 
 
+def generate_markdown() -> str:
+    """One line per architecture and row of `generate`: registers and shared memory."""
+    lines: dict[tuple[str, ...], list[int]] = {}
+    for name, used in resources.read().items():
+        label, _, tiles = name.partition(": ")
+        arch, what, numbers, cell, _, *most = label.split()
+        kind, _, form = what.partition("_")
+        if kind == "generate" and cell == "reset_after":
+            key = (arch, form, numbers, " ".join(most), tiles.partition(" #")[0])
+            lines[key] = [max(pair) for pair in zip(lines.get(key, used), used, strict=True)]
+    text = "| arch | form | numbers | up to | tiles | registers / KiB | wgmma |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for key, used in sorted(lines.items(), key=lambda line: (int(line[0][0][3:]), line[0])):
+        products = "yes" if used[3] else ""
+        text += "| " + " | ".join([*key, f"{used[0]} / {used[2] / 1024:.0f}", products]) + " |\n"
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=list(resources.DEVICES))
@@ -78,7 +97,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.markdown:
-        print(markdown())
+        print(markdown() + "\n" + generate_markdown())
         return 0
     return 1 if write(options.arch, again=options.again) else 0
 

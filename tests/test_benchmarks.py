@@ -400,6 +400,10 @@ class TestGpuProgram:
         assert len(pairs) == len(set(pairs))
         assert all(r.dry and r.ratio_to_torch is None for r in after.records)
         assert {r.parity for r in after.records if r.suite != "sample"} == {"ok"}
+        drawn = {r.provider: r for r in after.records if r.suite == "sample"}
+        assert all(r.median_s is not None for r in drawn.values()), drawn
+        if providers_kernels.kernel_names()[0]:
+            assert drawn["gru_fast.generate"].parity == "ok"
         assert {r.suite for r in after.records} == {"infer", "train", "sample"}
         ours = {r.provider for r in after.records if r.provider.startswith("gru_fast.triton.")}
         assert ours == {f"gru_fast.triton.{name}" for name in providers_kernels.kernel_names()[0]}
@@ -464,6 +468,7 @@ class TestGpuProgram:
         grid = [name for name in rows if name.startswith("train/") and "-T512/" in name]
         assert len(grid) == 10 * 5 * 3 + 5 * 3
         assert "train/H256-B128-T128-R0.03/bfloat16" in rows
+        assert "sample/H512-B8192-T512-L2-V256/bfloat16" in rows
         assert rows.index("train/H512-B64-T512/bfloat16") < rows.index("train/H192-B64-T512/tf32")
 
     def test_precompilation_meets_each_kernel_once(self):

@@ -69,6 +69,7 @@ def test_every_public_name_exists_and_is_documented():
         "available_backends",
         "convert",
         "explain",
+        "explain_generate",
         "functional",
         "init",
         "patch",

@@ -21,9 +21,10 @@ CSRC = sorted([*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")])
 LAYERS = [
     ["__init__"],
     ["cli", "__main__"],
-    ["training", "checkpoint", "corpus", "trace", "beside_torch"],
+    ["training", "checkpoint", "corpus", "trace", "beside_torch", "explain_generate"],
     ["onnx"],
     ["language_model", "sampling", "sampler", "tokenizers"],
+    ["gpu_sampling"],
     ["packed"],
     [
         "modules",

@@ -25,11 +25,15 @@ from benchmarks.providers_gru_fast import Diagonal
 from benchmarks.providers_kernels import Kernel, kernel_names
 from benchmarks.providers_torch import SplitAndPad, TorchGRU
 from benchmarks.records import Record
-from benchmarks.runner import Setting, run_problem
+from benchmarks.runner import Setting, describe_error, is_lost, run_problem
+from benchmarks.sample.suite import GATE_TOKENS
 
 HIDDEN = (32, 64, 100, 128, 160, 192, 256, 512, 1024, 2048)
 BATCHES = (1, 16, 64, 256, 1024)
 CORE = [(H, B) for H, B in product((64, 128, 256, 512, 1024), (1, 64, 1024))]
+SAMPLED, DRAWN = (64, 128, 256, 512), (1, 64, 1024, 8192)
+"""Hidden sizes and batches of the samplers."""
+
 DTYPES = ("bfloat16", "tf32", "float16")
 EFFORT = timing.Effort(block_s=0.004, budget_s=0.4, least=5, most=15)
 
@@ -155,26 +159,44 @@ def _sampler(case: Case, dtype: str) -> Row:
             return sample(session)
 
     def sample(session: Session) -> Found:
-        names = [n for n in samplers.SAMPLERS if session.device == "cuda" or ".graph" not in n]
+        model = samplers.model_of(case, dtype, session.device)
+        names = samplers.names(case, session.device, bool(kernel_names()[0]))
         records, calls = {}, {}
         for name in names:
-            records[name] = Record(
+            ours = name == samplers.OURS
+            records[name] = record = Record(
                 "sample", name, torch.__version__, session.device, dtype,
                 torch.get_num_threads(), case.as_dict(), dry=session.dry,
             )  # fmt: skip
-            calls[name] = samplers.sampler(name, case, dtype, session.device)
+            try:
+                record.error = samplers.wrong(model, case, dtype) if ours else None
+                if ours:
+                    record.parity = "ok" if record.error is None else "wrong"
+                    record.parity_T = GATE_TOKENS
+                if record.error is None:
+                    calls[name] = samplers.sampler(name, model, case)
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                record.error = describe_error(error)
         load = OtherLoad()
         samples = timing.interleave(calls, timing.clock_of(session.device), session.effort)
-        for name, record in records.items():
-            found = timing.summary(samples[name])
+        for name in calls:
+            record, found = records[name], timing.summary(samples[name])
             record.median_s, record.p20_s, record.p80_s = found.median_s, found.p20_s, found.p80_s
             record.rounds, record.other_cpu = found.rounds, load.share()
-            if not session.dry:
-                record.baseline = names[0]
-                record.ratio_to_torch = timing.ratio(samples[names[0]], samples[name])
+            if not session.dry and samplers.BASELINE in calls:
+                record.baseline = samplers.BASELINE
+                record.ratio_to_torch = timing.ratio(samples[samplers.BASELINE], samples[name])
         return list(records.values()), [], []
 
-    return Row(f"sample/{case}/{dtype}", run)
+    def warm(session: Session) -> None:
+        if kernel_names()[0]:
+            with float32_as(dtype):
+                samplers.ours(samplers.model_of(case, dtype, session.device), case.B)(1, False)
+
+    key = f"generate/H{case.H}/B{case.B}/L{case.L}/V{case.V}/{dtype}"
+    return Row(f"sample/{case}/{dtype}", run, {key: warm})
 
 
 def _both(
@@ -223,12 +245,17 @@ def gpu_rows() -> list[Row]:
         rows += _both(case, "bfloat16", scans)
     for dtype, (H, B) in product(("bfloat16", "tf32"), CORE):
         rows.append(_row(square(H, B, 1), "step", dtype, ["step"], graph=True))
-    for H, B in product((64, 128, 512), (1, 64, 1024)):
-        rows.append(_sampler(Case(H, H, B, 100, V=65), "float32"))
+    for H, B in product(SAMPLED, DRAWN):
+        rows.append(_sampler(Case(H, H, B, 512, V=65), "bfloat16"))
+    rows.append(_sampler(Case(896, 896, 1, 512, V=256), "bfloat16"))
     for dtype, H, B in product(DTYPES, HIDDEN, BATCHES):
         rows += _both(square(H, B, 512), dtype, scans)
     for case in RL:
         rows += _both(case, "tf32", scans)
+    for L, V, H, B in product((1, 2), (65, 256), SAMPLED, DRAWN):
+        rows.append(_sampler(Case(H, H, B, 512, L, V), "bfloat16"))
+    for dtype, H, B in product(("tf32", "float32"), SAMPLED, DRAWN):
+        rows.append(_sampler(Case(H, H, B, 512, V=65), dtype))
     for H, B in CORE:
         rows += _both(square(H, B, 512), "float32", scans)
     for H, B in CORE:

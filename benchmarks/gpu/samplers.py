@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token by token in plain PyTorch: embedding, GRU, head, softmax, draw, and round again."""
+"""Token by token on a GPU: ours, and what one writes with PyTorch, all with the same weights.
+
+Peers: embedding, GRU, head, softmax, draw, and round again, eagerly, in a CUDA graph, and compiled;
+and our sampler on this machine's CPU.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +11,155 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.cases import DTYPES, Case
 from benchmarks.providers_cuda import captured
+from benchmarks.sample.suite import gate
+from gru_fast import GRULanguageModel, Sampler, sampling
 
-SAMPLERS = ("nn.GRU.sampler", "nn.GRUCell.sampler", "nn.GRUCell.sampler.graph")
-"""The first is the baseline; the last needs a GPU."""
+BASELINE = "nn.GRU.sampler"
+OURS = "gru_fast.generate"
+CPU = "gru_fast.sampler.cpu"
+SAMPLERS = (
+    BASELINE, OURS, "nn.GRUCell.sampler", "nn.GRUCell.sampler.graph", "nn.GRUCell.sampler.compiled",
+    CPU,
+)  # fmt: skip
+
+MOST_ON_CPU = 64
+"""Sequences that the CPU is asked for at most: it would take seconds for more."""
 
 
-def sampler(name: str, case: Case, dtype: str, device: str) -> Callable[[], Any]:
-    """A call that draws case.T tokens for each of case.B sequences; returns the last ones."""
+def names(case: Case, device: str, kernels: bool) -> list[str]:
+    """The samplers that can take a case; the first is the baseline.
+
+    Args:
+        case: The sizes.
+        device: "cuda" or "cpu".
+        kernels: Whether Triton is there.
+    """
+    left_out = set() if kernels else {OURS}
+    if device != "cuda":
+        left_out |= {"nn.GRUCell.sampler.graph", "nn.GRUCell.sampler.compiled"}
+    if case.B > MOST_ON_CPU:
+        left_out.add(CPU)
+    return [name for name in SAMPLERS if name not in left_out]
+
+
+def model_of(case: Case, dtype: str, device: str) -> GRULanguageModel:
+    torch.manual_seed(0)
     like = {"device": device, "dtype": DTYPES[dtype]}
-    embed, head = nn.Embedding(case.V, case.I, **like), nn.Linear(case.H, case.V, **like)
-    h = torch.zeros(case.B, case.H, **like)
-    tokens = torch.zeros(case.B, dtype=torch.long, device=device)
+    return GRULanguageModel(case.V, case.I, case.H, case.L, **like).requires_grad_(False)
 
-    def drawn(h_t: torch.Tensor) -> torch.Tensor:
-        probabilities = torch.softmax(head(h_t), -1, dtype=torch.float32)
-        return torch.multinomial(probabilities, 1)[:, 0]
 
-    if name == "nn.GRU.sampler":
-        gru = nn.GRU(case.I, case.H, **like)
+def sampler(name: str, model: GRULanguageModel, case: Case) -> Callable[[], Any]:
+    """A call that draws case.T tokens for each of case.B sequences."""
+    if name in (OURS, CPU):
+        draw = ours(model, case.B, on_cpu=name == CPU)
+        return lambda: draw(case.T, False)
+    if name == BASELINE:
+        return by_layer(model, case)
+    if name.endswith(".compiled"):
+        return by_compiled_cells(model, case)
+    call = by_cells(model, case)
+    return captured(call) if name.endswith(".graph") else call
 
-        def by_layer() -> torch.Tensor:
-            with torch.no_grad():
-                state, last = h.unsqueeze(0), tokens
-                for _ in range(case.T):
-                    output, state = gru(embed(last).unsqueeze(0), state)
-                    last = drawn(output[0])
-                return last
 
-        return by_layer
+def ours(model: GRULanguageModel, B: int, on_cpu: bool = False) -> Callable[[int, bool], Tensor]:
+    """`model.generate`, which a dry run has interpreted; or the CPU's `Sampler`."""
+    options: dict[str, Any] = {"num_return_sequences": B, "seed": 0}
+    if on_cpu:
+        copy = GRULanguageModel(**model.config)
+        copy.load_state_dict(model.state_dict())
+        generate: Callable[..., Any] = Sampler(copy).generate
+    else:
+        generate = model.generate
+        if not model.head.weight.is_cuda:
+            options["loop"] = sampling.triton_loop
+    return lambda T, greedy: generate(max_new_tokens=T, do_sample=not greedy, **options)
 
-    cell = nn.GRUCell(case.I, case.H, **like)
 
-    def by_cell() -> torch.Tensor:
+def wrong(model: GRULanguageModel, case: Case, dtype: str) -> str | None:
+    """None, or how far our kernel strays from the model in float64."""
+    return gate(ours(model, min(case.B, 8)), model, dtype)
+
+
+def _drawn(model: GRULanguageModel, h: Tensor) -> Tensor:
+    probabilities = torch.softmax(model.head(h), -1, dtype=torch.float32)
+    return torch.multinomial(probabilities, 1)[:, 0]
+
+
+def _beginning(model: GRULanguageModel, case: Case) -> tuple[Tensor, Tensor]:
+    weight = model.head.weight
+    tokens = torch.zeros(case.B, dtype=torch.long, device=weight.device)
+    return tokens, weight.new_zeros(case.L, case.B, case.H)
+
+
+def by_layer(model: GRULanguageModel, case: Case) -> Callable[[], Tensor]:
+    like = {"device": model.head.weight.device, "dtype": model.head.weight.dtype}
+    gru = nn.GRU(case.I, case.H, case.L, **like)
+    gru.load_state_dict(model.gru.state_dict())
+    tokens, h = _beginning(model, case)
+    assert model.embedding is not None
+    embed = model.embedding
+
+    def call() -> Tensor:
         with torch.no_grad():
             state, last = h, tokens
             for _ in range(case.T):
-                state = cell(embed(last), state)
-                last = drawn(state)
+                output, state = gru(embed(last).unsqueeze(0), state)
+                last = _drawn(model, output[0])
             return last
 
-    return captured(by_cell) if name.endswith(".graph") else by_cell
+    return call
+
+
+def _step(model: GRULanguageModel, case: Case) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    like = {"device": model.head.weight.device, "dtype": model.head.weight.dtype}
+    cells = []
+    for layer in range(case.L):
+        cell = nn.GRUCell(case.I if layer == 0 else case.H, case.H, **like)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        cell.load_state_dict({n: getattr(model.gru, f"{n}_l{layer}") for n in names})
+        cells.append(cell)
+    assert model.embedding is not None
+    embed = model.embedding
+
+    def step(last: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        x, after = embed(last), []
+        for layer, cell in enumerate(cells):
+            x = cell(x, state[layer])
+            after.append(x)
+        return _drawn(model, x), torch.stack(after)
+
+    return step
+
+
+def by_cells(model: GRULanguageModel, case: Case) -> Callable[[], Tensor]:
+    step = _step(model, case)
+    tokens, h = _beginning(model, case)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            last, state = tokens, h
+            for _ in range(case.T):
+                last, state = step(last, state)
+            return last
+
+    return call
+
+
+def by_compiled_cells(model: GRULanguageModel, case: Case) -> Callable[[], Tensor]:
+    """A step under torch.compile with its own CUDA graph, which reuses what it returned."""
+    step = torch.compile(_step(model, case), mode="reduce-overhead")
+    tokens, h = _beginning(model, case)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            last, state = tokens, h
+            for _ in range(case.T):
+                torch.compiler.cudagraph_mark_step_begin()
+                last, state = (t.clone() for t in step(last, state))
+            return last
+
+    return call

@@ -24,6 +24,7 @@ class Mutant:
         cell: A cell whose kernel has that text.
         hangs: Whether programs then wait for ever; else numbers come out wrong.
         place: Which of several places, from 0; None for all.
+        user: A module that has imported from this one, and has to do so again.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Mutant:
     cell: str = "reset_after"
     hangs: bool = False
     place: int | None = None
+    user: str | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -73,6 +75,35 @@ GRID_MUTANTS = (
 )  # fmt: skip
 
 
+GENERATE_MUTANTS = (
+    Mutant("state-is-not-frozen", "generate_cta", "tl.where(alive[None, :], n + z * (p - n), p)",
+           "n + z * (p - n)"),
+    Mutant("prompts-are-not-fed", "generate_cta", "length, drawn, alive, P, V",
+           "length * 0, drawn, alive, P, V"),
+    Mutant("stream-of-the-tile", "generate_cta", "row.to(tl.int32)", "lane"),
+    Mutant("layer-below-at-the-step-before", "generate_cta", "            x = p.to(dtype)",
+           "            x = states[layer].to(dtype)"),
+    Mutant("layer-does-not-wait", "generate_layers",
+           "            wait(counter_ptr, arrivals)\n        a_n",
+           "            pass\n        a_n", user="generate_grid"),
+    Mutant("candidate-does-not-wait", "generate_layers",
+           "            wait(counter_ptr, arrivals)\n        acc_r",
+           "            pass\n        acc_r", "reset_before", user="generate_grid"),
+    Mutant("one-buffer-of-states", "generate_layers", "((position + 1) % 2) * states",
+           "(position % 2) * states", user="generate_grid"),
+    Mutant("draw-does-not-wait", "generate_grid",
+           "wait(counter_ptr, arrivals)\n                run_draw", "run_draw"),
+    Mutant("token-is-not-waited-for", "generate_grid",
+           "wait(counter_ptr, arrivals)\n                status", "status"),
+    Mutant("head-does-not-wait", "generate_grid", "wait(counter_ptr, arrivals)\n            if",
+           "pass\n            if"),
+    Mutant("waits-for-too-many", "generate_grid", "arrivals += programs",
+           "arrivals += programs + 1", hangs=True),
+    Mutant("position-counts-from-the-launch", "generate_layers", "seed_high, position, row",
+           "seed_high, position % 3, row", user="generate_grid"),
+)  # fmt: skip
+
+
 @contextmanager
 def installed(mutant: Mutant, folder: Path) -> Iterator[None]:
     """The kernel of that module is the mutant in the block; its source is written to the folder."""
@@ -89,10 +120,18 @@ def installed(mutant: Mutant, folder: Path) -> Iterator[None]:
     )
     spec = spec_from_file_location(name, source)
     module = sys.modules[name] = module_from_spec(spec)
-    registry._launcher.cache_clear()
+    user = sys.modules.pop(f"gru_fast.kernels.{mutant.user}", None)
+    _forget_launchers()
     try:
         spec.loader.exec_module(module)
         yield
     finally:
         sys.modules[name] = original
-        registry._launcher.cache_clear()
+        if user is not None:
+            sys.modules[user.__name__] = user
+        _forget_launchers()
+
+
+def _forget_launchers() -> None:
+    registry._launcher.cache_clear()
+    sys.modules["gru_fast.kernels.generate"]._launcher.cache_clear()

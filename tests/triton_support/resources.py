@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import triton
 
 from cases import Case, layer_inputs
@@ -18,8 +17,9 @@ from gru_fast import kernels
 from gru_fast.kernels import norm_ops, norm_tables, problem, registry, tables
 from gru_fast.kernels.tiling import Config
 from norm_cases import norm_arguments
-from triton_support import compiled
+from triton_support import compiled, resources_generate
 from triton_support.compiled import DEVICES, Resources
+from triton_support.resources_generate import GeneratePoint, dtype_of
 
 SNAPSHOT = Path(__file__).parent / f"resources-triton-{triton.__version__}.json"
 VARIANTS = (
@@ -56,7 +56,13 @@ class Point:
         )
 
 
-def points() -> Iterator[Point]:
+def points() -> Iterator[Point | GeneratePoint]:
+    """Every row of the scans and of `generate`."""
+    yield from _scans()
+    yield from resources_generate.points()
+
+
+def _scans() -> Iterator[Point]:
     """Every row where it may be taken, and the tiles of `step`."""
     for cell, features, archs in VARIANTS:
         for arch in archs:
@@ -79,14 +85,19 @@ def points() -> Iterator[Point]:
                     yield Point(arch, "step", numbers, cell, features, direction, 256, config)
 
 
-def sample() -> Iterator[Point]:
+def sample() -> Iterator[Point | GeneratePoint]:
     """A few of them, of each kernel and for each kind of architecture."""
+    yield from _sample_of_scans()
+    yield from resources_generate.sample()
+
+
+def _sample_of_scans() -> Iterator[Point]:
     wanted = {
         (90, "cta", "16", 128), (90, "grid", "16", 512), (80, "cta", "tf32", 64),
         (75, "cta", "ieee", 64), (100, "grid", "tf32", 256), (120, "step", "16", 256),
         (90, "norm", "16", 64),
     }  # fmt: skip
-    for point in points():
+    for point in _scans():
         key = (point.arch, point.kernel, point.numbers, point.H)
         if key in wanted and (point.direction == "backward" or point.arch == 90):
             if point.direction == "backward" or point.config.BLOCK_B == 8:
@@ -95,14 +106,10 @@ def sample() -> Iterator[Point]:
                 wanted.discard(key)
 
 
-def dtype_of(numbers: str, arch: int) -> torch.dtype:
-    if numbers != "16":
-        return torch.float32
-    return torch.bfloat16 if arch >= 90 else torch.float16
-
-
-def compile_point(point: Point) -> dict[str, Resources]:
+def compile_point(point: Point | GeneratePoint) -> dict[str, Resources]:
     """By the name of the point, and for launches of several binaries a number."""
+    if isinstance(point, GeneratePoint):
+        return resources_generate.compile_point(point)
     launches = _launch_norm(point) if point.kernel == "norm" else _launch(point)
     wanted = f"{point.direction}_{point.kernel}"
     binaries = {id(x.compiled): x for x in launches if x.kernel == wanted}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`explain_generate`: which loop takes a call of `generate`, and why the others do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gru_fast import gpu_sampling, packed, sampling
+from gru_fast.explain import Explanation
+from gru_fast.language_model import GRULanguageModel, TokenIds
+from gru_fast.reference import GATES
+
+__all__ = ["explain_generate"]
+
+
+def explain_generate(
+    model: GRULanguageModel,
+    input_ids: TokenIds | None = None,
+    *,
+    max_new_tokens: int,
+    num_return_sequences: int = 1,
+    **_: Any,
+) -> Explanation:
+    """Explain the call `model.generate(input_ids, ...)` without running it.
+
+    Args:
+        model: A `GRULanguageModel`.
+        input_ids: As in the call.
+        max_new_tokens: As in the call.
+        num_return_sequences: As in the call.
+        **_: Others of the call, which do not change the answer.
+
+    Returns:
+        An `Explanation`: costs are those of rows that draw all their tokens; products of the
+        token table are not counted.
+
+    Raises:
+        ValueError: An id is outside its range.
+    """
+    prompts, lengths = sampling._prompts(model, input_ids)
+    N, P, S = len(prompts) * num_return_sequences, prompts.shape[1], max_new_tokens
+    gru, weight = model.gru, model.head.weight
+    loop = sampling.choose_loop(model)
+    nothing = S == 0 or N == 0
+    on_cpu = packed.why_not(gru, model.head)
+    why_not = {}
+    if on_cpu is not None:
+        why_not["cpu"] = on_cpu
+    elif nothing:
+        why_not["cpu"] = "nothing to draw"
+    on_gpu = gpu_sampling.why_not(model)
+    if on_gpu is not None:
+        why_not["triton"] = on_gpu
+    elif nothing:
+        why_not["triton"] = "nothing to draw"
+    backend, kernel = "reference", "PyTorch operations, one step at a time"
+    if loop is sampling.native_loop and "cpu" not in why_not:
+        from gru_fast import _C
+
+        backend, kernel = "cpu", f"C++ sampler, {_C.cpu_isa()}"
+    elif loop is sampling.triton_loop and "triton" not in why_not:
+        form = gpu_sampling.chosen_form(model, N)
+        backend, kernel = "triton", f"Triton, generate_{form}, because it fits; not measured"
+    if gru.backend != "auto":
+        named = f"backend={gru.backend!r} was asked for"
+        why_not = {name: why_not.get(name, named) for name in ("cpu", "triton")}
+    why_not.pop(backend, None)
+
+    fed = int(lengths.sum()) * num_return_sequences + N * S
+    H, L, V = gru.hidden_size, gru.num_layers, model.vocab_size
+    rows = GATES[gru.cell] * H
+    products = rows * H * (2 * L - 1)
+    weights = products + V * H + (V + 1) * rows
+    return Explanation(
+        call=f"generate, N={N} prompts to {P} tokens, {S} new tokens, V={V} H={H} L={L} "
+        f"{gru.cell} {str(weight.dtype).removeprefix('torch.')} {weight.device}",
+        backend=backend,
+        kernel=kernel,
+        why_not=why_not,
+        flops=2 * (fed * products + N * S * V * H),
+        bytes=weights * weight.element_size() + 8 * (prompts.numel() + N * S),
+        dependent_steps=(P + S) * L,
+    )

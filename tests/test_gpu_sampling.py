@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which loop takes a call of `generate` on CUDA, what `explain_generate` says, and the tiles."""
+
+import pytest
+import torch
+from torch import nn
+
+import gru_fast
+from gru_fast import GRULanguageModel, backends, explain_generate, gpu_sampling, sampling
+
+kernels = pytest.importorskip("gru_fast.kernels")
+
+from gru_fast.kernels import generate_tables, tiling  # noqa: E402
+from gru_fast.kernels.generate_tables import FORMS, Model  # noqa: E402
+
+DEVICES = [
+    tiling.Device(75, 64 * 1024, 40),
+    tiling.Device(80, 163 * 1024, 108),
+    tiling.Device(89, 99 * 1024, 128),
+    tiling.Device(90, 227 * 1024, 132),
+    tiling.Device(100, 227 * 1024, 148),
+    tiling.Device(120, 99 * 1024, 170),
+]
+
+
+def model_of(H=64, L=1, V=65, numbers="16", B=4, cell="reset_after"):
+    dtype = torch.bfloat16 if numbers == "16" else torch.float32
+    precision = "tf32" if numbers == "16" else numbers
+    return Model(tiling.Sizes(1, B, 1, H, cell, dtype, precision), L, V)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d.arch}")
+class TestTables:
+    def test_every_model_has_a_form(self, device):
+        numbers = ("16", "ieee") if device.arch < 80 else ("16", "tf32", "tf32x3")
+        for kind in numbers:
+            for H in (1, 40, 64, 100, 128, 300, 1024, 20000):
+                for V in (2, 65, 256, 50_000):
+                    for L in (1, 2, 6):
+                        model = model_of(H, L, V, kind)
+                        form = generate_tables.choose(device, model)
+                        config = generate_tables.config_of(form, device, model)
+                        assert form in FORMS and config is not None
+                        if form == "cta":
+                            assert config.BLOCK_H >= H
+                        if form == "grid":
+                            assert -(-H // config.BLOCK_H) <= device.processors
+                            alone = config.num_stages == 1 and not config.RESIDENT
+                            assert H % 16 == 0 or alone
+
+    def test_rows_are_by_limit(self, device):
+        for row in generate_tables.ROWS:
+            if row.fits(device):
+                assert row.shared_kib * 1024 <= device.shared_bytes
+
+
+def test_small_models_stay_in_one_program():
+    hopper = DEVICES[3]
+    assert generate_tables.choose(hopper, model_of(128)) == "cta"
+    assert generate_tables.choose(hopper, model_of(64, 2)) == "cta"
+    assert generate_tables.choose(hopper, model_of(512)) == "grid"
+    assert generate_tables.choose(hopper, model_of(128, 3)) == "grid"
+    assert generate_tables.choose(hopper, model_of(20_000)) == "step"
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Models count as being on CUDA; nothing is launched."""
+    monkeypatch.setattr(gpu_sampling, "_device_type", lambda model: "cuda")
+    monkeypatch.setattr(sampling.packed, "why_not", lambda *_: "weights are on cuda:0")
+
+
+class TestRouting:
+    def test_by_backend(self, on_cuda):
+        for backend, loop in (
+            ("auto", sampling.triton_loop), ("triton", sampling.triton_loop),
+            ("cudnn", sampling.generate_loop), ("reference", sampling.generate_loop),
+        ):  # fmt: skip
+            model = GRULanguageModel(5, None, 8, backend=backend)
+            assert sampling.choose_loop(model) is loop
+
+    def test_explained(self, on_cuda):
+        model = GRULanguageModel(65, None, 128, 2)
+        found = explain_generate(model, [[1, 2], [3]], max_new_tokens=10, num_return_sequences=4)
+        assert found.backend == "triton" and "generate_grid" in found.kernel
+        assert found.why_not == {"cpu": "weights are on cuda:0"}
+        fed = 3 * 4 + 8 * 10
+        assert found.flops == 2 * (fed * 3 * 384 * 128 + 80 * 65 * 128)
+        assert found.dependent_steps == (2 + 10) * 2
+        assert "not measured" in str(found)
+        model.gru.backend = "reference"
+        found = explain_generate(model, max_new_tokens=10)
+        assert found.backend == "reference"
+        assert found.why_not["triton"] == "backend='reference' was asked for"
+
+    def test_explained_on_the_cpu(self):
+        model = GRULanguageModel(65, None, 128)
+        found = explain_generate(model, max_new_tokens=10)
+        assert found.why_not["triton"] == "the model is on cpu, not on cuda"
+        if gru_fast.ops.HAS_CPU_KERNELS:
+            assert found.backend == "cpu" and "C++ sampler" in found.kernel
+        assert explain_generate(model, max_new_tokens=0, seed=3).backend == "reference"
+
+    def test_who_cannot(self, on_cuda, monkeypatch):
+        model = GRULanguageModel(5, None, 8)
+        assert gpu_sampling.why_not(model) is None
+        assert "float64" in gpu_sampling.why_not(GRULanguageModel(5, None, 8).double())
+        odd = GRULanguageModel(5, None, 8)
+        odd.head = odd.head.bfloat16()
+        assert "several dtypes" in gpu_sampling.why_not(odd)
+        odd.head = nn.Sequential(nn.Linear(8, 5))
+        odd.head.weight = odd.head[0].weight
+        assert "Sequential" in gpu_sampling.why_not(odd)
+        monkeypatch.setattr(backends, "HAS_TRITON", False)
+        assert sampling.choose_loop(model) is sampling.generate_loop
+
+
+class TestWeights:
+    def weights(self, model):
+        return gpu_sampling._weights(model)
+
+    def test_layers_are_stacked(self):
+        model = GRULanguageModel(5, None, 8, 3, cell="no_reset")
+        found = self.weights(model)
+        assert found.weight_hh.shape == (3, 16, 8) and found.weight_ih.shape == (2, 16, 8)
+        assert torch.equal(found.weight_ih[1], model.gru.weight_ih_l2)
+        assert torch.equal(found.bias_hh[2], model.gru.bias_hh_l2)
+        assert (found.L, found.H, found.V) == (3, 8, 5)
+
+    def test_one_layer_is_not_copied(self):
+        model = GRULanguageModel(5, None, 8, bias=False)
+        found = self.weights(model)
+        assert found.weight_ih is found.bias_ih is found.bias_hh is None
+        assert found.weight_hh.data_ptr() == model.gru.weight_hh_l0.data_ptr()
+
+    def test_what_does_not_fit(self):
+        table, head = torch.zeros(6, 24), torch.zeros(5, 8)
+        layer = [torch.zeros(24, 5), torch.zeros(24, 8)]
+        for arguments, message in (
+            (("gru", table, [layer], head, None), "cell: expected one of"),
+            (("reset_after", table.double(), [layer], head, None), "table: expected a dtype of"),
+            (("reset_after", table[:5], [layer], head, None), r"table: expected shape \(6, 24\)"),
+            (("reset_after", table, [layer, layer], head, None), "weight_ih of layer 1: expected"),
+            (("reset_after", table, [layer], head.half(), None), "head: expected shape"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                kernels.weights_of(*arguments)
