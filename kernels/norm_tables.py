@@ -13,16 +13,21 @@ from importlib import import_module
 import torch
 
 from .problem import Problem, dot_precision
-from .tables import (
-    Row,
-    offered_of,
-    unfit,
-    waves,
-)  # fmt: skip
+from .tables import BACKWARD, FORWARD, HOPPER_ONLY, Row, _cta, offered_of, unfit, waves
 from .tiling import Config, Device, Sizes, device_of, sizes_of
 
-ROWS: tuple[Row, ...] = ()
-"""As `tables.ROWS`."""
+ROWS = (
+    Row("norm", "16", 64, 64, _cta(8, 64, 4), HOPPER_ONLY, FORWARD),
+    Row("norm", "16", 64, 64, _cta(8, 64, 4, 3), HOPPER_ONLY, BACKWARD),
+    Row("norm", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, FORWARD),
+    Row("norm", "16", 128, 163, _cta(8, 128, 8, 2), HOPPER_ONLY, BACKWARD),
+    Row("norm", "tf32", 64, 99, _cta(8, 64, 4), HOPPER_ONLY, FORWARD),
+    Row("norm", "tf32", 64, 99, _cta(8, 64, 4, 2), HOPPER_ONLY, BACKWARD),
+    Row("norm", "tf32", 128, 227, _cta(8, 128, 8), HOPPER_ONLY, FORWARD, plain=True),
+    Row("norm", "tf32", 128, 227, _cta(8, 128, 8), HOPPER_ONLY, BACKWARD),
+    Row("norm", "tf32x3", 64, 163, _cta(8, 64, 8), HOPPER_ONLY),
+)
+"""As `tables.ROWS`; compiled for sm_90 only, by Triton 3.9 and 3.6: others are offered none."""
 
 
 @cache
