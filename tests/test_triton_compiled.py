@@ -144,3 +144,20 @@ def test_sizes_do_not_recompile(kernel, forward, backward):
     names = [name for name, _ in binaries]
     assert names.count(f"forward_{kernel}") == forward
     assert names.count(f"backward_{kernel}") == backward
+
+
+def test_sizes_and_rules_do_not_recompile_generate():
+    """One binary whatever the batch, the prompts, the vocabulary within a tile and the seed are."""
+    binaries, wide = set(), [torch.zeros(96, 33).bfloat16(), torch.zeros(96, 32).bfloat16()]
+    for B, P, V, seed in ((1, 1, 33, 0), (16, 4, 64, -1), (7, 0, 50, 2**63)):
+        layer = [*wide, torch.zeros(96).bfloat16(), torch.zeros(96).bfloat16()]
+        weights = kernels.weights_of(
+            "reset_after", torch.zeros(V + 1, 96).bfloat16(), [layer],
+            torch.zeros(V, 32).bfloat16(), torch.zeros(V).bfloat16(),
+        )  # fmt: skip
+        prompts, lengths = torch.zeros(B, P).long(), torch.full((B,), P)
+        rules = kernels.Rules(temperature=0.5 + B, min_p=0.1, eos=V - 1, seed=seed)
+        with compiled.dry_launches(90) as launches:
+            kernels.generate(weights, prompts, lengths, rules, B)
+        binaries |= {(launch.kernel, id(launch.compiled)) for launch in launches}
+    assert [name for name, _ in binaries] == ["generate_cta"]
