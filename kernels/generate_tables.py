@@ -131,9 +131,9 @@ def _cta(
 
 def _grid(
     numbers: str, L: int, H: int, shared_kib: int, config: Config,
-    arch: tuple[int, int] = AMPERE,
+    arch: tuple[int, int] = AMPERE, since: tuple[int, int] = (3, 6),
 ) -> GenerateRow:  # fmt: skip
-    return GenerateRow("grid", numbers, L, H, ANY, shared_kib, config, arch)
+    return GenerateRow("grid", numbers, L, H, ANY, shared_kib, config, arch, since)
 
 
 def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
@@ -157,7 +157,7 @@ ROWS = (
     _cta("tf32", 1, 64, 128, 99, 8, 8, HOPPER_ONLY),
     _cta("tf32x3", 1, 64, 128, 99, 8, 8, HOPPER_ONLY, NOT_OLD),
     _grid("16", 1, 512, 163, _resident(8, 32, 128, 8), HOPPER_ONLY),
-    _grid("16", ANY, ANY, 64, _streamed(16, 32, 64, 8), HOPPER_ONLY),
-    _grid("tf32", ANY, ANY, 64, _streamed(16, 32, 32, 8), HOPPER_ONLY),
+    _grid("16", ANY, ANY, 64, _streamed(16, 32, 64, 8), HOPPER_ONLY, NOT_OLD),
+    _grid("tf32", ANY, ANY, 64, _streamed(16, 32, 32, 8), HOPPER_ONLY, NOT_OLD),
 )
 """For one form and one largest model the row to prefer first. What none holds for takes `step`."""
