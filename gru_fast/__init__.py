@@ -10,6 +10,7 @@ from gru_fast.explain_generate import explain_generate
 from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.layer_norm_gru import LayerNormGRU
+from gru_fast.memory import MemoryEstimate, memory_estimate
 from gru_fast.modules import GRU, GRUCell
 from gru_fast.patch import patch, patched, unpatch
 from gru_fast.sampler import Sampler, Stream
@@ -23,6 +24,7 @@ __all__ = [
     "GRULanguageModel",
     "Gates",
     "LayerNormGRU",
+    "MemoryEstimate",
     "Sampler",
     "Stream",
     "__version__",
@@ -32,6 +34,7 @@ __all__ = [
     "explain_generate",
     "functional",
     "init",
+    "memory_estimate",
     "patch",
     "patched",
     "revert",

@@ -14,7 +14,7 @@ from benchmarks.features.row import Row
 
 __all__ = ["Row", "all_rows", "find"]
 
-OTHERS = ("cli", "row")
+OTHERS = ("cli", "layer", "row")
 
 
 @cache

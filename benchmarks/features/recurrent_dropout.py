@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`recurrent_dropout`: one mask for a sequence on the state that enters the recurrent products.
+
+The mask is given, so that all solve the same problem; drawing it is in `gru_fast.GRU.with_draw`,
+whose results are its own. Beside the same layer without it and a Python loop over nn.GRUCell's
+equations.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, square
+from benchmarks.features.layer import NAMES, draw
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, leaves, training
+from gru_fast import functional
+
+
+def _draw(case: Case, generator: torch.Generator) -> Tensors:
+    keep = torch.rand(1, case.B, case.H, generator=generator) < 0.75
+    return draw(case, generator) | {"scale": keep.float() / 0.75}
+
+
+def loop(tensors: Tensors) -> Call:
+    """Step by step: nn.GRUCell has no place for the mask, so its equations are written out."""
+    weights = leaves(tensors, NAMES)
+    x, scale = tensors["x"], tensors["scale"][0]
+
+    def forward() -> Tensors:
+        w_ih, w_hh, b_ih, b_hh = (weights[name] for name in NAMES)
+        gates = torch.nn.functional.linear(x, w_ih, b_ih)
+        h = torch.zeros_like(scale)
+        outputs: list[Tensor] = []
+        for a in gates.unbind(0):
+            r, z, n = a.chunk(3, -1)
+            s_r, s_z, s_n = torch.nn.functional.linear(h * scale, w_hh, b_hh).chunk(3, -1)
+            z = torch.sigmoid(z + s_z)
+            n = torch.tanh(n + torch.sigmoid(r + s_r) * s_n)
+            h = n + z * (h - n)
+            outputs.append(h)
+        return {"y": torch.stack(outputs)}
+
+    return training(forward, weights, {"y": tensors["grad_y"]})
+
+
+def fused(tensors: Tensors) -> Call:
+    """One call with the mask."""
+    weights = leaves(tensors, NAMES)
+
+    def forward() -> Tensors:
+        params = list(weights.values())
+        return {"y": functional.gru(tensors["x"], None, params, h_scale=tensors["scale"])[0]}
+
+    return training(forward, weights, {"y": tensors["grad_y"]})
+
+
+def _row() -> Row:
+    return Row(
+        Drawn(
+            square(256, 32, 128), "train", "float32", "cpu", feature="recurrent_dropout/train",
+            draw=_draw, exact=loop,
+        ),
+        [
+            Named("torch.loop", loop, baseline=True, package="torch"),
+            Named("gru_fast.h_scale", fused),
+        ],
+        quick=Case(5, 8, 3, 9),
+        more=[square(64, 32, 256)],
+    )  # fmt: skip
+
+
+ROWS = [_row()]

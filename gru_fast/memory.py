@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes a call of a layer takes on the CPU, by mode, before it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gru_fast.modules import GRU
+from gru_fast.reference import GATES, SLOTS
+
+__all__ = ["MemoryEstimate", "memory_estimate"]
+
+# Of the CPU kernels: chunk.h, forward.h, panels.h.
+_CHUNK_ROWS = 256
+_PROJECT_ROWS = 64
+_UNITS = 16
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a call beside the parameters and the input.
+
+    Attributes:
+        saved: what lives between forward and backward, the output included; without training the
+            output and the last state.
+        peak: the most at any time: during forward, or during backward with the gradients of
+            output, input and parameters, and the scratch memory of the kernels.
+    """
+
+    saved: int
+    peak: int
+
+
+def memory_estimate(
+    module: GRU,
+    T: int,
+    B: int,
+    *,
+    training: bool = True,
+    recompute: bool | None = None,
+    input_grad: bool = False,
+) -> MemoryEstimate:
+    """Estimate what `module(x)` of T steps and B rows takes on the CPU, in float32 or float64.
+
+    Under `gru_fast.tbptt` with chunks of k steps it is that of T = k, beside the outputs that are
+    kept. Autograd's own objects, and memory that the allocator does not give back, come on top.
+
+    Args:
+        module: A `gru_fast.GRU`.
+        T: Time steps.
+        B: Rows.
+        training: Whether a backward pass follows; else the call is one under `no_grad`.
+        recompute: Instead of the module's own.
+        input_grad: Whether the input requires a gradient.
+
+    Raises:
+        TypeError: `module` is no `gru_fast.GRU`.
+        ValueError: T or B is negative, the module is not in float32 or float64, or it has several
+            heads.
+    """
+    if not isinstance(module, GRU):
+        raise TypeError(f"module should be a gru_fast.GRU, got: {type(module).__name__}")
+    if module.num_heads > 1:
+        raise ValueError(f"module: expected num_heads=1, got {module.num_heads}")
+    if T < 0 or B < 0:
+        raise ValueError(f"T, B: expected at least 0, got {T}, {B}")
+    dtype = module._flat_weights[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"module: expected float32 or float64, got {dtype}")
+    recompute = module.recompute if recompute is None else recompute
+    sizes = _Sizes(module, T, B)
+    count = sizes.training(recompute, input_grad) if training else sizes.inference()
+    return MemoryEstimate(*(n * dtype.itemsize for n in count))
+
+
+class _Sizes:
+    """Numbers of elements."""
+
+    def __init__(self, module: GRU, T: int, B: int) -> None:
+        self.module, self.T, self.B = module, T, B
+        self.I, self.H, self.L = module.input_size, module.hidden_size, module.num_layers
+        self.D = 2 if module.bidirectional else 1
+        self.N, self.S = GATES[module.cell], SLOTS[module.cell]
+        self.output = T * B * self.D * self.H
+        self.states = self.L * self.D * B * self.H
+        steps = min(-(-_CHUNK_ROWS // B), T) if B else 0
+        self.rows = steps * B  # of a chunk of the backward pass
+        self.padded = -(-self.H // _UNITS) * _UNITS
+
+    def width(self, k: int) -> int:
+        return self.D * self.H if k else self.I
+
+    def weights(self, k: int) -> int:
+        return self.D * self.N * self.H * (self.width(k) + self.H + 2 * bool(self.module.bias))
+
+    def stacked(self, k: int) -> int:
+        """Copies of the weights: bidirectional layers work on both directions side by side."""
+        return self.weights(k) if self.D == 2 else 0
+
+    def panels(self, k: int) -> int:
+        """The packed weights of a layer."""
+        return self.D * self.N * self.padded * (self.width(k) + self.H)
+
+    def forward_scratch(self, k: int) -> int:
+        rows = max(self.B, min(self.T * self.B, _PROJECT_ROWS))
+        return self.panels(k) + self.D * self.padded * (2 * self.B + self.N * rows)
+
+    def backward_scratch(self, k: int, recompute: bool, grad_x: bool) -> int:
+        packed = self.panels(k) if grad_x else self.D * self.N * self.padded * self.H
+        D, units = self.D * self.rows * self.S * self.padded, self.padded
+        operands = self.rows * (self.width(k) + units)
+        rebuilt = 0
+        if recompute:
+            rebuilt = D + self.rows * (self.width(k) + (4 + self.N) * units)
+        return packed + D + operands + rebuilt
+
+    def inference(self) -> tuple[int, int]:
+        kept = self.output + 2 * self.states
+        layers = range(self.L)
+        peak = max(
+            (self.output if k else 0)
+            + self.forward_scratch(k)
+            + self.stacked(k)
+            + (self.stacked(k - 1) if k else 0)  # freed once the next are there
+            for k in layers
+        )
+        return self.output + self.states, kept + peak
+
+    def training(self, recompute: bool, input_grad: bool) -> tuple[int, int]:
+        stacked = [self.stacked(k) for k in range(self.L)]
+        layer = self.output * (1 if recompute else 1 + self.S)
+        dropped = 2 * self.output if self.module.dropout and self.module.training else 0
+        saved = [layer + stacked[k] + (dropped if k + 1 < self.L else 0) for k in range(self.L)]
+        states = 2 * self.states
+        peak, grads = 0, 0
+        for k in reversed(range(self.L)):
+            grad_x = bool(k) or input_grad
+            grads += self.weights(k) + stacked[k]
+            moment = sum(saved[: k + 1]) + states + grads + self.output
+            moment += self.T * self.B * self.width(k) if grad_x else 0
+            peak = max(peak, moment + self.backward_scratch(k, recompute, grad_x))
+            grads -= stacked[k]
+        forward = sum(saved) + states + max(self.forward_scratch(k) for k in range(self.L))
+        return sum(saved) + states, max(peak, forward)
