@@ -106,7 +106,9 @@ class TestDraw:
             )
             assert torch.equal(out, reference_sampling.philox(seed, position, stream) >> 8)
 
-    @pytest.mark.parametrize("in_memory", [False, True], ids=["tile", "memory"])
+    @pytest.mark.parametrize(
+        "in_memory", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["tile", "memory"]
+    )
     @pytest.mark.parametrize("options", OPTIONS, ids=str)
     def test_every_draw_is_the_references(self, options, in_memory):
         n = 256 if in_memory else 1024
@@ -373,8 +375,16 @@ class TestGrid:
         compare("grid", language_model(), max_new_tokens=3, seed=7, schedule={"rows": 2})
 
 
+def sometimes(mutant):
+    """Few of those that are slow are quick enough for every run."""
+    quick = ("head-does-not-wait", "waits-for-too-many")
+    if mutant.module == "generate_cta" or mutant.name in quick:
+        return mutant
+    return pytest.param(mutant, marks=pytest.mark.slow)
+
+
 class TestMutants:
-    @pytest.mark.parametrize("mutant", GENERATE_MUTANTS, ids=str)
+    @pytest.mark.parametrize("mutant", map(sometimes, GENERATE_MUTANTS), ids=str)
     def test_mutant_fails(self, mutant, tmp_path):
         form = (mutant.user or mutant.module).removeprefix("generate_")
         model = language_model(mutant.cell, 2)
