@@ -384,7 +384,7 @@ def sometimes(mutant):
 
 
 class TestMutants:
-    @pytest.mark.parametrize("mutant", map(sometimes, GENERATE_MUTANTS), ids=str)
+    @pytest.mark.parametrize("mutant", list(map(sometimes, GENERATE_MUTANTS)), ids=str)
     def test_mutant_fails(self, mutant, tmp_path):
         form = (mutant.user or mutant.module).removeprefix("generate_")
         model = language_model(mutant.cell, 2)
