@@ -22,6 +22,10 @@ class BackwardScan {
                int member)
       : f_(f), p_(f.in), c_(chunk) {
     carry_ = layout.template take<Number>(p_.G * p_.B * c_.units);
+    // Where all of it stays in the cache it is no use, nor where a step is too much to hold.
+    constexpr int64_t kKept = 1 << 20, kStep = 1 << 18;
+    const int64_t step_bytes = p_.B * p_.G * c_.slots * p_.H * static_cast<int64_t>(sizeof(Real));
+    prefetches_ = f.workspace != nullptr && step_bytes * p_.T > kKept && step_bytes <= kStep;
     auto panels = [&](int first_slot, int slots) {
       ColumnPanels<Real> made{p_.weight_hh, p_.H,  c_.units, p_.H,   c_.gates,
                               {},           slots, nullptr,  nullptr};
@@ -106,6 +110,7 @@ class BackwardScan {
     const Real* extra = f_.grad_workspace
                             ? f_.grad_workspace + (place * p_.G + g) * c_.slots * p_.H + tile * W
                             : nullptr;
+    prefetch_step_before(g, row, place, tile);
     auto slot = [&](int i) GRU_MEMBER_LAMBDA { return load_n(saved + i * p_.H, lanes); };
     auto grad_slot = [&](int i) GRU_MEMBER_LAMBDA { return load_or_zero(extra, i * p_.H, lanes); };
     const int z_slot = c_.slots - 2, n_slot = c_.slots - 1;
@@ -124,6 +129,18 @@ class BackwardScan {
       store(to, da_n * r + grad_slot(0));
       store(to + c_.units, dr * r * (Number(1) - r));
     }
+  }
+
+  // What the step before will read of a row and tile lies a step away in memory, in lines that no
+  // hardware prefetcher finds. Addresses before the first step are read by nobody.
+  GRU_MEMBER void prefetch_step_before(int64_t g, int64_t row, int64_t place, int64_t tile) const {
+    if (!prefetches_) return;
+    const int64_t before = place + (p_.reverse[g] ? p_.B : -p_.B);
+    const Real* saved = c_.gate_row(g, row, before) + tile * W;
+    for (int i = 0; i < c_.slots; ++i) prefetch(saved + i * p_.H);
+    const int64_t out = (before * p_.G + g) * p_.H + tile * W;
+    if (f_.grad_output != nullptr) prefetch(f_.grad_output + out);
+    prefetch(f_.output + ((2 * before - place) * p_.G + g) * p_.H + tile * W);
   }
 
   // reset_before: D of n reaches r and the state through the gated state r * hs.
@@ -199,6 +216,7 @@ class BackwardScan {
   const Chunk<Real>& c_;
   Number* carry_;
   ColumnPanels<Real> panels_{}, candidate_panels_{};
+  bool prefetches_;
   Share share_{};
 };
 
