@@ -194,7 +194,9 @@ def test_one_place_chooses_the_loop(model, monkeypatch):
         ({"min_p": 1.1}, "min_p: expected"),
         ({"num_return_sequences": 0}, "num_return_sequences: expected >= 1, got 0"),
         ({"eos_token_id": V}, f"eos_token_id: expected 0 <= id < vocab_size = {V}, got {V}"),
-        ({"seed": 1, "generator": torch.Generator()}, "seed, generator: .*got both"),
+        pytest.param(
+            {"seed": 1, "generator": torch.Generator()}, "seed, generator: .*got both", id="both"
+        ),
         ({"input_ids": [[1], [V]]}, f"input_ids: expected 0 <= id < vocab_size = {V}.*got {V}"),
         ({"input_ids": [-1]}, "input_ids: expected 0 <= id.*got -1"),
         ({"input_ids": [[PADDING, 1]]}, "input_ids: expected padding .* on the right"),
