@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`recurrent_dropout`: one mask for a sequence on the state that enters the recurrent products.
 
-The mask is given, so that all solve the same problem; drawing it is in `gru_fast.GRU.with_draw`,
-whose results are its own. Beside the same layer without it and a Python loop over nn.GRUCell's
-equations.
+The mask is given, so that all solve the same problem: beside a Python loop over nn.GRUCell's
+equations. What the mask costs is seen where it is all ones: beside the same call without it.
 """
 
 from __future__ import annotations
@@ -44,15 +43,43 @@ def loop(tensors: Tensors) -> Call:
     return training(forward, weights, {"y": tensors["grad_y"]})
 
 
-def fused(tensors: Tensors) -> Call:
-    """One call with the mask."""
+def _ones(case: Case, generator: torch.Generator) -> Tensors:
+    return draw(case, generator) | {"scale": torch.ones(1, case.B, case.H)}
+
+
+def _call(tensors: Tensors, scale: Tensor | None) -> Call:
     weights = leaves(tensors, NAMES)
 
     def forward() -> Tensors:
         params = list(weights.values())
-        return {"y": functional.gru(tensors["x"], None, params, h_scale=tensors["scale"])[0]}
+        return {"y": functional.gru(tensors["x"], None, params, h_scale=scale)[0]}
 
     return training(forward, weights, {"y": tensors["grad_y"]})
+
+
+def fused(tensors: Tensors) -> Call:
+    """One call with the mask."""
+    return _call(tensors, tensors["scale"])
+
+
+def without(tensors: Tensors) -> Call:
+    """One call without it."""
+    return _call(tensors, None)
+
+
+def _cost() -> Row:
+    return Row(
+        Drawn(
+            square(256, 32, 128), "train", "float32", "cpu", feature="recurrent_dropout/cost",
+            draw=_ones, exact=loop,
+        ),
+        [
+            Named("gru_fast.without", without, baseline=True),
+            Named("gru_fast.h_scale", fused),
+        ],
+        quick=Case(5, 8, 3, 9),
+        more=[square(64, 32, 256)],
+    )  # fmt: skip
 
 
 def _row() -> Row:
@@ -70,4 +97,4 @@ def _row() -> Row:
     )  # fmt: skip
 
 
-ROWS = [_row()]
+ROWS = [_row(), _cost()]
