@@ -56,6 +56,8 @@ def test_every_public_name_exists_and_is_documented():
     import gru_fast
 
     assert set(gru_fast.__all__) == {
+        "MemoryEstimate",
+        "memory_estimate",
         "GRU",
         "GRUCell",
         "GRULanguageModel",
