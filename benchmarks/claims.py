@@ -89,6 +89,7 @@ def claims_of(results: Results, parts: Sequence[str]) -> Iterator[Claim]:
             yield Claim(r, peers[r.provider], r.ratio_to_torch if same else ratio)  # type: ignore[arg-type]
     for r in results.records:
         ours = r.provider.startswith("gru_fast.") and r.ratio_to_torch is not None
+        ours = ours and r.provider != r.baseline
         if ours and r.suite in ("sample", "features", "lm") and r.suite in parts:
             assert r.baseline is not None and r.ratio_to_torch is not None
             yield Claim(r, r.baseline, r.ratio_to_torch)

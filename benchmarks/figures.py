@@ -61,7 +61,10 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "The exponent with which time grows, 1 where it is proportional:",
         figures_cpu.slopes,
     ),
-    "sweep": ("`nn.GRU`'s time / ours over the grid:", figures_cpu.sweep),
+    "sweep": (
+        "`nn.GRU`'s time / ours over the grid, without cells of H * H * B * T above 2^28:",
+        figures_cpu.sweep,
+    ),
     "import": ("Before the first result:", figures_cpu.before_the_first_result),
     "sample": (
         "The time of a loop around `nn.GRU` / ours, and our tokens a second:",

@@ -106,6 +106,7 @@ def main(suite: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     run = program.Run(options, probing=False)
     run.results.figures += processes(1 if options.quick else 7)
+    failed = False
     if options.quick:
         run.note("--quick builds no wheel")
     else:
@@ -114,6 +115,7 @@ def main(suite: str, arguments: list[str]) -> int:
             run.results.figures += wheel()
         except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
             run.note(f"no wheel: {error}")
+            failed = True
     for found in run.results.figures:
         run.say(f"{found['name']:<26}{found['value']:>14,.6g} {found['unit']}")
-    return run.finish()
+    return run.finish() or int(failed)

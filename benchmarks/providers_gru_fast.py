@@ -87,6 +87,9 @@ class Diagonal(Layer):
         super().__init__("auto")
         self.name = "gru_fast.diagonal"
 
+    def why_not(self, problem: Problem) -> str | None:
+        return "it is timed without resets" if problem.case.resets else super().why_not(problem)
+
     def prepare(self, problem: Problem, threads: int) -> Prepared:
         case, tensors, dtype = problem.case, problem.tensors, DTYPES[problem.dtype]
         module = gru_fast.GRU(case.I, case.H, num_heads=case.H, device=problem.device, dtype=dtype)

@@ -190,7 +190,7 @@ class Marshal {
   std::vector<int64_t> order_, alive_before_;
 };
 
-// The arguments that all four ops share. weight_ih and bias_ih are absent in scan, whose x is
+// The arguments that all ops share. weight_ih and bias_ih are absent in scan, whose x is
 // gates_x.
 struct Arguments {
   const Tensor& x;
@@ -241,6 +241,8 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   p.reverse = a.reverse.data();
   p.h0 = m.read("h0", a.h0, {p.G, p.B, p.H});
   p.weight_ih = layer ? m.read("weight_ih", *a.weight_ih, {p.G, rows, p.I}) : nullptr;
+  static const Real nothing{};  // a tensor without elements has no address, which is scan's sign
+  if (layer && p.I == 0) p.weight_ih = &nothing;
   p.weight_hh = m.read("weight_hh", a.weight_hh, {p.G, rows, p.H});
   p.bias_ih = layer ? m.read("bias_ih", *a.bias_ih, {p.G, rows}) : nullptr;
   p.bias_hh = m.read("bias_hh", a.bias_hh, {p.G, rows});

@@ -147,7 +147,11 @@ LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
   if (a.weight_ih == nullptr) {
     grad(f.grad_x, {p.T, p.B, p.G, rows}, false);
   } else if (p.x_shared) {
-    grad(f.grad_x, {p.T, p.B, p.I}, p.G > 1);
+    if (p.G > 1) {
+      grad(f.grad_shared_x, {p.T, p.B, p.I}, true);
+    } else {
+      grad(f.grad_x, {p.T, p.B, p.I}, false);
+    }
   } else {
     grad(f.grad_x, {p.T, p.B, p.G, p.I}, false);
   }

@@ -127,7 +127,8 @@ def split_and_pad(gru: nn.Module, rollout: Rollout) -> Tensor:
 
 def returns(rollout: Rollout, values: Tensor, discount: float) -> Tensor:
     """Discounted rewards to the end of each episode; a cut one goes on with the last value."""
-    total, found = values[-1] * discount, []
+    # A reward is given where an episode ends, and only there.
+    total, found = torch.where(rollout.reward[-1] != 0, 0.0, values[-1] * discount), []
     for t in reversed(range(len(rollout.reward))):
         total = rollout.reward[t] + total
         found.append(total)

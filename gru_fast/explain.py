@@ -137,6 +137,7 @@ def explain(
     facts: dict[str, Any] = {
         "lengths": lengths is not None or isinstance(input, PackedSequence),
         "resets": reset_mask is not None,
+        "h_scale": module.training and getattr(module, "recurrent_dropout", 0.0) > 0,
         "grouped": getattr(module, "num_heads", 1) > 1,
         "composed": backends.needs_composition(),
     }
@@ -264,7 +265,7 @@ def _committed(
 
 
 def _is_plain(facts: dict[str, Any]) -> bool:
-    return not (facts["lengths"] or facts["resets"])
+    return not (facts["lengths"] or facts["resets"] or facts["h_scale"])
 
 
 def _kernel(

@@ -52,7 +52,7 @@ def per_gate_(module: Module, kind: str, function: Callable[..., Any], **options
     """
     if kind not in _KINDS:
         raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
-    for parameter in _parameters(module, kind):
+    for parameter in list(_parameters(module, kind)):
         heads = getattr(module, "num_heads", 1) if kind == "weight_hh" else 1
         for block in parameter.chunk(_gates(module) * heads):
             exact = block if block.dtype in (torch.float32, torch.float64) else block.float()
@@ -117,7 +117,7 @@ def chrono_(
             f"t_min, t_max: expected 1 < t_min <= t_max < infinity, got {t_min}, {t_max}"
         )
     gates = _gates(module)
-    biases = zip(_parameters(module, "bias_ih"), _parameters(module, "bias_hh"), strict=True)
+    biases = list(zip(_parameters(module, "bias_ih"), _parameters(module, "bias_hh"), strict=True))
     for bias_ih, bias_hh in biases:
         z = bias_ih.chunk(gates)[gates - 2]
         drawn = torch.empty_like(z, dtype=torch.promote_types(z.dtype, torch.float32))

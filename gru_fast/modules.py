@@ -262,7 +262,8 @@ class GRU(Recurrent):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.learn_h0 and prefix + "weight_ih_l0" in state_dict:
             # torch.nn.GRU begins with zeros.
-            state_dict.setdefault(prefix + "h0", torch.zeros_like(self.h0))
+            weight = state_dict[prefix + "weight_ih_l0"]
+            state_dict.setdefault(prefix + "h0", weight.new_zeros(self.h0.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _start(self, input: Tensor | PackedSequence) -> Tensor:

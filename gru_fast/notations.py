@@ -94,7 +94,7 @@ def to_keras(gru: GRU) -> list[list[np.ndarray]]:
     """
     if gru.cell == "no_reset":
         raise ValueError("gru: Keras has no GRU without a reset gate, cell='no_reset'")
-    _check_dense(gru)
+    _check_plain(gru)
     layers = []
     for k in range(gru.num_layers):
         arrays = []
@@ -171,7 +171,7 @@ def to_onnx(gru: GRU) -> list[dict[str, np.ndarray]]:
     """
     if gru.cell == "no_reset":
         raise ValueError("gru: ONNX has no GRU without a reset gate, cell='no_reset'")
-    _check_dense(gru)
+    _check_plain(gru)
     layers = []
     for k in range(gru.num_layers):
         suffixes = ("", "_reverse") if gru.bidirectional else ("",)
@@ -241,7 +241,7 @@ def to_course(gru: GRU) -> dict[str, np.ndarray]:
         ValueError: The GRU has more than one layer or direction, or the cell `reset_after`,
             which that notation has not.
     """
-    _check_dense(gru)
+    _check_plain(gru)
     if gru.num_layers > 1 or gru.bidirectional or gru.cell == "reset_after":
         raise ValueError(
             "gru: expected one layer, one direction and cell='reset_before' or 'no_reset', got "
@@ -270,9 +270,11 @@ def _array(gru: nn.Module, name: str) -> np.ndarray:
     return gru.get_parameter(name).detach().cpu().numpy()
 
 
-def _check_dense(gru: GRU) -> None:
+def _check_plain(gru: GRU) -> None:
     if gru.num_heads > 1:
         raise ValueError(f"gru: expected dense recurrent weights, got num_heads={gru.num_heads}")
+    if gru.learn_h0:
+        raise ValueError("gru: expected a state that begins with zeros, got learn_h0=True")
 
 
 @torch.no_grad()

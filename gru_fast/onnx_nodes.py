@@ -100,8 +100,8 @@ def load_gru(
 
     Args:
         source: Path of a model, or the model.
-        name: Name of the node, or of its output Y if it has none. Several names make one module of
-            several layers. None: the only GRU node.
+        name: Name of the node, or of its first output if it has none. Several names make one module
+            of several layers. None: the only GRU node.
         ignore: `"initial_h"` or `"sequence_lens"`: leave this input to the caller of the module
             even where the model has a constant for it.
 
@@ -120,14 +120,19 @@ def load_gru(
     model = source if isinstance(source, onnx.ModelProto) else onnx.load(os.fspath(source))
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
-    found = {node.name or node.output[0]: (node, scope) for node, scope in _nodes(model.graph, {})}
+    nodes = list(_nodes(model.graph, {}))
+    keys = [node.name or next(filter(None, node.output)) for node, _ in nodes]
+    found = dict(zip(keys, nodes, strict=True))
     names = [name] if isinstance(name, str) else list(found if name is None else name)
     missing = [n for n in names if n not in found]
-    if missing or not names or (name is None and len(found) > 1):
+    if missing or not names or (name is None and len(nodes) > 1):
         raise ValueError(
             f"name: expected {'names' if missing else 'one or more'} of the model's GRU nodes "
-            f"{sorted(found)}, got {missing[0] if missing else name!r}"
+            f"{sorted(keys)}, got {missing[0] if missing else name!r}"
         )
+    for n in names:
+        if keys.count(n) > 1:
+            raise ValueError(f"name: expected one GRU node named {n!r}, got {keys.count(n)}")
     layers = []
     for n in names:
         node, scope = found[n]
@@ -143,7 +148,8 @@ def load_gru(
                 raise ValueError(f"{n}: expected a constant {key}, got one that is computed")
         state = arrays.pop("initial_h", np.zeros(0))
         layer = from_node(node, arrays)
-        batch = 0 if isinstance(layer, GRU) and layer.batch_first else 1
+        gru = layer.gru if isinstance(layer, ReverseGRU) else layer
+        batch = 0 if gru.batch_first else 1
         rows_differ = state.any() and (state != state.take([0], batch)).any()
         for key, wrong in (
             ("initial_h", rows_differ),
@@ -155,7 +161,6 @@ def load_gru(
                     f"or lengths=) and pass ignore=({key!r},)"
                 )
         if state.any():
-            gru = layer.gru if isinstance(layer, ReverseGRU) else layer
             gru.learn_h0 = True
             gru.h0 = nn.Parameter(torch.from_numpy(state.take(0, batch)))
         layers.append(layer)

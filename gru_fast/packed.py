@@ -44,6 +44,8 @@ def why_not(gru: GRU, head: nn.Linear | None = None) -> str | None:
         return "bidirectional layers need the whole sequence before its first output"
     if gru.num_heads > 1:
         return f"its recurrent weights are dense, and the layers have num_heads={gru.num_heads}"
+    if gru.learn_h0:
+        return "it starts from zeros, and the layers have learn_h0=True"
     if head is not None and type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not an nn.Linear"
     tensors = [*gru._flat_weights, *([] if head is None else head.parameters())]

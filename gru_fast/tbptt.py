@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from gru_fast.checks import check_length_values
+
 __all__ = ["Chunk", "tbptt"]
 
 
@@ -49,7 +51,8 @@ def tbptt(
         input: (T, B, I), (B, T, I) with `batch_first`, or (T, I) for one sequence.
         steps: Time steps of a chunk, the last one may have fewer; at least 1.
         hx: Initial state, passed to the first chunk as it is: gradients reach it from there.
-        lengths: (B,), as in `gru_fast.GRU.forward`, for the whole sequence; not read on the host.
+        lengths: (B,), as in `gru_fast.GRU.forward`, for the whole sequence; its values
+            are read here only if they lie on the CPU.
         reset_mask: (T, B) or (B, T), as there.
         reset_state: As there.
 
@@ -60,6 +63,7 @@ def tbptt(
         ValueError: `steps` is less than 1, or `module` is bidirectional: its reverse direction
             begins at the end.
         TypeError: `steps` is not an int, or `input` is not a Tensor.
+        RuntimeError: `lengths` on the CPU outside 0 ... T, or `reset_mask` of another T.
 
     Source: Williams and Peng 1990, "An efficient gradient-based algorithm for on-line training of
     recurrent network trajectories", with as many steps forward as back.
@@ -79,19 +83,26 @@ def tbptt(
         raise TypeError(f"input should be a Tensor, got: {type(input).__name__}")
     if getattr(module, "bidirectional", False):
         raise ValueError("module: expected one direction, a reverse one begins at the end")
-    return _chunks(module, input, steps, hx, lengths, reset_mask, reset_state)
+    dim = 1 if input.dim() == 3 and getattr(module, "batch_first", False) else 0
+    T = input.shape[dim]
+    if lengths is not None and lengths.is_cpu:
+        check_length_values(lengths, T)
+    if reset_mask is not None and (reset_mask.dim() <= dim or reset_mask.shape[dim] != T):
+        given = tuple(reset_mask.shape)
+        raise RuntimeError(f"reset_mask: expected T = {T} time steps, got shape {given}")
+    return _chunks(module, input, dim, steps, hx, lengths, reset_mask, reset_state)
 
 
 def _chunks(
     module: nn.Module,
     input: Tensor,
+    dim: int,
     steps: int,
     hx: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
 ) -> Iterator[Chunk]:
-    dim = 1 if input.dim() == 3 and getattr(module, "batch_first", False) else 0
     T = input.shape[dim]
     for begin in range(0, T, steps):
         count = min(steps, T - begin)

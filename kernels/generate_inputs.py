@@ -58,8 +58,8 @@ def last_drawn(
     """What was drawn at the position before; 0 where a prompt or nothing is fed."""
     here = length * 0 + position
     at = tokens_ptr + row * S + position - length - 1
-    # Another program may have stored it.
-    mask = in_rows & (here > length)
+    # Another program may have stored it. A row that has drawn all is asked for no more.
+    mask = in_rows & (here > length) & (here - length <= S)
     return tl.load(at, mask=mask, other=0, cache_modifier=".cg").to(tl.int32)
 
 

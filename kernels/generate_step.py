@@ -140,7 +140,7 @@ def launch_generate_step(call: Generation, steps: tuple[int, int], config: Confi
     tiles = triton.cdiv(B, config.BLOCK_B)
     by_units, by_tokens = (
         (tiles, triton.cdiv(H, config.BLOCK_H)),
-        (tiles, triton.cdiv(V, known["BLOCK_T"])),
+        (tiles, min(65535, triton.cdiv(V, known["BLOCK_T"]))),
     )
     layers, head, drawing = (
         parameters(kernel, known) | options

@@ -228,10 +228,10 @@ def new_rows(weights: Weights, prompts: Tensor, lengths: Tensor, S: int) -> Rows
     return Rows(
         prompts.contiguous(),
         lengths.contiguous(),
-        torch.zeros(weights.L, B, weights.H, **like),
+        torch.zeros(weights.L, B, weights.H, dtype=torch.float32, **like),
         torch.full((B,), ALIVE, dtype=torch.int32, **like),
         torch.full((B, S), PADDING, **like),
-        torch.zeros(B, S, **like),
+        torch.zeros(B, S, dtype=torch.float32, **like),
         shortest,
         longest,
     )

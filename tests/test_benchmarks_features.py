@@ -95,11 +95,9 @@ def test_a_row_needs_a_name_and_a_baseline():
         row.Row(good.problem, good.providers[1:], good.quick)
 
 
-def test_the_command_line(tmp_path, capsys):
-    path = tmp_path / "features.json"
+def test_the_command_line(quick_results, capsys):
     name = "reset_mask/infer"
-    assert features_cli.main("features", ["--quick", "--rows", name, "--json", str(path)]) == 0
-    found = records.read(path).records
+    found = records.read(quick_results / "cpu-features.json").records
     assert {r.feature for r in found} == {name} and all(r.peak_bytes is not None for r in found)
     assert features_cli.main("features", ["--rows", "nothing of this name"]) == 2
     assert "reset_mask/train" in capsys.readouterr().err

@@ -233,6 +233,45 @@ def test_bfloat16_is_multiplied_as_it_is_where_the_cpu_does() -> None:
         assert not _C.multiplies_bfloat16()
 
 
+def test_gradients_of_a_shared_input_are_rounded_once() -> None:
+    """Many groups read one input: their gradients are added in float32."""
+    case = Case(T=2, B=3, I=4, H=2, reverse=(False,) * 300)
+    inputs = layer_inputs(case, torch.bfloat16)
+    exact = inputs.to(torch.float64)
+    output, _, workspace = reference.layer(*exact.arguments())
+    truth = backward(exact, output, workspace, reference.layer_backward)[0]
+    ours = backward(inputs, output.bfloat16(), workspace.bfloat16())[0]
+    rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
+    assert (ours - truth).abs().max() < rounding
+
+
+def test_small_values_keep_their_digits_in_bfloat16() -> None:
+    gru = __import__("gru_fast").GRU(1, 1, bias=False, dtype=torch.bfloat16)
+    for parameter in gru.parameters():
+        torch.nn.init.ones_(parameter)
+    with torch.no_grad():
+        for value in (1e-2, 1e-4, 1e-6, 1e-8):
+            output, _ = gru(torch.full((1, 1, 1), value, dtype=torch.bfloat16))
+            assert abs(output.item() / (value / 2) - 1) < 0.02
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_input_features(dtype: torch.dtype) -> None:
+    """What is left is the recurrence."""
+    inputs = layer_inputs(replace(Case(T=3, B=2, H=5), I=1), dtype)
+    some = replace(inputs, x=inputs.x[..., :0], weight_ih=inputs.weight_ih[..., :0])
+    output, h_n, workspace = forward(some)
+    expected = forward(inputs, x=torch.zeros_like(inputs.x))
+    assert_same_bits("output", output, expected[0])
+    assert_same_bits("h_n", h_n, expected[1])
+    zero = replace(inputs, x=torch.zeros_like(inputs.x))
+    gradients = backward(some, output, workspace)
+    others = backward(zero, output, workspace)
+    assert gradients[0].shape == (3, 2, 0)
+    for k in (1, 3, 4, 5):
+        assert_same_bits(f"gradient {k}", gradients[k], others[k])
+
+
 def test_fast_path_fires() -> None:
     gru = __import__("gru_fast").GRU(4, 5, num_layers=2, bidirectional=True)
     x = torch.randn(3, 2, 4)

@@ -240,6 +240,10 @@ def test_constant_lengths_and_states_that_differ_are_not_dropped_silently():
         with pytest.raises(ValueError, match=f"gru: {name} is a constant of the model"):
             load_gru(model_of(weights() | constant))
         load_gru(model_of(weights() | constant), ignore=(name,))
+    # Rows are the first axis there.
+    differ = {"initial_h": np.arange(B * H, dtype=np.float32).reshape(B, 1, H)}
+    with pytest.raises(ValueError, match="gru: initial_h is a constant of the model"):
+        load_gru(model_of(weights() | differ, direction="reverse", layout=1))
     with pytest.raises(ValueError, match="ignore: expected initial_h or sequence_lens, got"):
         load_gru(model_of(weights()), ignore=("B",))
 
@@ -300,6 +304,11 @@ def test_nodes_are_found_by_name_or_by_output():
     )
     with pytest.raises(ValueError, match="layer 1 does not fit on the first, expected input"):
         load_gru(model, ["first", "Z"])
+    model.graph.node[0].name = "Z"
+    with pytest.raises(ValueError, match=r"name: expected one .*\['Z', 'Z'\], got None"):
+        load_gru(model)
+    with pytest.raises(ValueError, match="name: expected one GRU node named 'Z', got 2"):
+        load_gru(model, "Z")
     with pytest.raises(ValueError, match="name: expected one"):
         load_gru(onnx.helper.make_model(onnx.helper.make_graph([], "empty", [], [])))
 

@@ -62,6 +62,9 @@ def test_returns_stop_at_an_episode(example):
     rollout = example.Rollout(nothing, first, nothing, reward, nothing, nothing)
     found = example.returns(rollout, torch.full((4, 1), 2.0), 0.5)
     assert found.squeeze(1).tolist() == [0.5, 1.0, 0.5, 1.0]
+    reward[-1] = -1.0  # where the last episode ends there is no value after it
+    found = example.returns(rollout, torch.full((4, 1), 2.0), 0.5)
+    assert found.squeeze(1).tolist() == [0.5, 1.0, -0.5, -1.0]
 
 
 @pytest.mark.slow

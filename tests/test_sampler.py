@@ -4,7 +4,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from importlib import resources
 
@@ -300,22 +299,15 @@ def ctrl_c() -> Iterator[None]:
 def test_interrupt(two_threads, ctrl_c):
     """The signal ends a call that would run for minutes, on one thread and on two.
 
-    How soon is measured by `python -m benchmarks sample --facts interrupt`; the limit here is for
-    machines that are busy.
+    How soon is measured by `python -m benchmarks sample --facts interrupt`.
     """
     lm = language_model(hidden=64)
     for threads, rows in ((1, 1), (2, 1), (2, 50)):
-        sampler, sent = Sampler(lm, threads=threads), []
-
-        def send(sent=sent):
-            sent.append(time.monotonic())
-            os.kill(os.getpid(), signal.SIGINT)
-
-        timer = threading.Timer(0.3, send)
+        sampler = Sampler(lm, threads=threads)
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             sampler.generate(max_new_tokens=30_000_000 // rows, num_return_sequences=rows, seed=0)
-        assert time.monotonic() - sent[0] < 5
         timer.join()
     assert sampler.generate(max_new_tokens=3, seed=0).shape == (1, 3)
 

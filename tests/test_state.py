@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS
-from gru_fast import functional
+from gru_fast import functional, notations
 
 T, B, I, H, L = 6, 4, 3, 5, 2  # noqa: E741
 DIRECTIONS = pytest.mark.parametrize("bidirectional", [False, True])
@@ -337,3 +337,12 @@ class TestGates:
         jvp = torch.func.jvp(update_gates, (x[0],), (torch.ones_like(x[0]),))[1]
         vjp = torch.func.vjp(update_gates, x[0])[1](torch.ones_like(jvp))[0]
         torch.testing.assert_close(jvp.sum(), vjp.sum())
+
+
+def test_what_begins_with_zeros_refuses_a_learned_state():
+    gru = gru_fast.GRU(3, 4, learn_h0=True)
+    with pytest.raises(ValueError, match="learn_h0=True"):
+        gru_fast.Stream(gru)
+    for convert in (notations.to_keras, notations.to_onnx, notations.to_course):
+        with pytest.raises(ValueError, match="learn_h0=True"):
+            convert(gru)

@@ -102,6 +102,9 @@ def test_a_learned_state_begins_and_is_reset_to():
         ({"steps": True}, TypeError, "steps should be of type int, got: bool"),
         ({"input": [1.0]}, TypeError, "input should be a Tensor, got: list"),
         ({"module": gru_fast.GRU(I, H, bidirectional=True)}, ValueError, "expected one direction"),
+        ({"lengths": torch.tensor([T + 1] * B)}, RuntimeError, f"lengths: .*to T = {T}, got"),
+        ({"lengths": torch.tensor([-1] * B)}, RuntimeError, "lengths: expected values from 0"),
+        ({"reset_mask": torch.zeros(T + 1, B).bool()}, RuntimeError, f"reset_mask: .*T = {T} time"),
     ],
 )  # fmt: skip
 def test_bad_arguments(change, error, message):

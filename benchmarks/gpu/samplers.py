@@ -80,8 +80,10 @@ def ours(model: GRULanguageModel, B: int, on_cpu: bool = False) -> Callable[[int
 
 
 def wrong(model: GRULanguageModel, case: Case, dtype: str) -> str | None:
-    """None, or how far our kernel strays from the model in float64."""
-    return gate(ours(model, min(case.B, 8)), model, dtype)
+    """None, or how far our kernel strays from the model in float64, in some of the timed rows."""
+    draw = ours(model, case.B)
+    rows = torch.linspace(0, case.B - 1, min(case.B, 8)).long()
+    return gate(lambda T, greedy: draw(T, greedy).cpu()[rows], model, dtype)
 
 
 def _drawn(model: GRULanguageModel, h: Tensor) -> Tensor:

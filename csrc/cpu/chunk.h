@@ -102,7 +102,6 @@ struct Chunk {
   GRU_MEMBER int gate_of(int slot) const {
     return p.cell == Cell::kResetAfter ? (slot == 0 ? 2 : slot - 1) : slot;
   }
-  GRU_MEMBER int reset_slot() const { return p.cell == Cell::kResetAfter ? 1 : 0; }
 
   const Backward<Real>& f;
   const Problem<Real>& p;

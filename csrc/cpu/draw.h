@@ -97,7 +97,7 @@ class Draw {
   }
 
  private:
-  // NaN, or the largest of the values that are not.
+  // The largest; of no use where there is NaN, which callers look for.
   GRU_MEMBER float largest(const float* logits) const {
     Vec<float> most = load(logits);
     for (int64_t i = W; i < padded_; i += W) {

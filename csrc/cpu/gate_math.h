@@ -155,6 +155,7 @@ GRU_INLINE Vec<Real> tanh(Vec<Real> x) {
 // 2^x = 2^whole * (1 + fraction). The polynomial is minimax in relative error (2.8e-6) over +-0.5.
 struct ShortExp2 {
   __m512 whole, power;
+  Vec<float> fraction;
 
   GRU_MEMBER explicit ShortExp2(Vec<float> x) {
     const __m512 given = reinterpret_cast<__m512>(x);
@@ -164,7 +165,8 @@ struct ShortExp2 {
     Vec<float> p = f * 0.009582852944731712f + 0.05590642988681793f;
     p = p * f + 0.24024099111557007f;
     p = p * f + 0.6931241750717163f;
-    power = reinterpret_cast<__m512>(p * f + 1.0f);
+    fraction = p * f;
+    power = reinterpret_cast<__m512>(fraction + 1.0f);
   }
   // Saturates to 0 and infinity.
   GRU_MEMBER Vec<float> value() const {
@@ -188,8 +190,11 @@ GRU_MEMBER Vec<float> tanh<BFloat16>(Vec<float> x) {
   // min returns its second operand where one of them is NaN.
   const __m512 limited =
       _mm512_maskz_min_ps(0xffff, _mm512_set1_ps(60.0f), reinterpret_cast<__m512>(x * (2 * log2e)));
-  const Vec<float> e = ShortExp2(reinterpret_cast<Vec<float>>(limited)).value();
-  return (e - 1.0f) * short_reciprocal(e + 1.0f);
+  const ShortExp2 exp(reinterpret_cast<Vec<float>>(limited));
+  const Vec<float> e = exp.value();
+  // Near zero nothing may cancel.
+  const Vec<float> less = reinterpret_cast<Vec<float>>(exp.whole) == 0.0f ? exp.fraction : e - 1.0f;
+  return less * short_reciprocal(e + 1.0f);
 }
 #endif
 

@@ -71,7 +71,8 @@ struct Backward {
   const Real* grad_output;     // (T, B, G*H) or null
   const Real* grad_h_n;        // (G, B, H) or null
   const Real* grad_workspace;  // (T, B, G, S*H) or null
-  Real* grad_x;  // contiguous (T, B, [G,] I), zeroed where groups share x; or grad_gates_x
+  Real* grad_x;  // contiguous (T, B, [G,] I), or grad_gates_x; null where groups share x:
+  Compute<Real>* grad_shared_x;     // (T, B, I), zeroed
   Compute<Real>* grad_h0;           // (G, B, H)
   Compute<Real>* grad_weight_ih;    // (G, N*H, I)
   Compute<Real>* grad_weight_hh;    // (G, N*H, H)

@@ -31,7 +31,7 @@ class WeightGrads {
     auto take = [&](bool wanted, int64_t count) {
       return wanted ? layout.template take<Real>(count) : nullptr;
     };
-    if (f.grad_x != nullptr && p_.weight_ih != nullptr) {
+    if (wants_grad_x() && p_.weight_ih != nullptr) {
       input_panels_ = {p_.weight_ih, p_.H,     c_.units, p_.I,   c_.gates,
                        {0, 1, 2},    c_.gates, nullptr,  nullptr};
       input_panels_.take(p_.G, c_.only(), layout, threads, member);
@@ -70,6 +70,8 @@ class WeightGrads {
   }
 
  private:
+  bool wants_grad_x() const { return f_.grad_x != nullptr || f_.grad_shared_x != nullptr; }
+
   void clear_padding(Range batch) const {
     if (f_.grad_x == nullptr || p_.lengths == nullptr) return;
     const int64_t width = p_.weight_ih == nullptr ? p_.G * c_.gates * p_.H
@@ -83,7 +85,7 @@ class WeightGrads {
   }
 
   void input_gradient(int64_t g, Range rows, Range tiles) const {
-    if (f_.grad_x == nullptr) return;
+    if (!wants_grad_x()) return;
     if (p_.weight_ih == nullptr) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         Real* to = f_.grad_x + (c_.place(g, row) * p_.G + g) * c_.gates * p_.H;
@@ -94,17 +96,20 @@ class WeightGrads {
       }
       return;
     }
-    const bool shared = p_.x_shared && p_.G > 1;
     sweep<Real>(
         {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), input_panels_.K(), 1,
         tiles.begin, tiles.end,
         [&](int64_t tile, int count) { return input_panels_.get(g, tile, count); },
         [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           const int64_t place = c_.place(g, rows.begin + i);
-          const int64_t at = p_.x_shared ? place : place * p_.G + g;
           const int lanes = lanes_of<Real>(tile, p_.I);
-          Real* to = f_.grad_x + at * p_.I + tile * W;
-          store_n(to, shared ? load_n(to, lanes) + sums[0] : sums[0], lanes);
+          if (f_.grad_shared_x != nullptr) {
+            Number* to = f_.grad_shared_x + place * p_.I + tile * W;
+            store_n(to, load_n(to, lanes) + sums[0], lanes);
+          } else {
+            const int64_t at = p_.x_shared ? place : place * p_.G + g;
+            store_n(f_.grad_x + at * p_.I + tile * W, sums[0], lanes);
+          }
         });
   }
 
