@@ -341,7 +341,7 @@ class TestGates:
 
 def test_what_begins_with_zeros_refuses_a_learned_state():
     gru = gru_fast.GRU(3, 4, learn_h0=True)
-    with pytest.raises(ValueError, match="learn_h0=True"):
+    with pytest.raises(RuntimeError, match="learn_h0=True"):
         gru_fast.Stream(gru)
     for convert in (notations.to_keras, notations.to_onnx, notations.to_course):
         with pytest.raises(ValueError, match="learn_h0=True"):
