@@ -93,6 +93,7 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
 
 CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-layers.json": ("Layers", ["train", "peers", "lost"]),
+    "cpu-bfloat16.json": ("Layers in bfloat16", ["train"]),
     "cpu-step.json": ("Single steps", ["step", "peers", "lost"]),
     "cpu-sweep.json": ("The grid", ["sweep"]),
     "cpu-scaling.json": ("How time grows", ["scaling"]),
