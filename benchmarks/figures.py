@@ -32,6 +32,10 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "One call of one step under `no_grad`, PyTorch's time / ours, and ours:",
         figures_cpu.steps,
     ),
+    "facts": (
+        "What no table of tokens a second shows (`--facts`; docs/benchmarks.md says what each is):",
+        figures_cpu.facts,
+    ),
     "gpu": (
         "cuDNN's time / that of the fastest of our kernels, and ours per time step, Python and "
         "launches included:",
@@ -99,7 +103,7 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-scaling.json": ("How time grows", ["scaling"]),
     "cpu-features.json": ("Features", ["features"]),
     "cpu-lm.json": ("Training a language model", ["lm"]),
-    "cpu-sample.json": ("Sampling", ["sample"]),
+    "cpu-sample.json": ("Sampling", ["sample", "facts"]),
     "cpu-import.json": ("Before the first result", ["import"]),
     "gpu-h200.json": ("GPU", ["gpu", "gpusteps", "gpumemory"]),
 }

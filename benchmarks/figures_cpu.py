@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import median
 
-from benchmarks.markdown import beside, count, pivot, sizes, times
+from benchmarks.markdown import beside, count, details, pivot, sizes, times
 from benchmarks.records import Record, Results
 from benchmarks.report import seconds, threads
 
@@ -65,6 +65,14 @@ def samples(results: Results) -> str:
             if r.suite == "sample" and r.provider.startswith("gru_fast.")
         ),
     )
+
+
+def facts(results: Results) -> str:
+    """The named figures of a file, but for those of the machine."""
+    machine = ("fma_", "read_bandwidth")
+    found = [f for f in results.figures if not f["name"].startswith(machine)]
+    rows = [f"| {f['name']} | {f['value']:.3g} {f['unit']} | {details(f)} |" for f in found]
+    return "\n".join(["| figure | | with |", "| --- | --: | --- |", *rows])
 
 
 def peers(results: Results) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from benchmarks.records import Record, Results
 
@@ -30,6 +31,14 @@ def pivot(corner: str, cells: Iterable[tuple[str, str, str]]) -> str:
         header[column] = None
         rows.setdefault(row, {})[column] = text
     return markdown([corner, *header], rows)
+
+
+def details(figure: dict[str, Any]) -> str:
+    """What stands beside the value of a named figure."""
+    rest = {k: v for k, v in figure.items() if k not in ("name", "value", "unit", "other_cpu")}
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()
+    )
 
 
 def times(value: float | None) -> str:

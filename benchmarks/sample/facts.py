@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.machine import OtherLoad
+from benchmarks.markdown import details
 from gru_fast import _C, GRU, GRULanguageModel, Sampler, Stream, packed, reference_sampling
 from gru_fast.corpus import read_text, split_lines
 from gru_fast.sampling import PADDING
@@ -37,11 +38,7 @@ V = 65
 
 def line(figure: Figure) -> str:
     """One figure as text."""
-    rest = {k: v for k, v in figure.items() if k not in ("name", "value", "unit")}
-    more = ", ".join(
-        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items()
-    )
-    return f"{figure['name']:<28}{figure['value']:>12.4g} {figure['unit']:<12}{more}"
+    return f"{figure['name']:<28}{figure['value']:>12.4g} {figure['unit']:<20} {details(figure)}"
 
 
 def effort(quick: bool) -> timing.Effort:
