@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gru_fast import autocast, ops, reference_norm
+from gru_fast import autocast, ops, ops_vmap, reference_norm
 from gru_fast.checks import check_length_values, check_norm_backward, check_norm_scan
 from gru_fast.reference_norm import NORM_SLOTS
 
@@ -235,18 +235,13 @@ _BATCH_AXIS = {0: 1, 1: 1, 5: 0, 6: 1, 7: 1, 8: 0}
 def _batched(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
     """A batch over sequences is a larger B; over weights it is a loop."""
     size = info.batch_size
-    if size == 0:
-        raise RuntimeError("torch.vmap over a dimension of size 0 is not supported here")
-    if any(isinstance(d, int) for i, d in enumerate(in_dims) if i not in _BATCH_AXIS):
-        return _loop(norm_scan, info, in_dims, *args)
+    weights = any(isinstance(d, int) for i, d in enumerate(in_dims) if i not in _BATCH_AXIS)
+    if size == 0 or weights:
+        return ops_vmap.loop(norm_scan, size, in_dims, args)
     folded = list(args)
     for i, axis in _BATCH_AXIS.items():
         if args[i] is not None:
-            front = (
-                args[i].expand(size, *args[i].shape)
-                if in_dims[i] is None
-                else args[i].movedim(in_dims[i], 0)
-            )
+            front = ops_vmap.front(args[i], in_dims[i], size)
             folded[i] = front.movedim(0, axis).flatten(axis, axis + 1)
     outputs = norm_scan(*folded)
     recompute = args[_INPUTS + 2]
@@ -256,17 +251,8 @@ def _batched(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
     )
 
 
-def _loop(op: Any, info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    def slices(v: int) -> list[Any]:
-        pairs = zip(args, in_dims, strict=True)
-        return [a.select(d, v) if isinstance(a, Tensor) and d is not None else a for a, d in pairs]
-
-    columns = zip(*[op(*slices(v)) for v in range(info.batch_size)], strict=True)
-    return tuple(torch.stack(column) for column in columns), (0,) * len(op._schema.returns)
-
-
 def _batched_backward(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
-    return _loop(norm_scan_backward, info, in_dims, *args)
+    return ops_vmap.loop(norm_scan_backward, info.batch_size, in_dims, args)
 
 
 torch.library.register_vmap("gru_fast::norm_scan", _batched, lib=_lib)

@@ -37,7 +37,7 @@ _GRADS = ("grad_output", "grad_h_n", "grad_workspace")
 _SAVED = ("output", "workspace")
 
 
-def _front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+def front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
     """With the batch dimension first, expanded if there is none."""
     if dim is None:
         return tensor.expand(size, *tensor.shape)
@@ -47,7 +47,7 @@ def _front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 def _into_batch(role: str, tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     if tensor is None or role in ("weight", "bias"):
         return tensor
-    v = _front(tensor, dim, size)
+    v = front(tensor, dim, size)
     if role in ("lengths", "h_scale"):
         return v.flatten(0, 1)
     return v.movedim(0, 1).flatten(1, 2)
@@ -57,11 +57,11 @@ def _into_groups(role: str, tensor: Tensor | None, dim: int | None, size: int) -
     if tensor is None or role in ("lengths", "reset_mask"):
         return tensor
     if role == "h_scale":
-        return _front(tensor, dim, size).movedim(0, 1).flatten(1, 2)
+        return front(tensor, dim, size).movedim(0, 1).flatten(1, 2)
     if role in ("grad_output", "grad_workspace", "output", "workspace"):
-        return _front(tensor, dim, size).movedim(0, 2).flatten(2, 3)
+        return front(tensor, dim, size).movedim(0, 2).flatten(2, 3)
     if role != "x":
-        return _front(tensor, dim, size).flatten(0, 1)
+        return front(tensor, dim, size).flatten(0, 1)
     return tensor
 
 
@@ -70,15 +70,17 @@ def _steps_into_groups(tensor: Tensor, dim: int | None, size: int, groups: int) 
     per_group = tensor.dim() - (dim is not None) == 4
     if dim is None and not per_group:
         return tensor
-    v = _front(tensor, dim, size).movedim(0, 2)
+    v = front(tensor, dim, size).movedim(0, 2)
     if not per_group:
         v = v.unsqueeze(3).expand(*v.shape[:3], groups, v.shape[-1])
     return v.flatten(2, 3)
 
 
-def _loop(
+def loop(
     op: Op, size: int, in_dims: Sequence[Any], args: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The operator for one element of the batch after the other."""
+
     def slices(v: int) -> list[Any]:
         return [
             a.select(d, v) if isinstance(a, Tensor) and d is not None else a
@@ -123,7 +125,7 @@ def forward_rule(op: Op, name: str) -> Rule:
                 h_n.unflatten(0, (size, groups)),
                 saved,
             ), (2, 0, None if recompute else 2)
-        return _loop(op, size, in_dims, args)
+        return loop(op, size, in_dims, args)
 
     return rule
 
@@ -150,7 +152,7 @@ def backward_rule(op: Op, scan_backward: Op, name: str) -> Rule:
         batched = {r for r, d in zip(roles, in_dims, strict=False) if d is not None}
         weights = batched & {"weight", "bias"}
         if size == 0 or args[2] is not None or (weights and batched & {"lengths", "reset_mask"}):
-            return _loop(op, size, in_dims, args)
+            return loop(op, size, in_dims, args)
         entries = list(zip(roles, args[:count], in_dims[:count], strict=True))
         if mode[-1]:
             entries.pop()

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gru_fast.reference import _by_group, _masks, _scan_order, _stack_time
+from gru_fast.reference import _by_group, _masks, _previous_states, _scan_order, _stack_time
 
 NORM_SLOTS = 6
 """Values per hidden unit that the workspace holds."""
@@ -155,15 +155,7 @@ def norm_scan_backward(
     scale = _by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
 
-    h = _scan_order(output.reshape(T, B, G, H).transpose(1, 2), reverse)
-    p = torch.cat([h0[None], h[:-1]])[:T]
-    if valid is not None:
-        before = torch.cat([torch.zeros_like(valid[:1]), valid[:-1]])
-        p = torch.where(before, p, h0)
-    if reset is not None:
-        p = torch.where(reset, start, p)
-    if valid is not None:
-        p = torch.where(valid, p, 0.0)
+    p = _previous_states(output, h0, valid, reset, start, reverse)
     s = p if scale is None else p * scale
     if recompute:
         a = _scan_order(gates_x.transpose(1, 2), reverse)

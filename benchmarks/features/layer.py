@@ -11,8 +11,6 @@ from torch import nn
 from benchmarks.cases import Case
 from benchmarks.features.row import Tensors, load
 
-NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-
 
 def draw(case: Case, generator: torch.Generator) -> Tensors:
     """Input, weights, and the gradient of the output."""

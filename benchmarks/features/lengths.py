@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gru_fast
 from benchmarks.cases import Case, square
-from benchmarks.features.layer import NAMES, draw, module_of
+from benchmarks.features.layer import draw, module_of
 from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, training
+from benchmarks.problem import WEIGHTS as NAMES
 
 
 def _draw(case: Case, generator: torch.Generator) -> Tensors:

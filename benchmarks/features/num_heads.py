@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import gru_fast
 from benchmarks.cases import Case, square
 from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, training
+from benchmarks.problem import WEIGHTS as NAMES
 
 HEADS = 8
-NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
 def draw(case: Case, generator: torch.Generator) -> Tensors:

@@ -10,8 +10,9 @@ from torch import nn
 
 import gru_fast
 from benchmarks.cases import Case, square
-from benchmarks.features.layer import NAMES, draw, module_of
+from benchmarks.features.layer import draw, module_of
 from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, training
+from benchmarks.problem import WEIGHTS as NAMES
 
 
 def _way(kind: type[nn.RNNBase], **options: bool) -> Way:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, square
-from benchmarks.features.layer import NAMES, draw
+from benchmarks.features.layer import draw
 from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, leaves, training
+from benchmarks.problem import WEIGHTS as NAMES
 from gru_fast import functional
 
 
