@@ -5,10 +5,7 @@
 
 #include "arguments.h"
 #include "cpu/norm_problem.h"
-#include "cpu/parallel.h"
-#include "cpu/stats.h"
-#include "cpu/team.h"
-#include "pool.h"
+#include "run_team.h"
 
 namespace gru_fast {
 namespace {
@@ -38,20 +35,6 @@ auto with_compute_type(const Tensor& tensor, Body body) {
       STD_TORCH_CHECK(false, "gates_x: expected float32, float64, bfloat16 or float16, got ",
                       torch::headeronly::toString(tensor.scalar_type()));
   }
-}
-
-// Runs kernel(call, team, threads, member, scratch) on every member of a team.
-template <class Call>
-void run_kernel(const Call& call, int passes, int64_t (*scratch_bytes)(const Call&, int),
-                void (*kernel)(const Call&, Team&, int, int, void*)) {
-  const int threads = threads_worth(call.in, passes, pool_threads());
-  const Scratch scratch(static_cast<size_t>(scratch_bytes(call, threads)));
-  Team team(threads);
-  run_parts(threads, [&](int64_t begin, int64_t end) {
-    const int member = team.join(static_cast<int>(end - begin));
-    if (member >= 0) kernel(call, team, threads, member, scratch.data());
-  });
-  launches.fetch_add(1, std::memory_order_relaxed);
 }
 
 // Reads gamma and eps too, into a NormForward or NormBackward.
@@ -87,7 +70,7 @@ NormResult run_forward(const Arguments& a, const Tensor& gamma, double eps, bool
     f.workspace = recompute ? nullptr : workspace.mutable_data_ptr<Real>();
     f.rstd = recompute ? nullptr : rstd.mutable_data_ptr<Real>();
     const NormTable<Real>& table = norm_table<Real>();
-    run_kernel(f, 1, table.forward_scratch_bytes, table.forward);
+    run_on_team(f, 1, table.forward_scratch_bytes, table.forward);
   }
   return {m.give_back(output), m.give_back(h_n), m.give_back(workspace), m.give_back(rstd)};
 }
@@ -144,7 +127,7 @@ NormGrads run_backward(const Arguments& a, const Tensor& gamma, double eps, Back
   grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
   if (!empty) {
     const NormTable<Real>& table = norm_table<Real>();
-    run_kernel(f, 3, table.backward_scratch_bytes, table.backward);
+    run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
   } else if (b.wanted[1] && b.grad_h_n.has_value()) {
     torch::stable::copy_(results[1], *b.grad_h_n);
   }

@@ -5,12 +5,9 @@
 #include <tuple>
 
 #include "arguments.h"
-#include "cpu/arena.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
-#include "cpu/stats.h"
-#include "cpu/team.h"
 #include "run.h"
+#include "run_team.h"
 
 namespace gru_fast {
 namespace {
@@ -48,33 +45,12 @@ auto with_compute_type(const char* name, const Tensor& tensor, Body body) {
   }
 }
 
-// Runs body(team, member, scratch) on every member of a team of at most `threads`.
-template <class Body>
-void run_team(int threads, int64_t scratch_bytes, Body body) {
-  const Scratch scratch(static_cast<size_t>(scratch_bytes));
-  Team team(threads);
-  auto part = [&](int64_t begin, int64_t end) {
-    const int member = team.join(static_cast<int>(end - begin));
-    if (member >= 0) body(team, member, scratch.data());
-  };
-  if (threads == 1) {
-    part(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, part);
-  }
-  launches.fetch_add(1, std::memory_order_relaxed);
-}
-
 }  // namespace
 
 template <class Real>
 void run_forward_kernel(const Forward<Real>& f) {
-  const int threads = threads_worth(f.in, 1, static_cast<int>(torch::stable::get_num_threads()));
   const KernelTable<Real>& table = kernel_table<Real>();
-  run_team(threads, table.forward_scratch_bytes(f, threads),
-           [&](Team& team, int member, void* scratch) {
-             table.forward(f, team, threads, member, scratch);
-           });
+  run_on_team(f, 1, table.forward_scratch_bytes, table.forward);
 }
 template void run_forward_kernel<float>(const Forward<float>&);
 
@@ -164,12 +140,8 @@ LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
   grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
 
   if (!empty) {
-    const int threads = threads_worth(p, 3, static_cast<int>(torch::stable::get_num_threads()));
     const KernelTable<Real>& table = kernel_table<Real>();
-    run_team(threads, table.backward_scratch_bytes(f, threads),
-             [&](Team& team, int member, void* scratch) {
-               table.backward(f, team, threads, member, scratch);
-             });
+    run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
   } else if (b.wanted[1] && b.grad_h_n.has_value()) {
     torch::stable::copy_(results[1], *b.grad_h_n);
   }
