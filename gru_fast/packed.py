@@ -183,13 +183,13 @@ def generate(
             h0=h0, log_probs=log_probs, threads=threads,
         )  # fmt: skip
         steps = int(made.max(initial=0))
-        over = np.arange(steps) >= made[:, None]
-        tokens = tokens[:, :steps]
-        tokens[over] = PADDING
+        tokens = np.ascontiguousarray(tokens[:, :steps])
         if chances is None:
             chances = np.zeros(tokens.shape, np.float32)
-        else:
-            chances = chances[:, :steps]
+        chances = chances[:, :steps]
+        if made.min(initial=steps) < steps:
+            over = np.arange(steps) >= made[:, None]
+            tokens[over] = PADDING
             chances[over] = 0
         return tokens, made, chances, hidden
 

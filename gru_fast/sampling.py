@@ -114,7 +114,7 @@ class SamplingOptions:
         """Check every value."""
         for name in ("max_new_tokens", "top_k", "eos_token_id", "seed"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None and type(value) is not int:
                 object.__setattr__(self, name, _integer(name, value))
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected >= 0, got {self.max_new_tokens}")
@@ -198,8 +198,9 @@ def generate(
             f"got {options.eos_token_id}"
         )
     prompts, lengths = _prompts(model, input_ids)
-    prompts = prompts.repeat_interleave(repeats, 0)
-    lengths = lengths.repeat_interleave(repeats)
+    if repeats > 1:
+        prompts = prompts.repeat_interleave(repeats, 0)
+        lengths = lengths.repeat_interleave(repeats)
     if streamer is not None:
         streamer.put(prompts)
     if loop is None:
@@ -210,6 +211,9 @@ def generate(
     if streamer is not None:
         streamer.end()
     sequences = _append(prompts, lengths, tokens, PADDING)
+    # Without prompts and EOS all rows are equally long.
+    if sequences.numel() and (prompts.shape[1] or options.eos_token_id is not None):
+        sequences = sequences[:, : int((sequences != PADDING).sum(1).max())]
     if not return_dict_in_generate:
         return sequences
     nothing = torch.zeros(prompts.shape, dtype=log_probs.dtype, device=prompts.device)
@@ -412,8 +416,11 @@ def _prompts(
     """(N, P) int64 on the model's device with PADDING on the right only, and the (N,) lengths."""
     device = model.head.weight.device
     if input_ids is None:
-        ids = torch.empty(1, 0, dtype=torch.int64)
-    elif isinstance(input_ids, Tensor):
+        return (
+            torch.empty(1, 0, dtype=torch.int64, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+    if isinstance(input_ids, Tensor):
         if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
             raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
         ids = input_ids if input_ids.dim() != 1 else input_ids[None]
@@ -443,13 +450,11 @@ def _prompts(
 
 
 def _append(prompts: Tensor, lengths: Tensor, new: Tensor, padding: int) -> Tensor:
-    """Row i of `new` from column lengths[i] of row i of `prompts` on, cut after the longest row."""
+    """Row i of `new` from column lengths[i] of row i of `prompts` on."""
     N, P = prompts.shape
-    S = new.shape[1]
-    result = prompts.new_full((N, P + S), padding)
+    if P == 0:
+        return new
+    result = prompts.new_full((N, P + new.shape[1]), padding)
     result[:, :P] = prompts
-    columns = lengths[:, None] + torch.arange(S, device=prompts.device)
-    result.scatter_(1, columns, new)
-    if padding == PADDING and N:
-        return result[:, : int((result != PADDING).sum(1).max())]
-    return result
+    columns = lengths[:, None] + torch.arange(new.shape[1], device=prompts.device)
+    return result.scatter_(1, columns, new)
