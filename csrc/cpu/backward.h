@@ -35,7 +35,7 @@ class BackwardPass {
       if (f_.workspace == nullptr) rebuild_.run(team, member);
       scan_.run(team, member);
       team.barrier(member);
-      grads_.run(team, member, end == f_.in.T);
+      grads_.run(team, member);
     }
     scan_.finish();
   }

@@ -203,12 +203,10 @@ class BackwardScan {
   GRU_MEMBER void multiply(const Real* operand, const ColumnPanels<Real>& panels, int64_t g,
                            int64_t t, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
-    sweep<Real>(
-        {operand + ranks.first * c_.ld, ranks.stride * c_.ld}, ranks.below(c_.rows.alive(t)),
-        panels.K(), 1, share_.tiles.begin, share_.tiles.end,
-        [&](int64_t tile, int count) { return panels.get(g, tile, count); },
-        [&](int64_t i, int64_t tile, const V* sums)
-            GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
+    panels.multiply({operand + ranks.first * c_.ld, ranks.stride * c_.ld},
+                    ranks.below(c_.rows.alive(t)), g, share_.tiles,
+                    [&](int64_t i, int64_t tile, const V* sums)
+                        GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
   }
 
   const Backward<Real>& f_;

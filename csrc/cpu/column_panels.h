@@ -2,8 +2,8 @@
 // Weights as the right-hand operand of D W, the product of the gradients: packed by columns, gate
 // after gate in the order of the slots of D.
 #pragma once
+#include "in_place.h"
 #include "schedule.h"
-#include "tile.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -47,12 +47,33 @@ struct ColumnPanels {
 
   GRU_MEMBER void pack_tiles(int64_t g, int64_t tile, int64_t count, Real* to) const {
     for (int64_t slot = 0; slot < slots; ++slot) {
-      const Real* block = weight + (g * gates + order[slot]) * H * columns;
-      pack_columns(block, H, columns, tile, count, units, to + slot * units * W, panel_size());
+      pack_columns(block(g, slot), H, columns, tile, count, units, to + slot * units * W,
+                   panel_size());
     }
   }
 
-  // For sweep() of tile.h.
+  // Multiplies rows by the tiles of a group: see sweep() in tile.h.
+  template <class Epilogue>
+  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
+                           Epilogue epilogue) const {
+    if (packed == nullptr && rows <= kMaxRowsInPlace) {
+      // A tile that ends beyond the rows of the weights has no register to be read into.
+      const int64_t whole = columns / W < range.end ? columns / W : range.end;
+      const Real* blocks[3];
+      for (int64_t slot = 0; slot < slots; ++slot) blocks[slot] = block(g, slot);
+      sweep_by_columns<Real>(a, rows, blocks, slots, {H, units, columns}, range.begin, whole,
+                             epilogue);
+      range.begin = whole > range.begin ? whole : range.begin;
+    }
+    sweep<Real>(
+        a, rows, K(), 1, range.begin, range.end,
+        [&](int64_t tile, int count) { return get(g, tile, count); }, epilogue);
+  }
+
+ private:
+  GRU_MEMBER const Real* block(int64_t g, int64_t slot) const {
+    return weight + (g * gates + order[slot]) * H * columns;
+  }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int count) const {
     if (packed != nullptr) return packed + (g * tiles() + tile) * panel_size();
     pack_tiles(g, tile, count, on_the_way);

@@ -55,16 +55,14 @@ struct GatePanels {
   template <class Epilogue>
   GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
                            Epilogue epilogue) const {
-    if constexpr (kPack<Real> == 1) {
-      if (packed == nullptr && rows <= kMaxRowsInPlace) {
-        sweep_in_place<Real>(
-            a, rows, K, count, range.begin, range.end,
-            [&](int64_t tile, int v) {
-              return weight + g * group_stride + (gates[v] * H + tile * kLanes<Real>)*K;
-            },
-            [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
-        return;
-      }
+    if (packed == nullptr && rows <= kMaxRowsInPlace) {
+      sweep_in_place<Real>(
+          a, rows, K, count, range.begin, range.end,
+          [&](int64_t tile, int v) {
+            return weight + g * group_stride + (gates[v] * H + tile * kLanes<Real>)*K;
+          },
+          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
+      return;
     }
     sweep<Real>(
         a, rows, K, count, range.begin, range.end,

@@ -3,6 +3,8 @@
 // panel once. Blocks of W x W weights are transposed in registers, so the order of summation is
 // that of tile.h, bit for bit.
 #pragma once
+#include <type_traits>
+
 #include "panels.h"
 #include "tile.h"
 
@@ -18,32 +20,40 @@ template <class Real, int ROWS>
 void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t K, Vec<Real>* out,
                       int stride) {
   constexpr int W = kLanes<Real>;
-  const Real* a = operand.a;
+  constexpr int P = kPack<Real>;
   int64_t k = 0;
   bool first = true;
   do {
     const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
     Vec<Real> sum[ROWS] = {};
-    for (; k < stop; k += W) {
+    for (; k < stop; k += W * P) {
       Vec<Real> block[W];
-      const int columns = stop - k < W ? static_cast<int>(stop - k) : W;
-      if (n == W && columns == W) {
+      const int columns = stop - k < W * P ? static_cast<int>(stop - k) : W * P;
+      auto add = [&](int j, auto word) GRU_MEMBER_LAMBDA {
+        const Real* a = operand.a + k + j * P;
+#pragma GCC unroll 2
+        for (int i = 0; i < ROWS; ++i) {
+          multiply_add<Real>(sum[i], block[j], word(a + i * operand.row_stride));
+        }
+      };
+      auto whole = [](const Real* at) GRU_MEMBER_LAMBDA { return word_at(at); };
+      if (n == W && columns == W * P) {
         load_transposed(weight + k, K, block);
       } else {
         for (int lane = 0; lane < W; ++lane) {
-          block[lane] = lane < n ? load_n(weight + lane * K + k, columns) : Vec<Real>{};
+          block[lane] = lane < n ? load_some_words(weight + lane * K + k, columns) : Vec<Real>{};
         }
         transpose<Real>(block);
       }
-      if (columns == W) {
+      if (columns == W * P) {
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) {
-#pragma GCC unroll 2
-          for (int i = 0; i < ROWS; ++i) sum[i] += block[j] * a[i * operand.row_stride + k + j];
-        }
+        for (int j = 0; j < W; ++j) add(j, whole);
       } else {
-        for (int j = 0; j < columns; ++j) {
-          for (int i = 0; i < ROWS; ++i) sum[i] += block[j] * a[i * operand.row_stride + k + j];
+        for (int j = 0; j < columns / P; ++j) add(j, whole);
+        if constexpr (P > 1) {
+          if (columns % P > 0) {
+            add(columns / P, [](const Real* at) GRU_MEMBER_LAMBDA { return half_word_at(at); });
+          }
         }
       }
     }
@@ -67,6 +77,119 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vec
     const int n = lanes(tile);
     for (int v = 0; v < vectors; ++v) multiply(a, weight(tile, v), n, K, sums + v, vectors);
     for (int64_t i = 0; i < rows; ++i) epilogue(i, tile, sums + i * vectors);
+  }
+}
+
+// As sweep() with one vector a tile, for so few k that nothing is gained by many sums at a time:
+// the results are written row after row.
+template <class Real, class Epilogue>
+GRU_INLINE void outer_product(Operand<Real> operand, int64_t rows, const Real* panels, int64_t K,
+                              int64_t tiles, Epilogue epilogue) {
+  constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Real* a = operand.a + i * operand.row_stride;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Vec<Real> sum{};
+      for (int64_t k = 0; k < K; k += P) {
+        multiply_add<Real>(sum, load_words(panels + (tile * K + k) * W),
+                           word_at(a + k / P * operand.word_stride));
+      }
+      epilogue(i, tile, &sum);
+    }
+  }
+}
+
+// Weights of the gradients' product: for each slot of the operand, `units` columns apart, H rows of
+// `columns`.
+struct ColumnSizes {
+  int64_t H, units, columns;
+};
+
+// Adds DEPTH words of rows to the sums of `tiles` tiles, in order: sum[i][tile] +=
+// sum_j a[i * row_stride + j] * rows[j * columns + tile * W]. `left` rows exist.
+template <class Real, int ROWS, int DEPTH>
+GRU_INLINE void add_rows(const Real* a, int64_t row_stride, const Real* rows, int64_t columns,
+                         int64_t left, int64_t tiles, Vec<Real>* sum) {
+  constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    Vec<Real> weight[DEPTH];
+#pragma GCC unroll 8
+    for (int j = 0; j < DEPTH; ++j) {
+      weight[j] = row_words(rows + j * P * columns + tile * W, columns, left - j * P);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < ROWS; ++i) {
+      Vec<Real> total = sum[i * tiles + tile];
+#pragma GCC unroll 8
+      for (int j = 0; j < DEPTH; ++j) {
+        multiply_add<Real>(total, weight[j], word_at(a + i * row_stride + j * P));
+      }
+      sum[i * tiles + tile] = total;
+    }
+  }
+}
+
+constexpr int64_t kTilesByColumns = 64;
+
+// As sweep(), weights read along their rows; `blocks` has the first row of each slot. Padding of
+// the operand multiplies nothing: it is zero, and no block of the sum begins within it.
+template <class Real, int ROWS, class Epilogue>
+void sweep_by_columns(Operand<Real> operand, const Real* const* blocks, int64_t slots,
+                      ColumnSizes size, int64_t tile_begin, int64_t tile_end, Epilogue epilogue) {
+  static_assert(kSumBlock % kUnitPad == 0);
+  constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
+  constexpr int kDepth = 4;
+  constexpr int64_t N = kTilesByColumns;
+  const auto [H, units, columns] = size;
+  Vec<Real> block[ROWS * N], total[ROWS * N];
+  for (int64_t tile = tile_begin; tile < tile_end; tile += N) {
+    const int64_t tiles = tile_end - tile < N ? tile_end - tile : N, sums = ROWS * tiles;
+    bool first = true;
+    auto begin_block = [&]() GRU_MEMBER_LAMBDA {
+      for (int64_t i = 0; i < sums; ++i) block[i] = Vec<Real>{};
+    };
+    auto end_block = [&]() GRU_MEMBER_LAMBDA {
+      for (int64_t i = 0; i < sums; ++i) total[i] = first ? block[i] : total[i] + block[i];
+      first = false;
+    };
+    begin_block();
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const Real* rows = blocks[slot] + tile * W;
+      const Real* a = operand.a + slot * units;
+      for (int64_t j = 0; j < H;) {
+        const int64_t k = slot * units + j, in_block = kSumBlock - k % kSumBlock;
+        if (k > 0 && in_block == kSumBlock) {
+          end_block();
+          begin_block();
+        }
+        const int64_t stop = H - j < in_block ? H : j + in_block;
+        auto add = [&]<int DEPTH>(std::integral_constant<int, DEPTH>) GRU_MEMBER_LAMBDA {
+          add_rows<Real, ROWS, DEPTH>(a + j, operand.row_stride, rows + j * columns, columns,
+                                      stop - j, tiles, block);
+          j += DEPTH * P;
+        };
+        while (j + kDepth * P <= stop) add(std::integral_constant<int, kDepth>{});
+        while (j < stop) add(std::integral_constant<int, 1>{});
+      }
+    }
+    end_block();
+    for (int64_t i = 0; i < ROWS; ++i) {
+      for (int64_t j = 0; j < tiles; ++j) epilogue(i, tile + j, total + i * tiles + j);
+    }
+  }
+}
+
+template <class Real, class Epilogue>
+GRU_INLINE void sweep_by_columns(Operand<Real> a, int64_t rows, const Real* const* blocks,
+                                 int64_t slots, ColumnSizes size, int64_t tile_begin,
+                                 int64_t tile_end, Epilogue epilogue) {
+  if (rows == 2) {
+    sweep_by_columns<Real, 2>(a, blocks, slots, size, tile_begin, tile_end, epilogue);
+  } else if (rows == 1) {
+    sweep_by_columns<Real, 1>(a, blocks, slots, size, tile_begin, tile_end, epilogue);
   }
 }
 

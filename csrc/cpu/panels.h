@@ -61,6 +61,21 @@ void pack_gates(const Real* weight, int64_t H, int64_t K, const int* gates, int 
   }
 }
 
+// The words that stand for kPack neighbouring rows of a row-major block, of which `rows` exist.
+template <class Real>
+GRU_INLINE Vec<Real> row_words(const Real* p, int64_t, int64_t) {
+  return load(p);
+}
+#if defined(__AVX512BF16__)
+GRU_INLINE Vec<BFloat16> row_words(const BFloat16* p, int64_t row_stride, int64_t rows) {
+  HalfWords words = spread(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  if (rows > 1) {
+    words |= spread(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + row_stride))) << 16;
+  }
+  return reinterpret_cast<Vec<BFloat16>>(words);
+}
+#endif
+
 // Writes the words that stand for kPack rows of a right-hand operand: [word][lanes].
 template <class Real>
 GRU_INLINE void store_rows(Real* to, const Vec<Real> (&rows)[kPack<Real>]) {
@@ -85,9 +100,14 @@ void pack_columns(const Real* block, int64_t rows, int64_t columns, int64_t firs
     const Real* row = block + k * columns + first_tile * W;
     for (int64_t tile = 0; tile < count; ++tile) {
       const int n = tile + 1 == count ? last_lanes : W;
+      Real* const at = to + tile * tile_stride + k * W;
+      if (n == W && k < rows) {
+        store_words(at, row_words(row + tile * W, columns, rows - k));
+        continue;
+      }
       Vec<Real> word[P] = {};
       for (int i = 0; i < P && k + i < rows; ++i) word[i] = load_n(row + i * columns + tile * W, n);
-      store_rows(to + tile * tile_stride + k * W, word);
+      store_rows(at, word);
     }
   }
 }

@@ -61,8 +61,8 @@ struct Forward {
   Real* workspace;  // (T, B, G, S*H), or null: not saved
 };
 
-// A null gradient pointer means: not asked for. Gradients that are added up are not rounded on the
-// way.
+// A null gradient pointer means: not asked for. Those that several steps add to in the result
+// itself are not rounded on the way.
 template <class Real>
 struct Backward {
   Problem<Real> in;
@@ -73,11 +73,11 @@ struct Backward {
   const Real* grad_workspace;  // (T, B, G, S*H) or null
   Real* grad_x;  // contiguous (T, B, [G,] I), or grad_gates_x; null where groups share x:
   Compute<Real>* grad_shared_x;     // (T, B, I), zeroed
-  Compute<Real>* grad_h0;           // (G, B, H)
-  Compute<Real>* grad_weight_ih;    // (G, N*H, I)
-  Compute<Real>* grad_weight_hh;    // (G, N*H, H)
-  Compute<Real>* grad_bias_ih;      // (G, N*H)
-  Compute<Real>* grad_bias_hh;      // (G, N*H)
+  Real* grad_h0;                    // (G, B, H)
+  Real* grad_weight_ih;             // (G, N*H, I)
+  Real* grad_weight_hh;             // (G, N*H, H)
+  Real* grad_bias_ih;               // (G, N*H)
+  Real* grad_bias_hh;               // (G, N*H)
   Compute<Real>* grad_reset_state;  // (G, B, H), zeroed
   Compute<Real>* grad_h_scale;      // (B, G*H), zeroed
 };

@@ -159,6 +159,13 @@ template <class Real>
 GRU_INLINE Vec<Real> load_words(const Real* p) {
   return *reinterpret_cast<const typename VecType<Real>::Unaligned*>(p);
 }
+// Of `count` numbers, zero beyond.
+template <class Real>
+GRU_INLINE Vec<Real> load_some_words(const Real* p, int count) {
+  Vec<Real> v{};
+  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(Real));
+  return v;
+}
 template <class Real>
 GRU_INLINE void store_words(Real* p, Vec<Real> v) {
   *reinterpret_cast<typename VecType<Real>::Unaligned*>(p) = v;

@@ -11,6 +11,30 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
+// A gradient that chunks add to: in the result itself, or, where that would round each sum, in
+// memory of its own until the last chunk.
+template <class Real>
+struct ChunkSum {
+  Real* result = nullptr;
+  Compute<Real>* so_far = nullptr;
+
+  GRU_MEMBER ChunkSum(Real* to, int64_t count, bool one_chunk, Layout& layout) : result(to) {
+    if constexpr (std::is_same_v<Real, Compute<Real>>) {
+      so_far = to;
+    } else if (to != nullptr && !one_chunk) {
+      so_far = layout.template take<Compute<Real>>(count);
+    }
+  }
+  GRU_MEMBER void add(int64_t at, Vec<Real> sum, int lanes, bool first, bool last) const {
+    if (!first) sum += load_n(so_far + at, lanes);
+    if (last) {
+      store_n(result + at, sum, lanes);
+    } else {
+      store_n(so_far + at, sum, lanes);
+    }
+  }
+};
+
 template <class Real>
 class WeightGrads {
  public:
@@ -26,7 +50,11 @@ class WeightGrads {
         c_(chunk),
         input_tiles_(tiles_of<Real>(p_.I)),
         input_slot_(p_.cell == Cell::kResetAfter ? 1 : 0),
-        unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock) {
+        unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock),
+        weight_ih_(f.grad_weight_ih, p_.G * c_.gates * p_.H * p_.I, c_.only(), layout),
+        weight_hh_(f.grad_weight_hh, p_.G * c_.gates * p_.H * p_.H, c_.only(), layout),
+        bias_ih_(f.grad_bias_ih, p_.G * c_.gates * p_.H, c_.only(), layout),
+        bias_hh_(f.grad_bias_hh, p_.G * c_.gates * p_.H, c_.only(), layout) {
     const int64_t rows = packed_k<Real>(c_.capacity);
     auto take = [&](bool wanted, int64_t count) {
       return wanted ? layout.template take<Real>(count) : nullptr;
@@ -49,8 +77,7 @@ class WeightGrads {
     input_panels_.pack(p_.G, members, member);
   }
 
-  // `first`: no chunk came before, so the sums start here.
-  void run(Team& team, int member, bool first) const {
+  void run(Team& team, int member) const {
     for (int64_t g = 0; g < p_.G; ++g) {
       const Range rows = part_of(c_.row_count(g), member, team.size(), kRowBlock);
       if (input_panels_.on_the_way == nullptr) {
@@ -63,7 +90,7 @@ class WeightGrads {
       team.barrier(member);
       const Range tasks = part_of(c_.slots * unit_blocks_, member, team.size());
       for (int64_t i = tasks.begin; i < tasks.end; ++i) {
-        weight_gradient(g, static_cast<int>(i / unit_blocks_), i % unit_blocks_, first);
+        weight_gradient(g, static_cast<int>(i / unit_blocks_), i % unit_blocks_);
       }
       team.barrier(member);
     }
@@ -96,21 +123,18 @@ class WeightGrads {
       }
       return;
     }
-    sweep<Real>(
-        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), input_panels_.K(), 1,
-        tiles.begin, tiles.end,
-        [&](int64_t tile, int count) { return input_panels_.get(g, tile, count); },
-        [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-          const int64_t place = c_.place(g, rows.begin + i);
-          const int lanes = lanes_of<Real>(tile, p_.I);
-          if (f_.grad_shared_x != nullptr) {
-            Number* to = f_.grad_shared_x + place * p_.I + tile * W;
-            store_n(to, load_n(to, lanes) + sums[0], lanes);
-          } else {
-            const int64_t at = p_.x_shared ? place : place * p_.G + g;
-            store_n(f_.grad_x + at * p_.I + tile * W, sums[0], lanes);
-          }
-        });
+    input_panels_.multiply({c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), g,
+                           tiles, [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                             const int64_t place = c_.place(g, rows.begin + i);
+                             const int lanes = lanes_of<Real>(tile, p_.I);
+                             if (f_.grad_shared_x != nullptr) {
+                               Number* to = f_.grad_shared_x + place * p_.I + tile * W;
+                               store_n(to, load_n(to, lanes) + sums[0], lanes);
+                             } else {
+                               const int64_t at = p_.x_shared ? place : place * p_.G + g;
+                               store_n(f_.grad_x + at * p_.I + tile * W, sums[0], lanes);
+                             }
+                           });
   }
 
   // A word of rows of x and of the state as right-hand operands: [tile][word][lanes].
@@ -118,7 +142,7 @@ class WeightGrads {
     const int64_t rows = c_.row_count(g), padded = packed_k<Real>(rows);
     struct {
       int64_t place, t, b;
-    } at[P];
+    } at[P] = {};
     const int count = rows - first < P ? static_cast<int>(rows - first) : P;
     for (int i = 0; i < count; ++i) {
       const int64_t place = c_.place(g, first + i);
@@ -151,7 +175,8 @@ class WeightGrads {
   }
 
   // kRowBlock units of one slot: their weight rows and biases.
-  void weight_gradient(int64_t g, int slot, int64_t unit_block, bool first) const {
+  void weight_gradient(int64_t g, int slot, int64_t unit_block) const {
+    const bool first = c_.end == p_.T, last = c_.begin == 0;
     const int64_t rows = c_.row_count(g), padded = packed_k<Real>(rows);
     const int64_t unit = unit_block * kRowBlock;
     const int valid = p_.H - unit < kRowBlock ? static_cast<int>(p_.H - unit) : kRowBlock;
@@ -171,27 +196,32 @@ class WeightGrads {
     const bool after = p_.cell == Cell::kResetAfter;
     const bool input_side = !(after && slot == 0), hidden_side = !(after && slot == 3);
     const int64_t first_row = (g * c_.gates + c_.gate_of(slot)) * p_.H + unit;
-    auto add = [&](Number* to, Number value) { *to = first ? value : *to + value; };
-    for (int i = 0; i < valid; ++i) {
-      const Number sum = static_cast<Number>(total[i]);
-      if (input_side && f_.grad_bias_ih) add(f_.grad_bias_ih + first_row + i, sum);
-      if (hidden_side && f_.grad_bias_hh) add(f_.grad_bias_hh + first_row + i, sum);
+    Number sums[W > kRowBlock ? W : kRowBlock] = {};
+    for (int i = 0; i < valid; ++i) sums[i] = static_cast<Number>(total[i]);
+    for (int i = 0; i < valid; i += W) {
+      const int lanes = valid - i < W ? valid - i : W;
+      const V sum = load(sums + i);
+      if (input_side && bias_ih_.result) bias_ih_.add(first_row + i, sum, lanes, first, last);
+      if (hidden_side && bias_hh_.result) bias_hh_.add(first_row + i, sum, lanes, first, last);
     }
-    auto multiply = [&](const Real* panels, int64_t columns, Number* grad) {
-      sweep<Real>(
-          {block_, P, kRowBlock * P, kGradSumBlock}, kRowBlock, padded, 1, 0,
-          tiles_of<Real>(columns), [&](int64_t tile, int) { return panels + tile * padded * W; },
-          [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-            if (i >= valid) return;
-            const int lanes = lanes_of<Real>(tile, columns);
-            Number* to = grad + (first_row + i) * columns + tile * W;
-            store_n(to, first ? sums[0] : load_n(to, lanes) + sums[0], lanes);
-          });
+    auto multiply = [&](const Real* panels, int64_t columns, const ChunkSum<Real>& grad) {
+      auto add = [&](int64_t i, int64_t tile, const V* sum) GRU_MEMBER_LAMBDA {
+        const int64_t at = (first_row + i) * columns + tile * W;
+        if (i < valid) grad.add(at, *sum, lanes_of<Real>(tile, columns), first, last);
+      };
+      const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock};
+      if (padded <= kMaxRowsInPlace) {
+        outer_product(operand, kRowBlock, panels, padded, tiles_of<Real>(columns), add);
+      } else {
+        sweep<Real>(
+            operand, kRowBlock, padded, 1, 0, tiles_of<Real>(columns),
+            [&](int64_t tile, int) { return panels + tile * padded * W; }, add);
+      }
     };
-    if (input_side && x_ != nullptr) multiply(x_, p_.I, f_.grad_weight_ih);
+    if (input_side && x_ != nullptr) multiply(x_, p_.I, weight_ih_);
     if (hidden_side && state_ != nullptr) {
       const bool gated = gated_ != nullptr && slot == 2;
-      multiply(gated ? gated_ : state_, p_.H, f_.grad_weight_hh);
+      multiply(gated ? gated_ : state_, p_.H, weight_hh_);
     }
   }
 
@@ -201,6 +231,7 @@ class WeightGrads {
   const int64_t input_tiles_;
   const int input_slot_;
   const int64_t unit_blocks_;
+  const ChunkSum<Real> weight_ih_, weight_hh_, bias_ih_, bias_hh_;
   ColumnPanels<Real> input_panels_{};
   Real *x_, *state_, *gated_, *block_;
 };
