@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/huge_pages.h"
 #include "cpu/problem.h"
 
 namespace gru_fast {
@@ -99,7 +100,9 @@ class Marshal {
                                                     sizes.data(), strides, dtype_code<Number>(),
                                                     aoti_torch_device_type_cpu(), 0, &made));
     const Tensor result(made);
-    poison_if_set(result.mutable_data_ptr(), result.numel() * sizeof(Number));
+    const size_t bytes = static_cast<size_t>(result.numel()) * sizeof(Number);
+    prefer_huge_pages(result.mutable_data_ptr(), bytes);
+    poison_if_set(result.mutable_data_ptr(), bytes);
     return result;
   }
   Tensor give_back(const Tensor& result) const {

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 
+#include "huge_pages.h"
+
 namespace gru_fast {
 namespace {
 
@@ -38,6 +40,7 @@ Scratch::Scratch(size_t bytes) : bytes_((bytes + kAlign) / kAlign * kAlign) {
   } else {
     data_ = std::aligned_alloc(kAlign, bytes_);
     if (data_ == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(data_, bytes_);
   }
   poison_if_set(data_, bytes_);
 }

@@ -15,6 +15,7 @@ namespace GRU_FAST_ISA {
 namespace {
 
 constexpr int64_t kProjectRows = 64;
+constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
 constexpr int kMaxAbreastVectors = 12;
 
 // Which weight rows form the panels of the first and second product of a step.
@@ -69,6 +70,7 @@ struct GatePanels {
         [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
   }
   GRU_MEMBER void pack(Range range) const {
+    if (packed == nullptr) return;
     for (int64_t i = range.begin; i < range.end; ++i) {
       pack_gates(weight + i / tiles * group_stride, H, K, gates, count, i % tiles,
                  packed + i * panel_size());
@@ -92,10 +94,10 @@ class ForwardScan {
         slots_(slot_count(f.in.cell)),
         tiles_(tiles_of<Real>(f.in.H)),
         ld_(round_up(f.in.H, kUnitPad) + kUnitPad),
-        chunk_(p_.B * p_.T <= kProjectRows ? p_.T
-               : p_.B >= kProjectRows      ? 1
-                                           : kProjectRows / p_.B) {
-    const bool on_the_fly = p_.T == 1;
+        chunk_(steps_at_once(p_.T, p_.B)) {
+    const bool once = p_.T == 1;
+    // Rows of several sequences need not lie evenly, so that each step is a product of its own.
+    const bool input_once = once || (p_.B == 1 && chunk_ == p_.T);
     const int64_t states = p_.G * p_.B * ld_;
     Layout layout(scratch);
     state_ = layout.take<Number>(2 * states);
@@ -109,8 +111,8 @@ class ForwardScan {
                 member * kProjectRows * p_.I;
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     const int64_t panel = kMaxAbreastVectors * W * packed_k<Real>(most);
-    Real* mine = layout.take<Real>(on_the_fly ? threads * panel : 0) + member * panel;
-    auto panels = [&](const int* gates, int count, const Real* weight, int64_t K) {
+    Real* mine = layout.take<Real>(input_once ? threads * panel : 0) + member * panel;
+    auto panels = [&](const int* gates, int count, const Real* weight, int64_t K, bool on_the_fly) {
       GatePanels<Real> made{
           p_.H, K,      tiles_,           {gates[0], count > 1 ? gates[1] : 0, 0}, count, nullptr,
           mine, weight, gates_ * p_.H * K};
@@ -119,9 +121,9 @@ class ForwardScan {
       return made;
     };
     const int all[3] = {0, 1, 2};
-    first_ = panels(plan_.first, plan_.first_count, p_.weight_hh, p_.H);
-    if (plan_.second >= 0) second_ = panels(&plan_.second, 1, p_.weight_hh, p_.H);
-    if (p_.weight_ih != nullptr) input_ = panels(all, gates_, p_.weight_ih, p_.I);
+    first_ = panels(plan_.first, plan_.first_count, p_.weight_hh, p_.H, once);
+    if (plan_.second >= 0) second_ = panels(&plan_.second, 1, p_.weight_hh, p_.H, once);
+    if (p_.weight_ih != nullptr) input_ = panels(all, gates_, p_.weight_ih, p_.I, input_once);
     scratch_bytes_ = layout.used();
   }
 
@@ -129,12 +131,10 @@ class ForwardScan {
 
   void run(Team& team, int member) {
     share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, p_.order != nullptr);
-    if (first_.packed != nullptr) {
-      const Range panels = part_of(p_.G * tiles_, member, team.size());
-      first_.pack(panels);
-      if (plan_.second >= 0) second_.pack(panels);
-      if (p_.weight_ih != nullptr) input_.pack(panels);
-    }
+    const Range panels = part_of(p_.G * tiles_, member, team.size());
+    first_.pack(panels);
+    second_.pack(panels);
+    input_.pack(panels);
     start();
     team.barrier(member);
     for (int64_t begin = 0; begin < p_.T; begin += chunk_) {
@@ -169,6 +169,11 @@ class ForwardScan {
   }
   GRU_MEMBER Number* gates_x(int64_t g, int64_t row, int64_t tile) const {
     return gates_x_ + ((g * chunk_ * p_.B + row) * tiles_ + tile) * gates_ * W;
+  }
+
+  static constexpr int64_t steps_at_once(int64_t T, int64_t B) {
+    const int64_t rows = B == 1 ? kProjectRowsOfOne : kProjectRows;
+    return B * T <= rows ? T : B >= rows ? 1 : rows / B;
   }
 
   // Whether the product reads a copy of the state: scaled, or rounded.
