@@ -28,8 +28,8 @@ from gru_fast._version import __version__
 from gru_fast.beside_torch import compare_sampling, compare_training
 from gru_fast.checkpoint import Run, load_run
 from gru_fast.errors import InputError
+from gru_fast.gru import GRU
 from gru_fast.language_model import GRULanguageModel
-from gru_fast.modules import GRU
 from gru_fast.tokenizers import EOS, CharacterTokenizer, Tokenizer, WordTokenizer
 from gru_fast.trace import plot_gates, trace
 from gru_fast.training import Lines, Report, Text, TrainingOptions, lines_loss, text_loss, train

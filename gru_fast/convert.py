@@ -16,7 +16,8 @@ from torch.nn import GRU as TorchGRU
 from torch.nn import GRUCell as TorchGRUCell
 from torch.nn.utils import parametrize
 
-from gru_fast.modules import GRU, GRUCell
+from gru_fast.cell import GRUCell
+from gru_fast.gru import GRU
 
 __all__ = ["ConvertReport", "Selector", "convert", "revert"]
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import backends, measured
+from gru_fast.cell import GRUCell
+from gru_fast.gru import GRU
 from gru_fast.layer_norm_gru import LayerNormGRU
-from gru_fast.modules import GRU, GRUCell
 from gru_fast.recurrence_norm import needs_composition
 from gru_fast.reference import GATES, SLOTS
 from gru_fast.reference_norm import NORM_SLOTS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import GRUCell as TorchGRUCell
 
-from gru_fast.modules import GRUCell
+from gru_fast.cell import GRUCell
 
 __all__ = ["chrono_", "orthogonal_", "per_gate_"]
 

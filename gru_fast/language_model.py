@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru_fast import functional, sampling
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 from gru_fast.sampling import PADDING, GenerateOutput, Streamer
 
 __all__ = ["GRULanguageModel"]

@@ -11,14 +11,14 @@ from torch.nn.utils.rnn import PackedSequence
 from gru_fast.backends import NAMES
 from gru_fast.dropout import state_scale
 from gru_fast.functional import run_layers, state_shape
-from gru_fast.modules import (
-    Recurrent,
-    _check_choice,
-    _check_flag,
-    _check_probability,
-    _options_repr,
-)
 from gru_fast.recurrence_norm import norm_layer
+from gru_fast.recurrent import (
+    Recurrent,
+    check_choice,
+    check_flag,
+    check_probability,
+    options_repr,
+)
 
 __all__ = ["LayerNormGRU"]
 
@@ -99,9 +99,9 @@ class LayerNormGRU(Recurrent):
         recurrent_dropout: float = 0.0,
     ) -> None:
         """See the class."""
-        _check_choice("backend", backend, NAMES)
-        _check_flag("recompute", recompute)
-        _check_probability("recurrent_dropout", recurrent_dropout)
+        check_choice("backend", backend, NAMES)
+        check_flag("recompute", recompute)
+        check_probability("recurrent_dropout", recurrent_dropout)
         if not 0 < eps < float("inf"):
             raise ValueError(f"eps: expected a positive number, got {eps}")
         self.eps = float(eps)
@@ -137,7 +137,7 @@ class LayerNormGRU(Recurrent):
         text = super().extra_repr()
         if self.eps != 1e-5:
             text += f", eps={self.eps}"
-        return text + _options_repr(
+        return text + options_repr(
             "reset_after",
             self.backend,
             recompute=self.recompute,

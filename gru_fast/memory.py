@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 from gru_fast.reference import GATES, SLOTS
 
 __all__ = ["MemoryEstimate", "memory_estimate"]

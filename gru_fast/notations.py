@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 
 __all__ = ["from_course", "from_keras", "from_onnx", "to_course", "to_keras", "to_onnx"]
 

@@ -16,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from gru_fast import functional, notations
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 
 __all__ = ["ReverseGRU", "from_node", "load_gru"]
 

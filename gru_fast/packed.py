@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import ops
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 
 if TYPE_CHECKING:
     from gru_fast._C import PackedStack, Stream

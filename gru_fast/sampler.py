@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import packed, sampling
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 from gru_fast.sampling import GenerateOutput, LanguageModel
 
 __all__ = ["Sampler", "Stream"]

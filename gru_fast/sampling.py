@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import gpu_sampling, packed, reference_sampling
-from gru_fast.modules import GRU
+from gru_fast.gru import GRU
 
 __all__ = [
     "PADDING",

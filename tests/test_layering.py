@@ -27,8 +27,10 @@ LAYERS = [
     ["gpu_sampling"],
     ["packed"],
     [
-        "modules",
+        "gru",
+        "cell",
         "layer_norm_gru",
+        "recurrent",
         "convert",
         "explain",
         "notations",
@@ -108,7 +110,7 @@ def test_leaves_import_nothing_of_the_package(module):
 @pytest.mark.parametrize("module", modules())
 def test_third_party_imports(module):
     allowed = sys.stdlib_module_names | THIRD_PARTY
-    if rank(module) < rank("modules"):
+    if rank(module) < rank("gru"):
         allowed = allowed | OPTIONAL_IN_JOURNEYS
     if module == "onnx" or module.startswith("onnx_"):
         allowed = allowed | ONNX

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GRU` and `GRUCell`: `torch.nn.GRU` and `torch.nn.GRUCell` with faster kernels and more cells.
+"""`GRU`: `torch.nn.GRU` with faster kernels and more cells.
 
-The modules hold parameters and options only. They keep no packed or flattened copy of the
-weights, so every way to change a weight (`.data.copy_()`, `.set_()`, a new `Parameter`,
+Modules hold parameters and options only. They keep no packed or flattened copy of the weights, so
+every way to change a weight (`.data.copy_()`, `.set_()`, a new `Parameter`,
 `torch.func.functional_call`, a parametrization) is seen by the next call.
 """
 
-from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
@@ -16,85 +15,18 @@ from torch.nn.utils.rnn import PackedSequence
 from gru_fast import cudnn, functional
 from gru_fast.backends import NAMES
 from gru_fast.gates import Gates
+from gru_fast.recurrent import (
+    CANDIDATES,
+    DEFAULT_CELL,
+    Recurrent,
+    check_choice,
+    check_flag,
+    check_probability,
+    options_repr,
+)
 from gru_fast.reference import GATES
 
-__all__ = ["GRU", "GRUCell"]
-
-_DEFAULT_CELL = "reset_after"
-_CANDIDATES = {
-    "reset_after": "n = tanh(W_in x + b_in + r * (W_hn h + b_hn))",
-    "reset_before": "n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)",
-    "no_reset": "n = tanh(W_in x + b_in + W_hn h + b_hn)",
-}
-_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-
-def _check_choice(argument: str, given: str, expected: Iterable[str]) -> None:
-    if given not in tuple(expected):
-        names = ", ".join(map(repr, expected))
-        raise ValueError(f"{argument}: expected one of {names}, got {given!r}")
-
-
-def _check_flag(argument: str, given: object) -> None:
-    if not isinstance(given, bool):
-        raise TypeError(f"{argument} should be of type bool, got: {type(given).__name__}")
-
-
-def _check_probability(argument: str, given: object) -> None:
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
-        raise ValueError(f"{argument}: expected a number in [0, 1], got {given!r}")
-
-
-def _options_repr(cell: str, backend: str, **others: object) -> str:
-    text = ""
-    if cell != _DEFAULT_CELL:
-        text += f", cell={cell!r} ({_CANDIDATES[cell]})"
-    if backend != "auto":
-        text += f", backend={backend!r}"
-    return text + "".join(f", {name}={value}" for name, value in others.items() if value)
-
-
-class Recurrent(nn.RNNBase):
-    """`nn.RNNBase` without its stored list of weights: what our stacks of layers have in common."""
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        # Not a stored list as in RNNBase: a stored one goes stale under functional_call.
-        params = self._parameters
-        try:
-            return [params[name] for name in self._flat_weights_names]
-        except KeyError:  # parametrized, weight_norm, a DataParallel replica, partly built
-            return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: list[Any]) -> None:
-        pass
-
-    def _init_flat_weights(self) -> None:
-        self.flatten_parameters()
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: kernels read each weight where it lies."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State for pickle and deepcopy, without what is derived from the parameters."""
-        state = self.__dict__.copy()
-        state.pop("_flat_weight_refs", None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a state of this class or of `torch.nn.GRU`, also of older versions."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.pop("_flat_weights", None)
-        self.__dict__.pop("_flat_weight_refs", None)
-
-    def _replicate_for_data_parallel(self) -> "Recurrent":
-        # Not RNNBase's, which copies the stored list of weights.
-        replica: Recurrent = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
-        return replica
+__all__ = ["GRU"]
 
 
 class GRU(Recurrent):
@@ -163,7 +95,7 @@ class GRU(Recurrent):
     """
 
     # Class-level, so that states pickled without them, and converted modules, have the defaults.
-    cell: str = _DEFAULT_CELL
+    cell: str = DEFAULT_CELL
     backend: str = "auto"
     recompute: bool = False
     recurrent_dropout: float = 0.0
@@ -183,7 +115,7 @@ class GRU(Recurrent):
         *,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        cell: str = _DEFAULT_CELL,
+        cell: str = DEFAULT_CELL,
         backend: str = "auto",
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
@@ -195,7 +127,7 @@ class GRU(Recurrent):
     def __init__(
         self,
         *args: Any,
-        cell: str = _DEFAULT_CELL,
+        cell: str = DEFAULT_CELL,
         backend: str = "auto",
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
@@ -207,7 +139,7 @@ class GRU(Recurrent):
     def __init__(
         self,
         *args: Any,
-        cell: str = _DEFAULT_CELL,
+        cell: str = DEFAULT_CELL,
         backend: str = "auto",
         recompute: bool = False,
         recurrent_dropout: float = 0.0,
@@ -216,11 +148,11 @@ class GRU(Recurrent):
         **kwargs: Any,
     ) -> None:
         """See the class."""
-        _check_choice("cell", cell, _CANDIDATES)
-        _check_choice("backend", backend, NAMES)
-        _check_flag("recompute", recompute)
-        _check_flag("learn_h0", learn_h0)
-        _check_probability("recurrent_dropout", recurrent_dropout)
+        check_choice("cell", cell, CANDIDATES)
+        check_choice("backend", backend, NAMES)
+        check_flag("recompute", recompute)
+        check_flag("learn_h0", learn_h0)
+        check_probability("recurrent_dropout", recurrent_dropout)
         if "proj_size" in kwargs:
             raise ValueError("proj_size is an argument of LSTM only, GRU has none")
         self.cell = cell
@@ -291,7 +223,7 @@ class GRU(Recurrent):
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return
         weights = self._flat_weights
-        if self.cell != _DEFAULT_CELL or self.bidirectional or self.num_heads > 1:
+        if self.cell != DEFAULT_CELL or self.bidirectional or self.num_heads > 1:
             return
         if all(type(w) is nn.Parameter for w in weights):
             for layer in range(self.num_layers):
@@ -300,7 +232,7 @@ class GRU(Recurrent):
 
     def extra_repr(self) -> str:
         """`torch.nn.GRU`'s, and the extras that are not at their defaults."""
-        return super().extra_repr() + _options_repr(
+        return super().extra_repr() + options_repr(
             self.cell,
             self.backend,
             num_heads=self.num_heads if self.num_heads > 1 else 0,
@@ -406,90 +338,3 @@ class GRU(Recurrent):
             recurrent_dropout=self.recurrent_dropout,
             return_gates=return_gates,
         )
-
-
-class GRUCell(nn.RNNCellBase):
-    """One step of a GRU with the interface and numbers of `torch.nn.GRUCell`.
-
-    The equations, and the meaning of `cell`, are those of `gru_fast.GRU`.
-
-    Args:
-        input_size: Features I of the input.
-        hidden_size: Features H of the hidden state.
-        bias: Whether the cell has `bias_ih` and `bias_hh`.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
-        cell: `"reset_after"`, `"reset_before"` or `"no_reset"`.
-        backend: `"auto"`, or the name of the backend that must take the calls.
-
-    Attributes:
-        weight_ih: (N * H, I), N is 3 (rows of r, z, n), or 2 (z, n) for `cell="no_reset"`.
-        weight_hh: (N * H, H).
-        bias_ih: (N * H), or None.
-        bias_hh: (N * H), or None.
-
-    Raises:
-        ValueError: Unknown `cell` or `backend`.
-
-    Example:
-        >>> cell = GRUCell(10, 20)
-        >>> h = cell(torch.randn(3, 10), torch.randn(3, 20))
-    """
-
-    cell: str = _DEFAULT_CELL
-    backend: str = "auto"
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        cell: str = _DEFAULT_CELL,
-        backend: str = "auto",
-    ) -> None:
-        """See the class."""
-        _check_choice("cell", cell, _CANDIDATES)
-        _check_choice("backend", backend, NAMES)
-        self.cell = cell
-        self.backend = backend
-        rows = 2 if cell == "no_reset" else 3
-        super().__init__(input_size, hidden_size, bias, rows, device=device, dtype=dtype)
-
-    @property
-    def _flat_weights(self) -> list[Any]:
-        params = self._parameters
-        try:
-            return [params[name] for name in _CELL_WEIGHTS]
-        except KeyError:
-            return [getattr(self, name, None) for name in _CELL_WEIGHTS]
-
-    def extra_repr(self) -> str:
-        """`torch.nn.GRUCell`'s, and the extras that are not at their defaults."""
-        return super().extra_repr() + _options_repr(self.cell, self.backend)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Run one step.
-
-        Args:
-            input: (B, I) or (I,).
-            hx: State before the step, (B, H), or (H,) with an (I,) input. None means zeros.
-
-        Returns:
-            The state after the step: (B, H) or (H,).
-
-        Raises:
-            ValueError: `input` or `hx` is not 1-D or 2-D.
-            RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
-                take the call.
-        """
-        weights = self._flat_weights
-        dtype = weights[0].dtype
-        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
-            # torch.nn.GRUCell's type of exception; torch.nn.GRU raises a ValueError.
-            raise RuntimeError(
-                f"input: expected the dtype of the weights, {dtype}, got {input.dtype}"
-            )
-        return functional.gru_cell(input, hx, *weights, cell=self.cell, backend=self.backend)

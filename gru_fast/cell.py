@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GRUCell`: `torch.nn.GRUCell` with faster kernels and more cells."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gru_fast import functional
+from gru_fast.backends import NAMES
+from gru_fast.recurrent import CANDIDATES, DEFAULT_CELL, check_choice, options_repr
+
+__all__ = ["GRUCell"]
+
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+class GRUCell(nn.RNNCellBase):
+    """One step of a GRU with the interface and numbers of `torch.nn.GRUCell`.
+
+    The equations, and the meaning of `cell`, are those of `gru_fast.GRU`.
+
+    Args:
+        input_size: Features I of the input.
+        hidden_size: Features H of the hidden state.
+        bias: Whether the cell has `bias_ih` and `bias_hh`.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        cell: `"reset_after"`, `"reset_before"` or `"no_reset"`.
+        backend: `"auto"`, or the name of the backend that must take the calls.
+
+    Attributes:
+        weight_ih: (N * H, I), N is 3 (rows of r, z, n), or 2 (z, n) for `cell="no_reset"`.
+        weight_hh: (N * H, H).
+        bias_ih: (N * H), or None.
+        bias_hh: (N * H), or None.
+
+    Raises:
+        ValueError: Unknown `cell` or `backend`.
+
+    Example:
+        >>> cell = GRUCell(10, 20)
+        >>> h = cell(torch.randn(3, 10), torch.randn(3, 20))
+    """
+
+    cell: str = DEFAULT_CELL
+    backend: str = "auto"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        cell: str = DEFAULT_CELL,
+        backend: str = "auto",
+    ) -> None:
+        """See the class."""
+        check_choice("cell", cell, CANDIDATES)
+        check_choice("backend", backend, NAMES)
+        self.cell = cell
+        self.backend = backend
+        rows = 2 if cell == "no_reset" else 3
+        super().__init__(input_size, hidden_size, bias, rows, device=device, dtype=dtype)
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        params = self._parameters
+        try:
+            return [params[name] for name in _WEIGHTS]
+        except KeyError:
+            return [getattr(self, name, None) for name in _WEIGHTS]
+
+    def extra_repr(self) -> str:
+        """`torch.nn.GRUCell`'s, and the extras that are not at their defaults."""
+        return super().extra_repr() + options_repr(self.cell, self.backend)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Run one step.
+
+        Args:
+            input: (B, I) or (I,).
+            hx: State before the step, (B, H), or (H,) with an (I,) input. None means zeros.
+
+        Returns:
+            The state after the step: (B, H) or (H,).
+
+        Raises:
+            ValueError: `input` or `hx` is not 1-D or 2-D.
+            RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
+                take the call.
+        """
+        weights = self._flat_weights
+        dtype = weights[0].dtype
+        if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            # torch.nn.GRUCell's type of exception; torch.nn.GRU raises a ValueError.
+            raise RuntimeError(
+                f"input: expected the dtype of the weights, {dtype}, got {input.dtype}"
+            )
+        return functional.gru_cell(input, hx, *weights, cell=self.cell, backend=self.backend)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the modules share: their options, and a stack of layers that keeps no list of weights."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+DEFAULT_CELL = "reset_after"
+CANDIDATES = {
+    "reset_after": "n = tanh(W_in x + b_in + r * (W_hn h + b_hn))",
+    "reset_before": "n = tanh(W_in x + b_in + W_hn (r * h) + b_hn)",
+    "no_reset": "n = tanh(W_in x + b_in + W_hn h + b_hn)",
+}
+
+
+def check_choice(argument: str, given: str, expected: Iterable[str]) -> None:
+    """Raise a ValueError unless `given` is one of `expected`."""
+    if given not in tuple(expected):
+        names = ", ".join(map(repr, expected))
+        raise ValueError(f"{argument}: expected one of {names}, got {given!r}")
+
+
+def check_flag(argument: str, given: object) -> None:
+    """Raise a TypeError unless `given` is a bool, as torch does."""
+    if not isinstance(given, bool):
+        raise TypeError(f"{argument} should be of type bool, got: {type(given).__name__}")
+
+
+def check_probability(argument: str, given: object) -> None:
+    """Raise a ValueError unless `given` is a number in [0, 1]."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+        raise ValueError(f"{argument}: expected a number in [0, 1], got {given!r}")
+
+
+def options_repr(cell: str, backend: str, **others: object) -> str:
+    """The options that are not at their defaults, as the tail of an `extra_repr`."""
+    text = ""
+    if cell != DEFAULT_CELL:
+        text += f", cell={cell!r} ({CANDIDATES[cell]})"
+    if backend != "auto":
+        text += f", backend={backend!r}"
+    return text + "".join(f", {name}={value}" for name, value in others.items() if value)
+
+
+class Recurrent(nn.RNNBase):
+    """`nn.RNNBase` without its stored list of weights: what our stacks of layers have in common."""
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        # Not a stored list as in RNNBase: a stored one goes stale under functional_call.
+        params = self._parameters
+        try:
+            return [params[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight_norm, a DataParallel replica, partly built
+            return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Any]) -> None:
+        pass
+
+    def _init_flat_weights(self) -> None:
+        self.flatten_parameters()
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: kernels read each weight where it lies."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickle and deepcopy, without what is derived from the parameters."""
+        state = self.__dict__.copy()
+        state.pop("_flat_weight_refs", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state of this class or of `torch.nn.GRU`, also of older versions."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.pop("_flat_weights", None)
+        self.__dict__.pop("_flat_weight_refs", None)
+
+    def _replicate_for_data_parallel(self) -> "Recurrent":
+        # Not RNNBase's, which copies the stored list of weights.
+        replica: Recurrent = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        return replica
