@@ -32,7 +32,8 @@ def explain_generate(
 
     Returns:
         An `Explanation`: costs are those of rows that draw all their tokens; products of the
-        token table are not counted.
+        token table are not counted. On a GPU `why_not` has the forms of the kernel that do not fit
+        as well.
 
     Raises:
         ValueError: An id is outside its range.
@@ -61,9 +62,11 @@ def explain_generate(
     elif loop is sampling.triton_loop and "triton" not in why_not:
         form = gpu_sampling.chosen_form(model, N)
         backend, kernel = "triton", f"Triton, generate_{form}, because it fits; not measured"
+        for other, reason in gpu_sampling.why_not_forms(model, N).items():
+            why_not[f"generate_{other}"] = reason
     if gru.backend != "auto":
         named = f"backend={gru.backend!r} was asked for"
-        why_not = {name: why_not.get(name, named) for name in ("cpu", "triton")}
+        why_not = {name: why_not.get(name, named) for name in ("cpu", "triton", *why_not)}
     why_not.pop(backend, None)
 
     fed = int(lengths.sum()) * num_return_sequences + N * S

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gru_fast import backends
 from gru_fast.packed import TokenModel
 
-__all__ = ["chosen_form", "generate", "why_not"]
+__all__ = ["chosen_form", "generate", "why_not", "why_not_form", "why_not_forms"]
 
 
 def why_not(model: TokenModel) -> str | None:
@@ -56,12 +56,28 @@ def _weights(model: TokenModel) -> Any:
 
 def chosen_form(model: TokenModel, N: int) -> str:
     """The form of the kernel that generates N sequences: a name of `gru_fast.kernels.FORMS`."""
-    kernels = import_module("gru_fast.kernels")
-    gru, weight = model.gru, model.head.weight
-    name: str = kernels.chosen_form(
-        weight.device, weight.dtype, N, gru.hidden_size, gru.num_layers, model.vocab_size, gru.cell
-    )
+    name: str = import_module("gru_fast.kernels").chosen_form(*_call(model, N))
     return name
+
+
+def why_not_forms(model: TokenModel, N: int) -> dict[str, str]:
+    """The forms that cannot generate N sequences, each with the reason."""
+    forms = import_module("gru_fast.kernels").FORMS
+    reasons = {form: why_not_form(form, model, N) for form in forms}
+    return {form: reason for form, reason in reasons.items() if reason is not None}
+
+
+def why_not_form(form: str, model: TokenModel, N: int) -> str | None:
+    """Why a form cannot generate N sequences; None if it can."""
+    kernels = import_module("gru_fast.kernels")
+    reason: str | None = kernels.why_not_form(form, *_call(model, N))
+    return reason
+
+
+def _call(model: TokenModel, N: int) -> tuple[Any, ...]:
+    gru, weight = model.gru, model.head.weight
+    sizes = (N, gru.hidden_size, gru.num_layers, model.vocab_size)
+    return weight.device, weight.dtype, *sizes, gru.cell
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from . import measured
-from .generate import chosen_form, generate
+from .generate import chosen_form, generate, why_not_form
 from .generate_tables import FORMS
 from .generation import Rules, weights_of
 from .norm_tables import why_not as norm_why_not
@@ -25,7 +25,7 @@ from .registry import KERNELS, chosen, why_cudnn, why_not
 __all__ = [
     "DTYPES", "FORMS", "KERNELS", "Rules", "chosen", "chosen_form", "generate", "layer",
     "layer_backward", "measured", "norm_scan", "norm_scan_backward", "norm_why_not", "scan",
-    "scan_backward", "weights_of", "why_cudnn", "why_not",
+    "scan_backward", "weights_of", "why_cudnn", "why_not", "why_not_form",
 ]  # fmt: skip
 
 _OPS = ("layer", "scan", "layer_backward", "scan_backward")

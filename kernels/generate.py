@@ -19,7 +19,7 @@ from . import problem
 from .generate_tables import FORMS, Model, choose, config_of, unfit
 from .generation import ALIVE, BAD_ID, ENDED, PADDING, Generation, Rows, Rules, Weights, new_rows
 from .problem import on_device
-from .tiling import Sizes, device_of
+from .tiling import Device, Sizes, device_of
 
 OnTokens = Callable[[Tensor], None]
 
@@ -133,9 +133,34 @@ def chosen_form(
         V: Vocabulary size.
         cell: The kind of cell.
     """
+    return choose(*_call(device, dtype, B, H, L, V, cell))
+
+
+def why_not_form(
+    form: str, device: torch.device, dtype: torch.dtype, B: int, H: int, L: int, V: int, cell: str
+) -> str | None:
+    """Why a form cannot run a call; None if it can.
+
+    Args:
+        form: A name of `FORMS`.
+        device: As in `chosen_form`, like the others.
+        dtype: Of the weights.
+        B: Sequences.
+        H: Hidden size.
+        L: Layers.
+        V: Vocabulary size.
+        cell: The kind of cell.
+    """
+    found, model = _call(device, dtype, B, H, L, V, cell)
+    return unfit(found, model) if config_of(form, found, model) is None else None
+
+
+def _call(
+    device: torch.device, dtype: torch.dtype, B: int, H: int, L: int, V: int, cell: str
+) -> tuple[Device, Model]:
     stand_in = torch.empty((), dtype=dtype, device=device)
     sizes = Sizes(1, B, 1, H, cell, dtype, problem.dot_precision(stand_in))
-    return choose(device_of(stand_in), Model(sizes, L, V))
+    return device_of(stand_in), Model(sizes, L, V)
 
 
 @cache

@@ -183,12 +183,13 @@ def generate_grid(
 def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive; each launch fits."""
     B, H = call.rows.B, call.weights.H
+    unit_tiles, batch_tiles = triton.cdiv(H, config.BLOCK_H), triton.cdiv(B, config.BLOCK_B)
+    DRAW_B = triton.next_power_of_2(triton.cdiv(config.BLOCK_B, unit_tiles))
     known = (
-        call.split_arguments()
+        call.split_arguments(DRAW_B)
         | exchange_of(call, steps[0]).arguments()
         | config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K", "RESIDENT")
     )
-    unit_tiles, batch_tiles = triton.cdiv(H, config.BLOCK_H), triton.cdiv(B, config.BLOCK_B)
     counters = torch.zeros(batch_tiles, dtype=torch.int32, device=call.rows.state.device)
     most = max(1, device_of(call.rows.state).processors // unit_tiles)
     for first_tile in range(0, batch_tiles, most):
@@ -199,6 +200,6 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
             step_begin=steps[0],
             step_end=steps[1],
             first_tile=first_tile,
-            DRAW_B=triton.next_power_of_2(triton.cdiv(config.BLOCK_B, unit_tiles)),
+            DRAW_B=DRAW_B,
             launch_cooperative_grid=True,
         )

@@ -134,7 +134,7 @@ def generate_step_draw(
 def launch_generate_step(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive."""
     B, L, H, V = call.rows.B, call.weights.L, call.weights.H, call.weights.V
-    known = call.split_arguments() | exchange_of(call, steps[0]).arguments()
+    known = call.split_arguments(DRAW_B=1) | exchange_of(call, steps[0]).arguments()
     known |= {name: getattr(config, name) for name in ("BLOCK_H", "BLOCK_B", "BLOCK_K")}
     options = config.arguments()
     tiles = triton.cdiv(B, config.BLOCK_B)

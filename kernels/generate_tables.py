@@ -7,12 +7,22 @@ architecture; `scripts/gpu_resources.py` compiles all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.metadata import version
+from typing import Any
 
 from . import tables
-from .tables import AMPERE, ANY, HOPPER_ONLY
+from .problem import GATES
+from .tables import (
+    AMPERE,
+    AMPERE_ONLY,
+    ANY,
+    BLACKWELL,
+    HOPPER,
+    HOPPER_ONLY,
+    TURING_ONLY,
+)
 from .tiling import Config, Device, Sizes
 
 FORMS = ("cta", "grid", "step")
@@ -55,6 +65,9 @@ class GenerateRow:
         config: The tiles.
         arch: Compute capabilities, lowest and highest.
         since: The Triton that compiles it without spills, where 3.6 does not.
+        cells: Those that compile without spills.
+        least_H: Hidden size at least. `grid` has a program for every BLOCK_H units, and each draws
+            for its share of the tile's rows: few programs would hold the logits of many rows.
     """
 
     form: str
@@ -66,6 +79,8 @@ class GenerateRow:
     config: Config
     arch: tuple[int, int] = AMPERE
     since: tuple[int, int] = (3, 6)
+    cells: tuple[str, ...] = tuple(GATES)
+    least_H: int = 1
 
     def fits(self, device: Device) -> bool:
         """Whether the device, and Triton, have what the row needs."""
@@ -82,14 +97,15 @@ class GenerateRow:
         simple = not self.config.RESIDENT and self.config.num_stages == 1
         if self.form == "grid" and model.sizes.H % 16 and not simple:
             return False
-        within = model.L <= self.L and model.sizes.H <= self.H and model.V <= self.V
-        return within and model.sizes.numbers == self.numbers
+        within = model.L <= self.L and self.least_H <= model.sizes.H <= self.H and model.V <= self.V
+        same = model.sizes.numbers == self.numbers and model.sizes.cell in self.cells
+        return within and same
 
 
 def unfit(device: Device, model: Model) -> str:
     """A sentence for a model that no row of a form holds for."""
     return (
-        f"no tiles for {model.L} layers of H={model.sizes.H} and V={model.V} in "
+        f"no tiles for {model.L} layers {model.sizes.cell} of H={model.sizes.H} and V={model.V} in "
         f"{model.sizes.numbers} fit a device with {device.shared_bytes // 1024} KiB of shared "
         f"memory and {device.processors} processors"
     )
@@ -102,7 +118,7 @@ def config_of(form: str, device: Device, model: Model) -> Config | None:
     Of the rows that hold for the smallest model, the first with the fewest waves.
     """
     if form == "step":
-        return tables.config("step", device, model.sizes, "forward")
+        return _step(device, model.sizes)
     fitting = [
         row
         for row in ROWS
@@ -116,6 +132,15 @@ def config_of(form: str, device: Device, model: Model) -> Config | None:
     return min(configs, key=lambda c: tables.waves(c, device, model.sizes), default=None)
 
 
+def _step(device: Device, sizes: Sizes) -> Config:
+    """Those of the scan of that name, but for one that spills 4 bytes under Triton 3.6."""
+    found = tables.config("step", device, sizes, "forward")
+    assert found is not None
+    if sizes.numbers == "tf32x3" and device.arch >= BLACKWELL[0]:
+        return replace(found, num_stages=2)
+    return found
+
+
 def choose(device: Device, model: Model) -> str:
     """The first form that fits."""
     return next(form for form in FORMS if config_of(form, device, model) is not None)
@@ -123,41 +148,90 @@ def choose(device: Device, model: Model) -> str:
 
 def _cta(
     numbers: str, L: int, H: int, V: int, shared_kib: int, BLOCK_B: int, num_warps: int,
-    arch: tuple[int, int] = AMPERE, since: tuple[int, int] = (3, 6),
+    arch: tuple[int, int], **rest: Any,
 ) -> GenerateRow:  # fmt: skip
     config = Config(BLOCK_B, H, 0, num_warps)
-    return GenerateRow("cta", numbers, L, H, V, shared_kib, config, arch, since)
+    return GenerateRow("cta", numbers, L, H, V, shared_kib, config, arch, **rest)
 
 
-def _grid(
-    numbers: str, L: int, H: int, shared_kib: int, config: Config,
-    arch: tuple[int, int] = AMPERE, since: tuple[int, int] = (3, 6),
+def _resident(
+    numbers: str, H: int, shared_kib: int, BLOCK_H: int, BLOCK_K: int, num_warps: int,
+    arch: tuple[int, int], **rest: Any,
 ) -> GenerateRow:  # fmt: skip
-    return GenerateRow("grid", numbers, L, H, ANY, shared_kib, config, arch, since)
-
-
-def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
-    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps)
+    """`grid` with one layer's weights on chip."""
+    config, rest = Config(8, BLOCK_H, BLOCK_K, num_warps), rest | {"least_H": 128}
+    return GenerateRow("grid", numbers, 1, H, ANY, shared_kib, config, arch, **rest)
 
 
 def _streamed(
-    BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int, num_stages: int = 1
-) -> Config:
-    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, num_stages, RESIDENT=False)
+    numbers: str, BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int, least_H: int,
+    arch: tuple[int, int], *, H: int = ANY, V: int = ANY, **rest: Any,
+) -> GenerateRow:  # fmt: skip
+    """`grid` with weights from the L2 cache: any number of layers, in 64 KiB."""
+    config = Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, RESIDENT=False)
+    return GenerateRow("grid", numbers, ANY, H, V, 64, config, arch, least_H=least_H, **rest)
 
 
 NOT_OLD = (3, 9)
+NOT_BEFORE = ("reset_after", "no_reset")
+A100, RTX_30_40, B200, RTX_50 = (80, 85), (86, 89), (100, 119), (120, ANY)
 
 ROWS = (
+    _cta("16", 1, 32, 128, 64, 8, 8, TURING_ONLY),
+    _cta("16", 1, 64, 128, 64, 8, 8, AMPERE_ONLY),
+    _cta("16", 1, 64, 128, 64, 16, 8, AMPERE_ONLY),
     _cta("16", 1, 64, 128, 64, 8, 4, HOPPER_ONLY),
+    _cta("16", 1, 64, 128, 64, 8, 8, B200),
+    _cta("16", 1, 64, 128, 64, 16, 8, B200, since=NOT_OLD),
+    _cta("16", 1, 64, 128, 64, 8, 8, RTX_50),
+    _cta("16", 1, 64, 128, 64, 16, 8, RTX_50),
+    _cta("16", 1, 64, 256, 64, 8, 8, AMPERE_ONLY),
+    _cta("16", 1, 64, 256, 64, 8, 8, RTX_50),
+    _cta("16", 2, 64, 64, 99, 8, 8, A100),
+    _cta("16", 2, 64, 128, 99, 8, 8, RTX_30_40),
     _cta("16", 2, 64, 128, 99, 8, 8, HOPPER_ONLY),
+    _cta("16", 2, 64, 128, 99, 8, 8, B200),
+    _cta("16", 2, 64, 128, 99, 8, 8, RTX_50, cells=NOT_BEFORE),
+    _cta("16", 3, 64, 128, 163, 8, 8, HOPPER_ONLY),
+    _cta("16", 1, 128, 128, 163, 8, 8, A100),
+    _cta("16", 1, 128, 128, 64, 8, 8, RTX_30_40, since=NOT_OLD),
     _cta("16", 1, 128, 128, 163, 8, 8, HOPPER_ONLY),
     _cta("16", 1, 128, 128, 163, 16, 8, HOPPER_ONLY),
+    _cta("16", 1, 128, 64, 163, 8, 8, B200, cells=("reset_after", "reset_before")),
+    _cta("16", 1, 128, 128, 64, 8, 8, RTX_50, since=NOT_OLD),
     _cta("16", 1, 128, 256, 227, 8, 8, HOPPER_ONLY),
-    _cta("tf32", 1, 64, 128, 99, 8, 8, HOPPER_ONLY),
-    _cta("tf32x3", 1, 64, 128, 99, 8, 8, HOPPER_ONLY, NOT_OLD),
-    _grid("16", 1, 512, 163, _resident(8, 32, 128, 8), HOPPER_ONLY),
-    _grid("16", ANY, ANY, 64, _streamed(16, 32, 64, 8), HOPPER_ONLY, NOT_OLD),
-    _grid("tf32", ANY, ANY, 64, _streamed(16, 32, 32, 8), HOPPER_ONLY, NOT_OLD),
+    _cta("tf32", 1, 64, 128, 99, 8, 8, AMPERE),
+    _cta("tf32x3", 1, 32, 128, 64, 8, 8, B200),
+    _cta("tf32x3", 1, 64, 64, 99, 8, 8, B200, since=NOT_OLD),
+    _cta("tf32x3", 1, 64, 128, 99, 8, 8, A100),
+    _cta("tf32x3", 1, 64, 128, 99, 8, 8, RTX_30_40, since=NOT_OLD),
+    _cta("tf32x3", 1, 64, 128, 99, 8, 8, HOPPER_ONLY, since=NOT_OLD),
+    _cta("tf32x3", 1, 64, 128, 99, 8, 8, RTX_50, since=NOT_OLD),
+    _cta("ieee", 1, 32, 128, 64, 8, 8, TURING_ONLY),
+    _resident("16", 512, 163, 32, 128, 8, A100),
+    _resident("16", 512, 163, 32, 128, 8, HOPPER),
+    _resident("16", 512, 99, 16, 128, 4, RTX_30_40),
+    _resident("16", 512, 99, 16, 128, 4, RTX_50, since=NOT_OLD),
+    _resident("tf32", 256, 163, 32, 64, 8, A100),
+    _resident("tf32", 256, 163, 32, 64, 8, HOPPER, since=NOT_OLD),
+    _resident("tf32", 256, 99, 16, 64, 4, RTX_30_40),
+    _resident("tf32", 256, 99, 16, 64, 4, RTX_50),
+    _resident("tf32", 512, 227, 32, 64, 8, HOPPER, since=NOT_OLD),
+    _streamed("16", 8, 32, 32, 8, 128, TURING_ONLY),
+    _streamed("16", 8, 32, 64, 8, 64, AMPERE, H=128, V=256, since=NOT_OLD),
+    _streamed("16", 16, 32, 64, 8, 256, A100, since=NOT_OLD),
+    _streamed("16", 16, 32, 64, 8, 512, HOPPER_ONLY, since=NOT_OLD),
+    _streamed("16", 8, 32, 64, 8, 128, AMPERE, since=NOT_OLD),
+    _streamed("tf32", 8, 32, 32, 8, 64, AMPERE, H=64, V=256, since=NOT_OLD),
+    _streamed("tf32", 16, 32, 32, 8, 256, HOPPER_ONLY, since=NOT_OLD, cells=NOT_BEFORE),
+    _streamed("tf32", 16, 32, 32, 8, 256, B200, since=NOT_OLD),
+    _streamed("tf32", 8, 32, 32, 8, 128, AMPERE_ONLY, since=NOT_OLD),
+    _streamed("tf32", 8, 32, 32, 8, 128, HOPPER_ONLY, since=NOT_OLD, cells=NOT_BEFORE),
+    _streamed("tf32", 8, 32, 16, 8, 128, HOPPER_ONLY, since=NOT_OLD, cells=("reset_before",)),
+    _streamed("tf32", 8, 32, 32, 8, 256, B200, since=NOT_OLD),
+    _streamed("tf32", 8, 32, 32, 8, 128, RTX_50, since=NOT_OLD),
+    _streamed("tf32", 8, 32, 32, 8, 256, AMPERE_ONLY),
+    _streamed("tf32x3", 8, 32, 16, 8, 256, AMPERE),
+    _streamed("ieee", 8, 16, 16, 4, 128, TURING_ONLY),
 )
 """For one form and one largest model the row to prefer first. What none holds for takes `step`."""

@@ -252,10 +252,16 @@ class Generation:
         rest = {"BLOCK_V": BLOCK_V, "id_bits": (ids - 1).bit_length()}
         return weights.arguments() | self.rules.arguments(weights.V) | self.rows.arguments() | rest
 
-    def split_arguments(self) -> dict[str, Any]:
-        """The same for a form that splits the head and the draw over programs."""
+    def split_arguments(self, DRAW_B: int) -> dict[str, Any]:
+        """The same for a form that splits the head and the draw over programs.
+
+        Args:
+            DRAW_B: Rows that one program draws for, a power of two.
+        """
         V = self.weights.V
-        BLOCK_V = max(16, min(MOST_DRAWN_FROM, 1 << (V - 1).bit_length()))
+        BLOCK_V = max(16, 1 << (V - 1).bit_length())
+        if BLOCK_V > MOST_DRAWN_FROM:
+            BLOCK_V = max(16, MOST_DRAWN_FROM // DRAW_B)
         rest = {"BLOCK_T": MOST_OF_HEAD, "WHOLE": V <= BLOCK_V}
         return self.arguments(BLOCK_V) | rest
 

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.gpu
 
 float32_as = load("benchmarks.precision").float32_as
 FORMS = ("cta", "grid", "step")
+SIZES = {"cta": 48, "grid": 272, "step": 48}
+"""Hidden sizes that the forms have tiles for, on Ampere and later."""
 FLIPS = {"float32": 1e-3, "tf32": 5e-3, "bfloat16": 3e-2, "float16": 1e-2}
 """Share of draws after given prefixes that may differ from the CPU's in float32."""
 
@@ -47,8 +49,10 @@ def drawn(form, model, prompts, **options):
     )  # fmt: skip
 
 
-def fits(form, model):
-    return form != "cta" or gpu_sampling.chosen_form(model, 1) == "cta"
+def skip_unless_fits(form, model, N):
+    reason = gpu_sampling.why_not_form(form, model, N)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("numbers", FLIPS)
@@ -56,10 +60,9 @@ def fits(form, model):
 def test_draws_after_given_prefixes(form, numbers):
     """Four thousand draws; how many differ from the CPU's is counted."""
     for cell in CELLS:
-        model, copy = pair(numbers, cell=cell)
+        model, copy = pair(numbers, H=SIZES[form], cell=cell)
         with float32_as(numbers):
-            if not fits(form, copy):
-                pytest.skip("no tiles for that on this device")
+            skip_unless_fits(form, copy, 4000)
             prompts = torch.randint(0, 65, (4000, 9))
             for rules in ({}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}):
                 expected = model.generate(prompts, max_new_tokens=1, seed=3, **rules)[:, -1]
@@ -73,18 +76,16 @@ def test_draws_after_given_prefixes(form, numbers):
 class TestForm:
     @pytest.mark.parametrize("layers", [1, 2])
     def test_score_gives_back_the_log_probabilities(self, form, layers):
-        _, model = pair("bfloat16", L=layers)
-        if not fits(form, model):
-            pytest.skip("no tiles for that on this device")
+        _, model = pair("bfloat16", H=SIZES[form], L=layers)
+        skip_unless_fits(form, model, 300)
         prompts = torch.randint(0, 65, (300, 5), device="cuda")
         tokens, log_probs, _ = drawn(form, model, prompts, max_new_tokens=60, seed=1)
         scores = model.score(torch.cat([prompts, tokens], 1))[:, 5:]
         assert float((scores - log_probs).abs().max()) < 0.3
 
     def test_runs_repeat_bit_by_bit(self, form):
-        _, model = pair("bfloat16")
-        if not fits(form, model):
-            pytest.skip("no tiles for that on this device")
+        _, model = pair("bfloat16", H=SIZES[form])
+        skip_unless_fits(form, model, 300)
         prompts = torch.randint(0, 65, (200, 3), device="cuda")
         steps = 300 if form == "step" else 9000
         runs = [drawn(form, model, prompts, max_new_tokens=steps, seed=2) for _ in range(3)]
@@ -92,9 +93,8 @@ class TestForm:
             assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
     def test_bad_logits(self, form):
-        _, model = pair("bfloat16")
-        if not fits(form, model):
-            pytest.skip("no tiles for that on this device")
+        _, model = pair("bfloat16", H=SIZES[form])
+        skip_unless_fits(form, model, 300)
         with torch.no_grad():
             model.head.bias[3] = torch.nan
         prompts = torch.randint(0, 65, (20, 3), device="cuda")

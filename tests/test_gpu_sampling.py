@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which loop takes a call of `generate` on CUDA, what `explain_generate` says, and the tiles."""
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
 
 import gru_fast
+from cases import CELLS
 from gru_fast import GRULanguageModel, backends, explain_generate, gpu_sampling, sampling
 
 kernels = pytest.importorskip("gru_fast.kernels")
@@ -16,6 +20,7 @@ from gru_fast.kernels.generate_tables import FORMS, Model  # noqa: E402
 DEVICES = [
     tiling.Device(75, 64 * 1024, 40),
     tiling.Device(80, 163 * 1024, 108),
+    tiling.Device(86, 99 * 1024, 82),
     tiling.Device(89, 99 * 1024, 128),
     tiling.Device(90, 227 * 1024, 132),
     tiling.Device(100, 227 * 1024, 148),
@@ -29,40 +34,91 @@ def model_of(H=64, L=1, V=65, numbers="16", B=4, cell="reset_after"):
     return Model(tiling.Sizes(1, B, 1, H, cell, dtype, precision), L, V)
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d.arch}")
-class TestTables:
-    def test_every_model_has_a_form(self, device):
-        numbers = ("16", "ieee") if device.arch < 80 else ("16", "tf32", "tf32x3")
-        for kind in numbers:
-            for H in (1, 40, 64, 100, 128, 300, 1024, 20000):
-                for V in (2, 65, 256, 50_000):
-                    for L in (1, 2, 6):
-                        model = model_of(H, L, V, kind)
-                        form = generate_tables.choose(device, model)
-                        config = generate_tables.config_of(form, device, model)
-                        assert form in FORMS and config is not None
-                        if form == "cta":
-                            assert config.BLOCK_H >= H
-                        if form == "grid":
-                            assert -(-H // config.BLOCK_H) <= device.processors
-                            alone = config.num_stages == 1 and not config.RESIDENT
-                            assert H % 16 == 0 or alone
-
-    def test_rows_are_by_limit(self, device):
-        for row in generate_tables.ROWS:
-            if row.fits(device):
-                assert row.shared_kib * 1024 <= device.shared_bytes
+BY_ARCH = {device.arch: device for device in DEVICES}
 
 
-def test_small_models_stay_in_one_program(monkeypatch):
-    hopper = DEVICES[3]
-    monkeypatch.setattr(generate_tables, "triton_version", lambda: (3, 9))
+@pytest.fixture(params=[(3, 6), (3, 9)], ids=lambda v: f"triton-{v[0]}.{v[1]}")
+def version(request, monkeypatch):
+    """The Triton that the tables believe to be installed."""
+    monkeypatch.setattr(generate_tables, "triton_version", lambda: request.param)
     generate_tables.config_of.cache_clear()
-    assert generate_tables.choose(hopper, model_of(128)) == "cta"
-    assert generate_tables.choose(hopper, model_of(64, 2)) == "cta"
-    assert generate_tables.choose(hopper, model_of(512)) == "grid"
-    assert generate_tables.choose(hopper, model_of(128, 3)) == "grid"
-    assert generate_tables.choose(hopper, model_of(20_000)) == "step"
+    yield request.param
+    generate_tables.config_of.cache_clear()
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d.arch}")
+def test_every_model_has_a_form_that_fits(device, version):
+    seen = set()
+    numbers = ("16", "ieee") if device.arch < 80 else ("16", "tf32", "tf32x3")
+    models = product(numbers, (1, 40, 64, 100, 300, 1024, 20000), (2, 65, 256, 50_000), (1, 2, 6))
+    for kind, H, V, L in models:
+        for cell in CELLS:
+            model = model_of(H, L, V, kind, cell=cell)
+            form = generate_tables.choose(device, model)
+            config = generate_tables.config_of(form, device, model)
+            seen.add(form)
+            if form == "cta":
+                assert config.BLOCK_H >= H
+            if form == "grid":
+                programs = -(-H // config.BLOCK_H)
+                assert programs <= device.processors
+                assert H % 16 == 0 or (config.num_stages == 1 and not config.RESIDENT)
+                # What each draws for is held in registers.
+                rows = -(-config.BLOCK_B // programs)
+                assert rows <= 2 or (rows <= 4 and V <= 256)
+    assert seen == set(FORMS)
+
+
+def form_of(arch, *args, shared_kib=None, **options):
+    device = BY_ARCH[arch]
+    if shared_kib is not None:
+        device = replace(device, shared_bytes=shared_kib * 1024)
+    return generate_tables.choose(device, model_of(*args, **options))
+
+
+@pytest.mark.parametrize("version", [(3, 9)], indirect=True)
+@pytest.mark.usefixtures("version")
+class TestForms:
+    def test_small_models_stay_in_one_program(self):
+        for arch in (80, 86, 89, 90, 120):
+            assert form_of(arch, 128) == "cta"
+            assert form_of(arch, 64, V=256) == "cta"
+            assert form_of(arch, 64, numbers="tf32x3") == "cta"
+        for arch in (86, 89, 90, 100, 120):
+            assert form_of(arch, 64, 2) == "cta"
+        assert form_of(75, 32) == form_of(75, 32, numbers="ieee") == "cta"
+        assert form_of(100, 128, V=64) == "cta"
+
+    def test_larger_ones_are_split(self):
+        for arch in BY_ARCH:
+            precise = "ieee" if arch < 80 else "tf32x3"
+            for args in ((512,), (256, 3), (256, 1, 65, precise), (512, 2, 1000, precise)):
+                assert form_of(arch, *args) == "grid", (arch, args)
+
+    def test_what_nothing_fits_takes_a_launch_a_layer(self):
+        for arch in BY_ARCH:
+            assert form_of(arch, 20_000) == "step"
+            # More rows to draw for than a program has registers.
+            assert form_of(arch, 32, 6) == "step"
+            assert form_of(arch, 128, shared_kib=48) == "step"
+
+    def test_by_shared_memory(self):
+        assert form_of(90, 128, V=256, shared_kib=163) == "grid"
+        assert form_of(80, 128, shared_kib=99) == "grid"
+        on_chip = generate_tables.config_of("grid", BY_ARCH[80], model_of(512))
+        streamed = replace(BY_ARCH[80], shared_bytes=99 * 1024)
+        assert on_chip.RESIDENT
+        assert not generate_tables.config_of("grid", streamed, model_of(512)).RESIDENT
+
+    def test_cells_that_would_spill(self):
+        assert form_of(120, 64, 2, cell="no_reset") == "cta"
+        assert form_of(120, 64, 2, cell="reset_before") == "grid"
+
+    def test_more_rows_take_larger_tiles(self):
+        few, many = (
+            generate_tables.config_of("cta", BY_ARCH[86], model_of(64, B=B)) for B in (64, 2048)
+        )
+        assert few.BLOCK_B < many.BLOCK_B
 
 
 @pytest.fixture
@@ -85,7 +141,11 @@ class TestRouting:
         model = GRULanguageModel(65, None, 128, 2)
         found = explain_generate(model, [[1, 2], [3]], max_new_tokens=10, num_return_sequences=4)
         assert found.backend == "triton" and "generate_grid" in found.kernel
-        assert found.why_not == {"cpu": "weights are on cuda:0"}
+        assert found.why_not == {
+            "cpu": "weights are on cuda:0",
+            "generate_cta": "no tiles for 2 layers reset_after of H=128 and V=65 in tf32 fit a "
+            "device with 227 KiB of shared memory and 132 processors",
+        }
         fed = 3 * 4 + 8 * 10
         assert found.flops == 2 * (fed * 3 * 384 * 128 + 80 * 65 * 128)
         assert found.dependent_steps == (2 + 10) * 2

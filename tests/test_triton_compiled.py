@@ -133,6 +133,18 @@ def test_amd_compiles(kernel, H, cell):
     assert launches("gfx942", kernel, Case(cell, T=3, B=64, H=H), torch.bfloat16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("form, H", [("cta", 64), ("grid", 256), ("step", 256)])
+def test_amd_compiles_generate(form, H, cell):
+    """Compiled only; nobody has run it."""
+    weights = zero_weights(cell, H, V=65)
+    prompts, lengths = torch.zeros(4, 3).long(), torch.full((4,), 3)
+    with compiled.dry_launches("gfx942") as launches:
+        kernels.generate(weights, prompts, lengths, kernels.Rules(top_k=5), 1, form=form)
+    assert {launch.kernel.split("_")[1] for launch in launches} == {form}
+
+
 @pytest.mark.parametrize(
     "kernel, forward, backward", [("cta", 1, 1), ("grid", 1, 1), ("step", 2, 3)]
 )
@@ -146,15 +158,22 @@ def test_sizes_do_not_recompile(kernel, forward, backward):
     assert names.count(f"backward_{kernel}") == backward
 
 
+def zero_weights(cell: str, H: int, V: int) -> Any:
+    """One bfloat16 layer for `kernels.generate`."""
+    rows = problem.GATES[cell] * H
+    like = {"dtype": torch.bfloat16}
+    layer = [torch.zeros(rows, H, **like)] * 2 + [torch.zeros(rows, **like)] * 2
+    return kernels.weights_of(
+        cell, torch.zeros(V + 1, rows, **like), [layer], torch.zeros(V, H, **like),
+        torch.zeros(V, **like),
+    )  # fmt: skip
+
+
 def test_sizes_and_rules_do_not_recompile_generate():
     """One binary whatever the batch, the prompts, the vocabulary within a tile and the seed are."""
-    binaries, wide = set(), [torch.zeros(96, 33).bfloat16(), torch.zeros(96, 32).bfloat16()]
+    binaries = set()
     for B, P, V, seed in ((1, 1, 33, 0), (16, 4, 64, -1), (7, 0, 50, 2**63)):
-        layer = [*wide, torch.zeros(96).bfloat16(), torch.zeros(96).bfloat16()]
-        weights = kernels.weights_of(
-            "reset_after", torch.zeros(V + 1, 96).bfloat16(), [layer],
-            torch.zeros(V, 32).bfloat16(), torch.zeros(V).bfloat16(),
-        )  # fmt: skip
+        weights = zero_weights("reset_after", 32, V)
         prompts, lengths = torch.zeros(B, P).long(), torch.full((B,), P)
         rules = kernels.Rules(temperature=0.5 + B, min_p=0.1, eos=V - 1, seed=seed)
         with compiled.dry_launches(90) as launches:

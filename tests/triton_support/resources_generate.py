@@ -13,16 +13,20 @@ from gru_fast.kernels.tiling import Config, Sizes
 from triton_support import compiled
 from triton_support.compiled import DEVICES, Resources
 
-VARIANTS = (("reset_after", "filters", (90,)),)
+VARIANTS = (
+    ("reset_after", "filters", tuple(DEVICES)),
+    ("reset_before", "filters", (90, 80)),
+    ("no_reset", "filters", (90,)),
+)
 """Cells, rules and architectures that rows are compiled for: what takes most."""
-
-STEPS = {90: ("16", "tf32")}
-"""Numbers that the tiles of `step` are compiled for, by architecture."""
 
 RULES = {"filters": {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "min_p": 0.1}, "plain": {}}
 
 MOST = {"L": 2, "H": 1024, "V": 1000}
 """What rows without a limit are compiled for."""
+
+MOST_LAYERS = 4
+"""Layers that they are compiled for where a program draws for most rows, at their least H."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +58,45 @@ class GeneratePoint:
 
 def points() -> Iterator[GeneratePoint]:
     """Every row where it may be taken, and the tiles of `step`."""
+    seen = set()
     for cell, rules, archs in VARIANTS:
         for arch in archs:
-            device = DEVICES[arch]
-            for row in generate_tables.ROWS:
-                if row.fits(device):
-                    sizes = {name: min(getattr(row, name), MOST[name]) for name in MOST}
-                    yield GeneratePoint(arch, replace(row, **sizes), cell, rules)
-            for numbers in STEPS[arch]:
-                sizes = Sizes(1, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
-                config = generate_tables.config_of("step", device, Model(sizes, 2, 1000))
-                row = GenerateRow("step", numbers, 2, 256, 1000, 64, config)
-                yield GeneratePoint(arch, row, cell, rules)
+            for row in (*_rows(arch, cell), *_steps(arch, cell)):
+                point = GeneratePoint(arch, row, cell, rules)
+                if str(point) not in seen:
+                    seen.add(str(point))
+                    yield point
+
+
+def _rows(arch: int, cell: str) -> Iterator[GenerateRow]:
+    """Rows with the sizes to compile in place of their limits."""
+    for row in generate_tables.ROWS:
+        if row.fits(DEVICES[arch]) and cell in row.cells:
+            sizes = {name: min(getattr(row, name), MOST[name]) for name in MOST}
+            yield replace(row, **sizes)
+            if row.least_H > 1:
+                yield replace(row, **sizes | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
+
+
+def _steps(arch: int, cell: str) -> Iterator[GenerateRow]:
+    if cell != "reset_after":
+        return
+    for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
+        sizes = Sizes(1, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
+        config = generate_tables.config_of("step", DEVICES[arch], Model(sizes, 2, 1000))
+        yield GenerateRow("step", numbers, 2, 256, 1000, 64, config)
 
 
 def sample() -> Iterator[GeneratePoint]:
-    """A few of them."""
-    wanted = {("cta", "16", 128), ("grid", "16", 512), ("step", "tf32", 256)}
+    """A few of them, of each form and for each kind of architecture."""
+    wanted = {
+        (90, "cta", "16", 128), (90, "grid", "16", 512), (90, "step", "tf32", 256),
+        (75, "cta", "ieee", 32), (80, "cta", "16", 128), (86, "grid", "tf32", 256),
+        (100, "cta", "tf32", 64), (120, "grid", "tf32x3", 1024),
+    }  # fmt: skip
     for point in points():
-        key = (point.row.form, point.row.numbers, point.row.H)
-        if point.arch == 90 and point.cell == "reset_after" and key in wanted:
+        key = (point.arch, point.row.form, point.row.numbers, point.row.H)
+        if point.cell == "reset_after" and key in wanted:
             wanted.discard(key)
             yield point
 
