@@ -4,6 +4,7 @@
 // product() of tile.h, and keeps its order of summation; bfloat16 adds k in order too, in one
 // chain; int8 adds integers, exactly. So neither rows, tiles abreast nor threads change a bit.
 #pragma once
+#include "gate_math.h"
 #include "panels.h"
 #include "sampler_problem.h"
 #include "schedule.h"
@@ -375,13 +376,11 @@ struct Items {
   GRU_MEMBER int64_t tile_of(int j) const { return tile + j * tile_step; }
 };
 
-// epilogue(items, values), where values[v][j] is sum v of item j; the items lie `stride` sums
-// apart.
-template <Weights P, int N, int COUNT, class Epilogue>
-GRU_INLINE void finish_items(const Panels& panels, const Sum<P>* sums, int64_t stride, Items items,
-                             Epilogue epilogue) {
+// values[v][j] is sum v of item j; the items lie `stride` sums apart.
+template <Weights P, int N, int COUNT>
+GRU_INLINE void value_items(const Panels& panels, const Sum<P>* sums, int64_t stride, Items items,
+                            Vec<float> (&values)[COUNT][N]) {
   constexpr int W = kLanes<float>;
-  Vec<float> values[COUNT][N];
 #pragma GCC unroll 4
   for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 3
@@ -399,6 +398,14 @@ GRU_INLINE void finish_items(const Panels& panels, const Sum<P>* sums, int64_t s
       }
     }
   }
+}
+
+// epilogue(items, values) of value_items().
+template <Weights P, int N, int COUNT, class Epilogue>
+GRU_INLINE void finish_items(const Panels& panels, const Sum<P>* sums, int64_t stride, Items items,
+                             Epilogue epilogue) {
+  Vec<float> values[COUNT][N];
+  value_items<P, N, COUNT>(panels, sums, stride, items, values);
   epilogue(items, values);
 }
 

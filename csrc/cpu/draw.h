@@ -42,13 +42,22 @@ GRU_INLINE void exp_negative(Vec<float> (&x)[N]) {
 
 typedef float Float8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double Double8 __attribute__((vector_size(64)));
+typedef double Double4 __attribute__((vector_size(32)));
+typedef double Double2 __attribute__((vector_size(16)));
+
+template <class Half, class Whole>
+GRU_INLINE Half add_halves(Whole whole) {
+  Half half[2];
+  std::memcpy(half, &whole, sizeof half);
+  return half[0] + half[1];
+}
 
 GRU_INLINE double block_sum(const float* weights) {
   const Double8 low = __builtin_convertvector(*reinterpret_cast<const Float8*>(weights), Double8);
   const Double8 high =
       __builtin_convertvector(*reinterpret_cast<const Float8*>(weights + 8), Double8);
-  const Double8 sum = low + high;
-  return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+  const Double2 sum = add_halves<Double2>(add_halves<Double4>(low + high));
+  return sum[0] + sum[1];
 }
 
 class Draw {

@@ -89,23 +89,31 @@ GRU_INLINE Vec<Real> larger(Real limit, Vec<Real> x) {
 #endif
 }
 
+// What runs between the operations of a function that takes a `between`: other work, for the time
+// that a chain of dependent operations waits.
+struct Nothing {
+  GRU_MEMBER void operator()() const {}
+};
+
 #define GRU_EACH(j) _Pragma("GCC unroll 16") for (int j = 0; j < N; ++j)
 
 // exp(x) = scale * (1 + fraction), with |fraction| < 0.42 accurate also where it is tiny; |x| at
 // most ExpConstants::limit. N registers at once: a chain of dependent operations is longer than
 // what a processor looks ahead.
-template <class Real, int N>
-GRU_INLINE void scaled_exp(const Vec<Real> (&x)[N], Vec<Real> (&scale)[N],
-                           Vec<Real> (&fraction)[N]) {
+template <class Real, int N, class Between = Nothing>
+GRU_INLINE void scaled_exp(const Vec<Real> (&x)[N], Vec<Real> (&scale)[N], Vec<Real> (&fraction)[N],
+                           Between between = {}) {
   using C = ExpConstants<Real>;
   Vec<Real> shifted[N], r[N], tail[N];
   GRU_EACH(j) shifted[j] = x[j] * C::log2e + C::magic;
   GRU_EACH(j) tail[j] = shifted[j] - C::magic;
+  between();
   GRU_EACH(j) r[j] = x[j] - tail[j] * C::ln2_high;
   GRU_EACH(j) r[j] = r[j] - tail[j] * C::ln2_low;
   GRU_EACH(j) tail[j] = broadcast<Real>(static_cast<Real>(kInverseFactorial[C::terms]));
 #pragma GCC unroll 16
   for (int i = C::terms - 1; i >= 2; --i) {
+    between();
     GRU_EACH(j) tail[j] = tail[j] * r[j] + static_cast<Real>(kInverseFactorial[i]);
   }
   GRU_EACH(j) {
@@ -115,23 +123,25 @@ GRU_INLINE void scaled_exp(const Vec<Real> (&x)[N], Vec<Real> (&scale)[N],
   GRU_EACH(j) fraction[j] = r[j] + r[j] * r[j] * tail[j];
 }
 
-template <class Real, int N>
-GRU_INLINE void sigmoid(Vec<Real> (&x)[N]) {
+template <class Real, int N, class Between = Nothing>
+GRU_INLINE void sigmoid(Vec<Real> (&x)[N], Between between = {}) {
   constexpr Real limit = ExpConstants<Real>::limit;
   Vec<Real> scale[N], fraction[N];
   GRU_EACH(j) x[j] = larger<Real>(-limit, smaller<Real>(limit, -x[j]));
-  scaled_exp<Real, N>(x, scale, fraction);
+  scaled_exp<Real, N>(x, scale, fraction, between);
+  between();
   GRU_EACH(j) x[j] = (scale[j] * fraction[j] + scale[j]) + Real(1);
   GRU_EACH(j) x[j] = Real(1) / x[j];
 }
 
 // tanh(x) = m / (m + 2), m = exp(2 x) - 1
-template <class Real, int N>
-GRU_INLINE void tanh(Vec<Real> (&x)[N]) {
+template <class Real, int N, class Between = Nothing>
+GRU_INLINE void tanh(Vec<Real> (&x)[N], Between between = {}) {
   Vec<Real> scale[N], fraction[N];
   GRU_EACH(j) x[j] = larger<Real>(-20, smaller<Real>(20, x[j]));
   GRU_EACH(j) x[j] = x[j] + x[j];
-  scaled_exp<Real, N>(x, scale, fraction);
+  scaled_exp<Real, N>(x, scale, fraction, between);
+  between();
   GRU_EACH(j) x[j] = scale[j] * fraction[j] + (scale[j] - Real(1));
   GRU_EACH(j) x[j] = x[j] / (x[j] + Real(2));
 }

@@ -3,8 +3,7 @@
 // rows of state that one caller advances. The arithmetic of a step is that of forward.h, operation
 // by operation, so float32 gives the same bits as the layer.
 #pragma once
-#include "dot.h"
-#include "gate_math.h"
+#include "dot_pairs.h"
 #include "team.h"
 
 namespace gru_fast {
@@ -307,21 +306,27 @@ class Stack {
       return load(gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
     };
     if (s_.shape.cell == Cell::kResetAfter) {
-      multiply<P, 3>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
-                     [&]<int N>(Items at, const V(&sums)[3][N]) GRU_MEMBER_LAMBDA {
-                       V rz[2 * N], n[N];
-                       GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
-                       GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
-                       sigmoid<float, 2 * N>(rz);
-                       GRU_EACH(j) {
-                         const V q = sums[2][j] + load(weights.bias_q + at.tile_of(j) * W);
-                         n[j] = gx(at, j, 2) + rz[j] * q;
-                       }
-                       tanh<float, N>(n);
-                       GRU_EACH(j) {
-                         finish(layer, parity, at.row_of(j), at.tile_of(j), rz[N + j], n[j], copy);
-                       }
-                     });
+      auto gates = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
+                                             Between between) GRU_MEMBER_LAMBDA {
+        V rz[2 * N], q[N], n[N];
+        GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
+        GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
+        GRU_EACH(j) q[j] = sums[2][j] + load(weights.bias_q + at.tile_of(j) * W);
+        sigmoid<float, 2 * N>(rz, between);
+        GRU_EACH(j) n[j] = gx(at, j, 2) + rz[j] * q[j];
+        tanh<float, N>(n, between);
+        GRU_EACH(j) { finish(layer, parity, at.row_of(j), at.tile_of(j), rz[N + j], n[j], copy); }
+      };
+      Range tiles = crew.tiles;
+      if constexpr (kPairs) {
+        if (rows == 1 && one_chain<P>(weights.first)) {
+          Pairs<P, 3>(weights.first, tiles, parity != 0).multiply(previous, gates);
+          tiles.begin = tiles.end - (tiles.end - tiles.begin) % 2;
+        }
+      }
+      multiply<P, 3>(weights.first, previous, ldw_, rows, tiles, parity != 0,
+                     [&]<int N>(Items at, const V(&sums)[3][N])
+                         GRU_MEMBER_LAMBDA { gates(at, sums, Nothing{}); });
     } else if (s_.shape.cell == Cell::kNoReset) {
       multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
