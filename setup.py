@@ -44,7 +44,7 @@ X86_KERNELS = {
     "sampler_avx512.cpp": AVX2 + AVX512,
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
 }
-PYBIND11 = {"module.cpp", "sampler.cpp"}
+PYBIND11 = {"module.cpp", "sampler.cpp", "stream.cpp"}
 DLPACK = {"one_step.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),

@@ -41,5 +41,6 @@ PYBIND11_MODULE(_C, m) {
       },
       "Compiler, C++ standard and instruction sets this module was built with.");
   gru_fast::bind_sampler(m);
+  gru_fast::bind_stream(m);
   if (gru_fast::add_one_step(m.ptr()) != 0) throw py::error_already_set();
 }

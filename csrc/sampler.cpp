@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The samplers as Python objects that own packed weights. They take NumPy arrays; what a caller can
-// get wrong with the public classes is checked in gru_fast/sampler.py, what could write or read out
-// of bounds is checked here too.
+// The generation loop and the draw for Python, from NumPy arrays; packed_stack.h says what is
+// checked where.
 #include "sampler.h"
 
 #include <pybind11/numpy.h>
@@ -10,20 +9,20 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstdlib>
-#include <cstring>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "cpu/arena.h"
 #include "cpu/sampler_problem.h"
 #include "cpu/stats.h"
 #include "cpu/team.h"
+#include "packed_stack.h"
 #include "pool.h"
 
 namespace py = pybind11;
@@ -31,148 +30,10 @@ namespace py = pybind11;
 namespace gru_fast {
 namespace {
 
-using Floats = py::array_t<float, py::array::c_style>;
-using MaybeFloats = std::optional<Floats>;
-template <class Integer>
-using Integers = py::array_t<Integer, py::array::c_style>;
-
 // What is left to do is worth the start of a parallel region, or a meeting at every step.
 constexpr double kRegionProducts = 2e6;
 constexpr int64_t kSplitBytes = 48 << 10;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Block = std::unique_ptr<void, Free>;
-
-Block zeroed(int64_t bytes) {
-  const size_t size = (static_cast<size_t>(bytes) + 64) / 64 * 64;
-  Block block(std::aligned_alloc(64, size));
-  if (!block) throw std::bad_alloc();
-  std::memset(block.get(), 0, size);
-  return block;
-}
-
-[[noreturn]] void complain(const std::string& name, const std::string& expected,
-                           const std::string& got) {
-  throw std::invalid_argument(name + ": expected " + expected + ", got " + got);
-}
-
-std::string shape_text(const std::vector<int64_t>& shape) {
-  std::string text = "(";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + ")";
-}
-
-void check_shape(const std::string& name, const py::array& array, std::vector<int64_t> shape) {
-  const std::vector<int64_t> given(array.shape(), array.shape() + array.ndim());
-  if (given != shape) complain(name, "shape " + shape_text(shape), shape_text(given));
-}
-
-const float* read(const std::string& name, const MaybeFloats& array, std::vector<int64_t> shape) {
-  if (!array) return nullptr;
-  check_shape(name, *array, std::move(shape));
-  return array->data();
-}
-
-Cell parse_cell(const std::string& cell) {
-  if (cell == "reset_after") return Cell::kResetAfter;
-  if (cell == "reset_before") return Cell::kResetBefore;
-  if (cell != "no_reset") {
-    complain("cell", "'reset_after', 'reset_before' or 'no_reset'", "'" + cell + "'");
-  }
-  return Cell::kNoReset;
-}
-
-Weights parse_weights(const std::string& weights) {
-  if (weights == "float32") return Weights::kFloat32;
-  if (weights == "bfloat16") return Weights::kBFloat16;
-  if (weights != "int8")
-    complain("weights", "'float32', 'bfloat16' or 'int8'", "'" + weights + "'");
-  return Weights::kInt8;
-}
-
-using LayerTuple = std::tuple<MaybeFloats, Floats, MaybeFloats, MaybeFloats>;
-
-// Packed weights; never changed after the constructor, so any number of threads may use them.
-class PackedStack {
- public:
-  PackedStack(const std::string& cell, const std::string& weights, const MaybeFloats& table,
-              const std::vector<LayerTuple>& layers, const MaybeFloats& head_weight,
-              const MaybeFloats& head_bias, bool plain)
-      : kernels_(sampler_kernels(plain)) {
-    shape_.cell = parse_cell(cell);
-    shape_.weights = parse_weights(weights);
-    shape_.layers = static_cast<int64_t>(layers.size());
-    if (layers.empty()) complain("layers", "at least one", "none");
-    const int64_t gates = gate_count(shape_.cell);
-    const Floats& first_hh = std::get<1>(layers[0]);
-    shape_.H = first_hh.ndim() == 2 ? first_hh.shape(1) : 0;
-    const int64_t H = shape_.H, most = int64_t{1} << 16;
-    if (H < 1 || H > most) {
-      complain("hidden size", "1 to " + std::to_string(most), std::to_string(H));
-    }
-    if (table) {
-      shape_.tokens = table->ndim() == 2 ? table->shape(0) - 1 : 0;
-      if (shape_.tokens < 1)
-        complain("table", "two rows or more", std::to_string(shape_.tokens + 1));
-    } else {
-      const MaybeFloats& weight_ih = std::get<0>(layers[0]);
-      if (!weight_ih) complain("weight_ih_l0", "an array where there is no table", "None");
-      shape_.I = weight_ih->ndim() == 2 ? weight_ih->shape(1) : 0;
-      if (shape_.I < 1 || shape_.I > most) {
-        complain("input size", "1 to " + std::to_string(most), std::to_string(shape_.I));
-      }
-    }
-    if (head_weight) {
-      shape_.outputs = head_weight->ndim() == 2 ? head_weight->shape(0) : 0;
-      if (shape_.outputs < 1) complain("head_weight", "one row or more", "none");
-    }
-    StackWeights from{};
-    std::vector<LayerWeights> plain_layers;
-    for (int64_t l = 0; l < shape_.layers; ++l) {
-      const auto& [weight_ih, weight_hh, bias_ih, bias_hh] = layers[l];
-      const std::string suffix = "_l" + std::to_string(l);
-      LayerWeights to{};
-      const bool by_table = l == 0 && table;
-      if (!by_table) {
-        to.weight_ih = read("weight_ih" + suffix, weight_ih, {gates * H, l > 0 ? H : shape_.I});
-        if (to.weight_ih == nullptr) complain("weight_ih" + suffix, "an array", "None");
-        to.bias_ih = read("bias_ih" + suffix, bias_ih, {gates * H});
-      }
-      to.weight_hh = read("weight_hh" + suffix, weight_hh, {gates * H, H});
-      to.bias_hh = read("bias_hh" + suffix, bias_hh, {gates * H});
-      plain_layers.push_back(to);
-    }
-    from.layers = plain_layers.data();
-    from.table = read("table", table, {shape_.tokens + 1, gates * H});
-    from.head_weight = read("head_weight", head_weight, {shape_.outputs, H});
-    from.head_bias = read("head_bias", head_bias, {shape_.outputs});
-    bytes_ = kernels_.snapshot_bytes(shape_);
-    memory_ = zeroed(bytes_);
-    const py::gil_scoped_release unlocked;
-    kernels_.pack(shape_, from, memory_.get());
-  }
-
-  const StackShape& shape() const { return shape_; }
-  const SamplerKernels& kernels() const { return kernels_; }
-  const void* memory() const { return memory_.get(); }
-  int64_t bytes() const { return bytes_; }
-
-  // Products of one step of one sequence.
-  double products() const {
-    const double H = static_cast<double>(shape_.H);
-    return H * H * gate_count(shape_.cell) * static_cast<double>(2 * shape_.layers - 1) +
-           H * static_cast<double>(shape_.outputs);
-  }
-
- private:
-  StackShape shape_{};
-  const SamplerKernels& kernels_;
-  int64_t bytes_ = 0;
-  Block memory_;
-};
 
 DrawRules rules_of(bool do_sample, double temperature, std::optional<int64_t> top_k,
                    std::optional<double> top_p, std::optional<double> min_p) {
@@ -316,130 +177,6 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   return {tokens, lengths, chances_or_none, h_n};
 }
 
-// The state of one sequence that is fed from outside.
-class Stream {
- public:
-  explicit Stream(std::shared_ptr<const PackedStack> stack)
-      : stack_(std::move(stack)),
-        memory_(zeroed(stack_->kernels().stream_bytes(stack_->shape()))),
-        width_(stack_->shape().outputs > 0 ? stack_->shape().outputs : stack_->shape().H),
-        output_(width_) {
-    reset();
-  }
-
-  // The same array every time.
-  Floats step(const py::object& input) {
-    const Use use(busy_);
-    const StackShape& shape = stack_->shape();
-    if (shape.tokens > 0) {
-      const int32_t token = checked_token(py::cast<int64_t>(input));
-      push_unlocked(1, &token, nullptr, output_.mutable_data());
-    } else {
-      const Floats frame = Floats::ensure(input);
-      if (!frame) throw py::error_already_set();
-      // Only a complaint may allocate.
-      if (frame.ndim() != 1 || frame.shape(0) != shape.I) check_shape("frame", frame, {shape.I});
-      push_unlocked(1, nullptr, frame.data(), output_.mutable_data());
-    }
-    return output_;
-  }
-
-  Floats push(const py::object& inputs, MaybeFloats output) {
-    const Use use(busy_);
-    const StackShape& shape = stack_->shape();
-    Integers<int32_t> tokens;
-    Floats frames;
-    int64_t n;
-    if (shape.tokens > 0) {
-      const auto wide = Integers<int64_t>::ensure(inputs);
-      if (!wide) throw py::error_already_set();
-      n = wide.size();
-      check_shape("tokens", wide, {n});
-      tokens = Integers<int32_t>(n);
-      for (int64_t i = 0; i < n; ++i) tokens.mutable_data()[i] = checked_token(wide.data()[i]);
-    } else {
-      frames = Floats::ensure(inputs);
-      if (!frames) throw py::error_already_set();
-      n = frames.ndim() > 0 ? frames.shape(0) : 0;
-      check_shape("frames", frames, {n, shape.I});
-    }
-    if (output) {
-      check_shape("out", *output, {n, width_});
-    } else {
-      output = Floats({n, width_});
-    }
-    push_unlocked(n, shape.tokens > 0 ? tokens.data() : nullptr,
-                  shape.tokens > 0 ? nullptr : frames.data(), output->mutable_data());
-    return *output;
-  }
-
-  const Floats& output() const { return output_; }
-
-  void reset() {
-    const Use use(busy_);
-    const std::vector<float> zeros(static_cast<size_t>(state_size()));
-    stack_->kernels().write_state(stack_->memory(), memory_.get(), zeros.data());
-  }
-  py::bytes state() {
-    const Use use(busy_);
-    std::vector<float> values(static_cast<size_t>(state_size()));
-    stack_->kernels().read_state(stack_->memory(), memory_.get(), values.data());
-    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
-  }
-  void set_state(const py::bytes& bytes) {
-    const Use use(busy_);
-    const std::string_view text = bytes;
-    std::vector<float> values(static_cast<size_t>(state_size()));
-    if (text.size() != values.size() * sizeof(float)) {
-      complain("state", std::to_string(values.size() * sizeof(float)) + " bytes",
-               std::to_string(text.size()));
-    }
-    std::memcpy(values.data(), text.data(), text.size());
-    if (stack_->shape().weights == Weights::kInt8) {
-      for (float value : values) {
-        if (!(value >= -1 && value <= 1)) {
-          complain("state", "values from -1 to 1 for int8 weights", std::to_string(value));
-        }
-      }
-    }
-    stack_->kernels().write_state(stack_->memory(), memory_.get(), values.data());
-  }
-
- private:
-  // Refuses a second thread instead of waiting for the first.
-  class Use {
-   public:
-    explicit Use(std::atomic<bool>& busy) : busy_(busy) {
-      if (busy_.exchange(true, std::memory_order_acquire)) {
-        throw std::runtime_error("Stream: expected one thread at a time, got a second one");
-      }
-    }
-    ~Use() { busy_.store(false, std::memory_order_release); }
-
-   private:
-    std::atomic<bool>& busy_;
-  };
-
-  int64_t state_size() const { return stack_->shape().layers * stack_->shape().H; }
-  int32_t checked_token(int64_t token) const {
-    if (token < 0 || token > stack_->shape().tokens) {
-      complain("token", "0 to " + std::to_string(stack_->shape().tokens), std::to_string(token));
-    }
-    return static_cast<int32_t>(token);
-  }
-  void push_unlocked(int64_t n, const int32_t* tokens, const float* frames, float* output) {
-    const py::gil_scoped_release unlocked;
-    stack_->kernels().push(stack_->memory(), memory_.get(), n, tokens, frames, output);
-    launches.fetch_add(1, std::memory_order_relaxed);
-  }
-
-  const std::shared_ptr<const PackedStack> stack_;
-  const Block memory_;
-  const int64_t width_;
-  Floats output_;
-  std::atomic<bool> busy_{false};
-};
-
 // Rows of logits (n, V) to tokens (n) and their log-probabilities (n); -1 where a row allows none.
 std::tuple<py::array, py::array> draw(const Floats& logits, uint64_t seed,
                                       const Integers<int64_t>& position,
@@ -483,16 +220,6 @@ void bind_sampler(py::module_& m) {
            py::arg("seed"), py::arg("do_sample"), py::arg("temperature"), py::arg("top_k"),
            py::arg("top_p"), py::arg("min_p"), py::arg("h0"), py::arg("log_probs"),
            py::arg("threads"));
-  py::class_<Stream>(m, "Stream", "The state of one sequence that is fed from outside.")
-      .def(py::init([](std::shared_ptr<PackedStack> stack) {
-             return std::make_unique<Stream>(std::move(stack));
-           }),
-           py::arg("stack"))
-      .def_property_readonly("output", &Stream::output)
-      .def("step", &Stream::step, py::arg("input"))
-      .def("push", &Stream::push, py::arg("inputs"), py::arg("out") = py::none())
-      .def("reset", &Stream::reset)
-      .def_property("state", &Stream::state, &Stream::set_state);
   m.def("draw", &draw, "Tokens and log-probabilities drawn from rows of logits.", py::arg("logits"),
         py::arg("seed"), py::arg("position"), py::arg("stream"), py::kw_only(),
         py::arg("do_sample") = true, py::arg("temperature") = 1.0, py::arg("top_k") = py::none(),

@@ -4,7 +4,9 @@
 
 namespace gru_fast {
 
-// Adds PackedStack, Stream and draw to the module.
+// Adds PackedStack and draw to the module.
 void bind_sampler(pybind11::module_& module);
+// Adds Stream, after the former.
+void bind_stream(pybind11::module_& module);
 
 }  // namespace gru_fast

@@ -49,6 +49,7 @@ LAYERS = [
 LEAVES = {"checks", "errors", "measured", "reference", "_version"}
 THIRD_PARTY = {"gru_fast", "torch", "numpy"}
 ONNX = {"onnx", "onnxscript"}
+BINDINGS = {"module.cpp", "packed_stack.h", "sampler.cpp", "sampler.h", "stream.cpp"}
 OPTIONAL_IN_JOURNEYS = {"click", "matplotlib", "names", "safetensors", "tqdm"}
 
 
@@ -146,10 +147,10 @@ def test_import_pulls_in_no_triton():
 
 @pytest.mark.parametrize("path", CSRC, ids=lambda path: path.name)
 def test_torch_and_pybind11_meet_only_above_the_kernels(path):
-    """pybind11 in two files, DLPack in one, torch in the rest of csrc/, none in csrc/cpu/."""
+    """pybind11 in the bindings, DLPack in one, torch in the rest of csrc/, none in csrc/cpu/."""
     headers = re.findall(r"^\s*#include\s*[<\"]([^>\"]+)", path.read_text(), re.MULTILINE)
     foreign = {header.split("/")[0] for header in headers} & {"torch", "ATen", "c10", "pybind11"}
-    if path.name in ("module.cpp", "sampler.cpp", "sampler.h"):
+    if path.name in BINDINGS:
         assert foreign == {"pybind11"}
     elif path.name == "one_step.cpp":
         assert [h for h in headers if h.startswith("ATen/")] == ["ATen/dlpack.h"]

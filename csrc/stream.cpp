@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// A sequence that is fed from outside, as a Python object.
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cpu/sampler_problem.h"
+#include "cpu/stats.h"
+#include "packed_stack.h"
+#include "sampler.h"
+
+namespace py = pybind11;
+
+namespace gru_fast {
+namespace {
+
+// The state of one sequence that is fed from outside.
+class Stream {
+ public:
+  explicit Stream(std::shared_ptr<const PackedStack> stack)
+      : stack_(std::move(stack)),
+        memory_(zeroed(stack_->kernels().stream_bytes(stack_->shape()))),
+        width_(stack_->shape().outputs > 0 ? stack_->shape().outputs : stack_->shape().H),
+        output_(width_) {
+    reset();
+  }
+
+  // The same array every time.
+  Floats step(const py::object& input) {
+    const Use use(busy_);
+    const StackShape& shape = stack_->shape();
+    if (shape.tokens > 0) {
+      const int32_t token = checked_token(py::cast<int64_t>(input));
+      push_unlocked(1, &token, nullptr, output_.mutable_data());
+    } else {
+      const Floats frame = Floats::ensure(input);
+      if (!frame) throw py::error_already_set();
+      // Only a complaint may allocate.
+      if (frame.ndim() != 1 || frame.shape(0) != shape.I) check_shape("frame", frame, {shape.I});
+      push_unlocked(1, nullptr, frame.data(), output_.mutable_data());
+    }
+    return output_;
+  }
+
+  Floats push(const py::object& inputs, MaybeFloats output) {
+    const Use use(busy_);
+    const StackShape& shape = stack_->shape();
+    Integers<int32_t> tokens;
+    Floats frames;
+    int64_t n;
+    if (shape.tokens > 0) {
+      const auto wide = Integers<int64_t>::ensure(inputs);
+      if (!wide) throw py::error_already_set();
+      n = wide.size();
+      check_shape("tokens", wide, {n});
+      tokens = Integers<int32_t>(n);
+      for (int64_t i = 0; i < n; ++i) tokens.mutable_data()[i] = checked_token(wide.data()[i]);
+    } else {
+      frames = Floats::ensure(inputs);
+      if (!frames) throw py::error_already_set();
+      n = frames.ndim() > 0 ? frames.shape(0) : 0;
+      check_shape("frames", frames, {n, shape.I});
+    }
+    if (output) {
+      check_shape("out", *output, {n, width_});
+    } else {
+      output = Floats({n, width_});
+    }
+    push_unlocked(n, shape.tokens > 0 ? tokens.data() : nullptr,
+                  shape.tokens > 0 ? nullptr : frames.data(), output->mutable_data());
+    return *output;
+  }
+
+  const Floats& output() const { return output_; }
+
+  void reset() {
+    const Use use(busy_);
+    const std::vector<float> zeros(static_cast<size_t>(state_size()));
+    stack_->kernels().write_state(stack_->memory(), memory_.get(), zeros.data());
+  }
+  py::bytes state() {
+    const Use use(busy_);
+    std::vector<float> values(static_cast<size_t>(state_size()));
+    stack_->kernels().read_state(stack_->memory(), memory_.get(), values.data());
+    return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
+  }
+  void set_state(const py::bytes& bytes) {
+    const Use use(busy_);
+    const std::string_view text = bytes;
+    std::vector<float> values(static_cast<size_t>(state_size()));
+    if (text.size() != values.size() * sizeof(float)) {
+      complain("state", std::to_string(values.size() * sizeof(float)) + " bytes",
+               std::to_string(text.size()));
+    }
+    std::memcpy(values.data(), text.data(), text.size());
+    if (stack_->shape().weights == Weights::kInt8) {
+      for (float value : values) {
+        if (!(value >= -1 && value <= 1)) {
+          complain("state", "values from -1 to 1 for int8 weights", std::to_string(value));
+        }
+      }
+    }
+    stack_->kernels().write_state(stack_->memory(), memory_.get(), values.data());
+  }
+
+ private:
+  // Refuses a second thread instead of waiting for the first.
+  class Use {
+   public:
+    explicit Use(std::atomic<bool>& busy) : busy_(busy) {
+      if (busy_.exchange(true, std::memory_order_acquire)) {
+        throw std::runtime_error("Stream: expected one thread at a time, got a second one");
+      }
+    }
+    ~Use() { busy_.store(false, std::memory_order_release); }
+
+   private:
+    std::atomic<bool>& busy_;
+  };
+
+  int64_t state_size() const { return stack_->shape().layers * stack_->shape().H; }
+  int32_t checked_token(int64_t token) const {
+    if (token < 0 || token > stack_->shape().tokens) {
+      complain("token", "0 to " + std::to_string(stack_->shape().tokens), std::to_string(token));
+    }
+    return static_cast<int32_t>(token);
+  }
+  void push_unlocked(int64_t n, const int32_t* tokens, const float* frames, float* output) {
+    const py::gil_scoped_release unlocked;
+    stack_->kernels().push(stack_->memory(), memory_.get(), n, tokens, frames, output);
+    launches.fetch_add(1, std::memory_order_relaxed);
+  }
+
+  const std::shared_ptr<const PackedStack> stack_;
+  const Block memory_;
+  const int64_t width_;
+  Floats output_;
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace
+
+void bind_stream(py::module_& m) {
+  py::class_<Stream>(m, "Stream", "The state of one sequence that is fed from outside.")
+      .def(py::init([](std::shared_ptr<PackedStack> stack) {
+             return std::make_unique<Stream>(std::move(stack));
+           }),
+           py::arg("stack"))
+      .def_property_readonly("output", &Stream::output)
+      .def("step", &Stream::step, py::arg("input"))
+      .def("push", &Stream::push, py::arg("inputs"), py::arg("out") = py::none())
+      .def("reset", &Stream::reset)
+      .def_property("state", &Stream::state, &Stream::set_state);
+}
+
+}  // namespace gru_fast
