@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights packed for the samplers of `csrc/sampler.cpp`, and their generation loop."""
+"""Weights packed for the samplers of `csrc/`, and their generation loop."""
 
 from __future__ import annotations
 
@@ -168,11 +168,12 @@ def generate(
     N = len(prompts)
     lengths = np.fromiter((len(prompt) for prompt in prompts), np.int64, N)
     begin = np.zeros(N + 1, np.int64)
-    np.cumsum(lengths + 1, out=begin[1:])
-    inputs = np.empty(begin[-1], np.int32)
-    inputs[begin[:-1]] = start
-    for first, prompt in zip(begin, prompts, strict=False):
-        inputs[first + 1 : first + 1 + len(prompt)] = prompt
+    (lengths + 1).cumsum(out=begin[1:])
+    inputs = np.full(begin[-1], start, np.int32)
+    if len(inputs) > N:
+        fed = np.ones(len(inputs), bool)
+        fed[begin[:-1]] = False
+        inputs[fed] = np.concatenate(prompts)
 
     def draw(rows: Any, done: int, limit: int, h0: Any) -> tuple[Any, Any, Any, Any]:
         """The next tokens of some rows; PADDING and 0 behind those that ended."""
@@ -182,12 +183,13 @@ def generate(
             do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             h0=h0, log_probs=log_probs, threads=threads,
         )  # fmt: skip
-        steps = int(made.max(initial=0))
+        ends = made.tolist()
+        steps = max(ends, default=0)
         tokens = np.ascontiguousarray(tokens[:, :steps])
         if chances is None:
             chances = np.zeros(tokens.shape, np.float32)
         chances = chances[:, :steps]
-        if made.min(initial=steps) < steps:
+        if min(ends, default=0) < steps:
             over = np.arange(steps) >= made[:, None]
             tokens[over] = PADDING
             chances[over] = 0
