@@ -12,6 +12,7 @@ OWN = {
     "claims": "benchmarks.claims",
     "features": "benchmarks.features.cli",
     "import": "benchmarks.importing",
+    "layers": "benchmarks.features.cli",
     "lm": "benchmarks.features.cli",
     "report": "benchmarks.figures",
     "sample": "benchmarks.sample.cli",

@@ -36,6 +36,17 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "What no table of tokens a second shows (`--facts`; docs/benchmarks.md says what each is):",
         figures_cpu.facts,
     ),
+    "isas": (
+        "The kernels of each instruction set: their share of the speed of the best that this CPU "
+        "has, and (in brackets, or alone for the best) `nn.GRU`'s time / theirs:",
+        figures_cpu.isas,
+    ),
+    "contention": (
+        "While other processes keep every core busy: the time over that of one thread of the same "
+        "alone on the machine, less is better (in brackets without them, and how many cores the "
+        "calls then used, waiting included):",
+        figures_cpu.contention,
+    ),
     "gpu": (
         "cuDNN's time / that of the fastest of our kernels, and ours per time step, Python and "
         "launches included:",
@@ -102,6 +113,10 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-sweep.json": ("The grid", ["sweep"]),
     "cpu-scaling.json": ("How time grows", ["scaling"]),
     "cpu-features.json": ("Features", ["features"]),
+    "cpu-layer-facts.json": (
+        "Directions, cells, padding, instruction sets, busy neighbours",
+        ["isas", "contention", "features"],
+    ),
     "cpu-lm.json": ("Training a language model", ["lm"]),
     "cpu-sample.json": ("Sampling", ["sample", "facts"]),
     "cpu-import.json": ("Before the first result", ["import"]),

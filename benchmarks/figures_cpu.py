@@ -13,6 +13,7 @@ from benchmarks.report import seconds, threads
 LAYERS = ("train", "infer")
 STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
 OURS = "gru_fast."
+ISA = "gru_fast.cpu."
 
 
 def layers(results: Results) -> str:
@@ -106,6 +107,49 @@ def lost(results: Results) -> str:
     for value, row, provider in sorted(found):
         cells += [(f"{row}, beside `{provider}`", "peer's time / ours", times(value))]
     return pivot("I = H, B, T", cells)
+
+
+def isas(results: Results) -> str:
+    """Of each instruction set but the best: its share of the best one's speed."""
+    best = {
+        (r.feature, str(r.case), r.threads): r.ratio_to_torch for r in _of_isas(results)
+    }  # They come worst first, so that the last stays.
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for r in _of_isas(results):
+            most = best[r.feature, str(r.case), r.threads]
+            assert r.feature is not None and r.ratio_to_torch is not None and most is not None
+            row = f"{r.feature.partition('/')[2]}: {sizes(r)}"
+            column = f"{r.provider.removeprefix(ISA)}, {threads(r)}"
+            if r.ratio_to_torch == most:
+                yield row, column, times(r.ratio_to_torch)
+            else:
+                yield row, column, f"{r.ratio_to_torch / most:.2f} ({times(r.ratio_to_torch)})"
+
+    return pivot("I = H, B, T", cells())
+
+
+def _of_isas(results: Results) -> list[Record]:
+    return [
+        r
+        for r in results.records
+        if (r.feature or "").startswith("isa/")
+        and r.provider.startswith(ISA)
+        and r.ratio_to_torch is not None
+    ]
+
+
+def contention(results: Results) -> str:
+    """Times between busy neighbours, and alone, over one thread's alone."""
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for f in results.figures:
+            if f["name"] == "contention":
+                many = f"{f['threads']} thread{'s' if f['threads'] > 1 else ''}"
+                text = f"{f['value']:.3g}x (alone {f['alone']:.3g}x, {f['cpus_used']:.1f} cpus)"
+                yield f"{f['suite']} {f['case']}", f"`{f['provider']}`, {many}", text
+
+    return pivot("", cells())
 
 
 def features(results: Results) -> str:

@@ -58,6 +58,10 @@ class Provider(ABC):
     def why_not(self, problem: Problem) -> str | None:
         """Why this problem is not for this provider, in words, or None."""
 
+    def asked(self, truth: Results) -> Results:
+        """Those of the problem's results that the gate asks of this provider."""
+        return truth
+
     @abstractmethod
     def prepare(self, problem: Problem, threads: int) -> Prepared:
         """Weights and inputs in place; nothing has run."""

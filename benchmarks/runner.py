@@ -74,7 +74,7 @@ class Gate:
 
     def verdict(self, provider: Provider) -> str | None:
         """None, or what is wrong."""
-        truth = [problem.truth for problem in self.draws]
+        truth = [provider.asked(problem.truth) for problem in self.draws]
         return judge(self._run(provider), self._yardstick(), truth, self.draws[0].dtype)
 
 

@@ -106,23 +106,38 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def interleave(calls: Mapping[str, Call], clock: Clock, effort: Effort) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Call],
+    clock: Clock,
+    effort: Effort,
+    before: Callable[[str], Any] | None = None,
+) -> dict[str, list[float]]:
     """Seconds per call of every round, for each name.
 
     A round times one block of each, in an order drawn anew, so that drift of the machine hits all
     alike. One untimed call goes before each block: it brings caches and threads back to this call
     after another provider has run.
+
+    Args:
+        calls: by name.
+        clock: of their device.
+        effort: of the measurement.
+        before: goes with the name before each block, in the place of the untimed call.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0)
     with _no_collection():
-        counts = {name: calls_per_block(calls[name], clock, effort.block_s) for name in order}
+        counts = {}
+        for name in order:
+            if before is not None:
+                before(name)
+            counts[name] = calls_per_block(calls[name], clock, effort.block_s)
         start = time.perf_counter()
         for made in range(effort.most):
             if made >= effort.least and time.perf_counter() - start > effort.budget_s:
                 break
             shuffle.shuffle(order)
             for name in order:
-                calls[name]()
+                calls[name]() if before is None else before(name)
                 samples[name].append(clock(calls[name], counts[name]))
     return samples

@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks features` and `lm`: named rows, each with the ways that are compared."""
+"""`python -m benchmarks features`, `lm` and `layers`: named rows, each with what is compared."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import Any
 
-from benchmarks import program, report
+import torch
+
+from benchmarks import contention, program, report, timing
 from benchmarks.features import Row, all_rows
+from benchmarks.markdown import details
 from benchmarks.records import Record
 from benchmarks.runner import Setting, run_problem
 
 DESCRIPTIONS = {
     "features": "What users do beyond a plain layer, and what else they write.",
     "lm": "A whole training step of a character language model, in tokens a second.",
+    "layers": "The layer in its other forms: both directions, the other cells, padding, every "
+    "instruction set, and (contention) between processes that keep every core busy.",
 }
+CONTENTION = "contention"
+LAYERS_EFFORT = timing.Effort(budget_s=3.0, least=5, most=15)
+"""Many ways and sizes, each of them short."""
 
 
 def choose(suite: str, patterns: str | None) -> list[Row]:
@@ -22,7 +31,7 @@ def choose(suite: str, patterns: str | None) -> list[Row]:
     Raises:
         ValueError: a pattern matches none.
     """
-    rows = [row for row in all_rows() if (row.problem.suite == "lm") == (suite == "lm")]
+    rows = [row for row in all_rows() if row.command == suite]
     if patterns is None:
         return rows
     wanted = patterns.split(",")
@@ -44,25 +53,47 @@ def text(row: Row, records: list[Record]) -> str:
     return "\n".join(lines)
 
 
+def figure_line(figure: dict[str, Any]) -> str:
+    """One named figure as text."""
+    return f"{figure['name']:<12}{figure['value']:>8.2f} {figure['unit']}  {details(figure)}"
+
+
 def main(suite: str, arguments: list[str]) -> int:
     """Run; 0 if every gate was green and nothing failed, else 1."""
     parser = program.parser(suite, DESCRIPTIONS[suite])
+    known = ", ".join(dict.fromkeys(row.name.split("/")[0] for row in choose(suite, None)))
+    contended = suite == "layers"
+    if contended:
+        known += f", {CONTENTION}"
     parser.add_argument(
-        "--rows", metavar="NAMES", help="list, for example reset_mask,lengths/train"
+        "--rows", metavar="NAMES", help=f"list of {known}, or parts like NAME/train; default: all"
     )
     options = parser.parse_args(arguments)
+    default_threads = torch.get_num_threads()
     try:
-        rows = choose(suite, options.rows)
+        wanted = options.rows
+        if contended and wanted is not None:
+            names = wanted.split(",")
+            contended = CONTENTION in names
+            wanted = ",".join(name for name in names if name != CONTENTION)
+        rows = [] if wanted == "" else choose(suite, wanted)
         threads = program.threads_of(options.threads, options.quick)
     except ValueError as error:
         return program.complain(suite, error)
-    run = program.Run(options, threads)
+    run = program.Run(options, threads, probing=bool(rows))
+    layers = suite == "layers"
+    effort = LAYERS_EFFORT if layers and not options.quick else run.effort
     for n in threads:
-        setting = Setting(n, run.effort, program.bound_of(run.peaks.get(n), n))
+        bound = program.bound_of(run.peaks.get(n), n)
+        setting = Setting(n, effort, bound, footprint=not layers)
         for row in rows:
             for problem in row.problems(options.quick):
                 records, notes = run_problem(problem, row.providers, setting)
                 run.add(records, text(row, records))
                 for note in notes:
                     run.note(note)
+    if contended:
+        for figures in contention.figures(options.quick, default_threads):
+            run.results.figures += figures
+            run.add([], "\n".join(map(figure_line, figures)))
     return run.finish()

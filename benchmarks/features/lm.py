@@ -114,5 +114,6 @@ ROWS = [
         ],
         quick=Case(6, 9, 3, 5, V=7),
         more=[Case(64, 128, 32, 64, V=65)],
+        command="lm",
     )
 ]

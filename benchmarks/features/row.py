@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -31,12 +31,14 @@ class Row:
         providers: who is compared; the first with `is_baseline` is what the ratios are to.
         quick: sizes at which everything takes milliseconds.
         more: further sizes.
+        command: of `python -m benchmarks` that runs it.
     """
 
     problem: Problem
     providers: Sequence[Provider]
     quick: Case
     more: Sequence[Case] = ()
+    command: str = "features"
 
     def __post_init__(self) -> None:
         if self.problem.feature is None:
@@ -101,6 +103,7 @@ class Named(Provider):
         baseline: whether ratios are to this one.
         package: that provides it, for the version.
         results: from what the call returns to the results that are compared; it is not timed.
+        part: where the ways of a row compute different things: which of `joined`'s parts this is.
     """
 
     def __init__(
@@ -111,8 +114,9 @@ class Named(Provider):
         baseline: bool = False,
         package: str | None = None,
         results: Callable[[Tensors], Tensors] = lambda found: found,
+        part: str | None = None,
     ) -> None:
-        self.name, self.way, self.results = name, way, results
+        self.name, self.way, self.results, self.part = name, way, results, part
         self.is_baseline = baseline  # type: ignore[misc]
         self.package = package or ("gru_fast" if name.startswith("gru_fast") else "torch")
 
@@ -123,7 +127,21 @@ class Named(Provider):
         return None
 
     def prepare(self, problem: Problem, threads: int) -> Prepared:
-        return Prepared(self.way(problem.tensors), lambda found: _detached(self.results(found)))
+        return Prepared(self.way(problem.tensors), self._compared)
+
+    def _compared(self, found: Tensors) -> Tensors:
+        results = _detached(self.results(found))
+        return results if self.part is None else joined({self.part: results})
+
+    def asked(self, truth: Tensors) -> Tensors:
+        if self.part is None:
+            return truth
+        return {name: t for name, t in truth.items() if name.startswith(f"{self.part}.")}
+
+
+def joined(parts: Mapping[str, Tensors]) -> Tensors:
+    """The results of several ways, each named after its part."""
+    return {f"{part}.{name}": t for part, found in parts.items() for name, t in found.items()}
 
 
 def training(forward: Call, leaves: Tensors, gradients: Tensors) -> Call:
