@@ -58,6 +58,22 @@ std::string shape_text(const Sizes& sizes) {
   return text.str();
 }
 
+// Calls body(Real{}) with the type that tensors of this dtype are computed in.
+template <class Body>
+auto with_compute_type(const char* name, const Tensor& tensor, Body body) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return body(float{});
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(tensor.scalar_type()));
+  }
+}
+
 // Hands out contiguous pointers of type Real to tensors of the call's dtype, and keeps what it had
 // to convert alive. Allocates results, and gives them back in the call's dtype.
 template <class Real>

@@ -22,21 +22,6 @@ const NormTable<Real>& norm_table() {
   }
 }
 
-template <class Body>
-auto with_compute_type(const Tensor& tensor, Body body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::Float:
-    case ScalarType::BFloat16:
-    case ScalarType::Half:
-      return body(float{});
-    default:
-      STD_TORCH_CHECK(false, "gates_x: expected float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
 // Reads gamma and eps too, into a NormForward or NormBackward.
 template <class Real, class Call>
 void read_norm(Marshal<Real>& m, Call& call, const Arguments& a, const Tensor& gamma, double eps) {
@@ -151,8 +136,9 @@ NormResult norm_scan(Tensor gates_x, Tensor h0, Tensor weight_hh, Tensor gamma_h
                      std::vector<bool> reverse, bool recompute) {
   const Arguments a = arguments_of(gates_x, h0, weight_hh, bias_hh, lengths, reset_mask,
                                    reset_state, h_scale, reverse);
-  return with_compute_type(
-      gates_x, [&](auto real) { return run_forward<decltype(real)>(a, gamma_hh, eps, recompute); });
+  return with_compute_type("gates_x", gates_x, [&](auto real) {
+    return run_forward<decltype(real)>(a, gamma_hh, eps, recompute);
+  });
 }
 
 NormGrads norm_scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, Tensor gates_x,
@@ -164,8 +150,9 @@ NormGrads norm_scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, Tens
   const Arguments a = arguments_of(gates_x, h0, weight_hh, bias_hh, lengths, reset_mask,
                                    reset_state, h_scale, reverse);
   const BackwardArguments b{grad_output, grad_h_n, output, workspace, rstd, recompute, output_mask};
-  return with_compute_type(
-      gates_x, [&](auto real) { return run_backward<decltype(real)>(a, gamma_hh, eps, b); });
+  return with_compute_type("gates_x", gates_x, [&](auto real) {
+    return run_backward<decltype(real)>(a, gamma_hh, eps, b);
+  });
 }
 
 }  // namespace

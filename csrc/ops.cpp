@@ -27,22 +27,13 @@ const KernelTable<Real>& kernel_table() {
   }
 }
 
-// Calls body(Real{}) with the type that kernels read for tensors of this dtype.
+// As with_compute_type(), where bfloat16 may be multiplied as such.
 template <class Body>
-auto with_compute_type(const char* name, const Tensor& tensor, Body body) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::BFloat16:
-      if (bfloat16_kernels() != nullptr) return body(BFloat16{});
-      [[fallthrough]];
-    case ScalarType::Float:
-    case ScalarType::Half:
-      return body(float{});
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(tensor.scalar_type()));
+auto with_kernel_type(const char* name, const Tensor& tensor, Body body) {
+  if (tensor.scalar_type() == ScalarType::BFloat16 && bfloat16_kernels() != nullptr) {
+    return body(BFloat16{});
   }
+  return with_compute_type(name, tensor, body);
 }
 
 }  // namespace
@@ -161,8 +152,8 @@ ForwardResult layer(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, May
   const Arguments a{
       x,          h0,          &weight_ih, weight_hh,        &bias_ih,          bias_hh, lengths,
       reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
-  return with_compute_type("x", x,
-                           [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
+  return with_kernel_type("x", x,
+                          [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
 }
 
 ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
@@ -172,8 +163,8 @@ ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias
   const Arguments a{
       gates_x,    h0,          nullptr, weight_hh,        nullptr,           bias_hh,  lengths,
       reset_mask, reset_state, h_scale, parse_cell(cell), bytes_of(reverse), "gates_x"};
-  return with_compute_type("gates_x", gates_x,
-                           [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
+  return with_kernel_type("gates_x", gates_x,
+                          [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
 }
 
 void check_output_mask(const std::vector<bool>& output_mask, size_t expected) {
@@ -194,7 +185,7 @@ LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTe
       reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
   const BackwardArguments b{grad_output, grad_h_n,  grad_workspace, output,
                             workspace,   recompute, output_mask};
-  return with_compute_type("x", x, [&](auto real) { return run_backward<decltype(real)>(a, b); });
+  return with_kernel_type("x", x, [&](auto real) { return run_backward<decltype(real)>(a, b); });
 }
 
 ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_workspace,
@@ -214,8 +205,8 @@ ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTens
                             workspace,
                             recompute,
                             {want[0], want[1], false, want[2], false, want[3], want[4], want[5]}};
-  auto grads = with_compute_type("gates_x", gates_x,
-                                 [&](auto real) { return run_backward<decltype(real)>(a, b); });
+  auto grads = with_kernel_type("gates_x", gates_x,
+                                [&](auto real) { return run_backward<decltype(real)>(a, b); });
   return {std::get<0>(grads), std::get<1>(grads), std::get<3>(grads),
           std::get<5>(grads), std::get<6>(grads), std::get<7>(grads)};
 }

@@ -59,9 +59,7 @@ struct NormChunk {
     return rows.previous(f.output, g, t, b);
   }
   GRU_MEMBER Vec<Real> scaled_previous(int64_t g, int64_t t, int64_t b, int64_t tile) const {
-    const int n = lanes_of<Real>(tile, p.H);
-    const Vec<Real> h = load_or_zero(previous(g, t, b), tile * W, n);
-    return p.h_scale ? h * load_n(p.h_scale + (b * p.G + g) * p.H + tile * W, n) : h;
+    return rows.scaled_previous(f.output, g, t, b, tile);
   }
 
   const NormBackward<Real>& f;

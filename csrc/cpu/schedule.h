@@ -8,6 +8,11 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
+template <class Real>
+GRU_INLINE Vec<Real> load_or_zero(const Real* p, int64_t offset, int n) {
+  return p ? load_n(p + offset, n) : Vec<Real>{};
+}
+
 // Equations (1) to (4) of reference.py: validity, resets and h_prev of a step.
 template <class Real>
 struct Schedule {
@@ -52,15 +57,18 @@ struct Schedule {
     const int64_t before = p.reverse[g] ? t + 1 : t - 1;
     return output + ((before * p.B + b) * p.G + g) * p.H;
   }
+  // Of a tile, scaled as the recurrent product reads it.
+  GRU_MEMBER Vec<Real> scaled_previous(const Real* output, int64_t g, int64_t t, int64_t b,
+                                       int64_t tile) const {
+    constexpr int W = kLanes<Real>;
+    const int n = lanes_of<Real>(tile, p.H);
+    const Vec<Real> h = load_or_zero(previous(output, g, t, b), tile * W, n);
+    return p.h_scale ? h * load_n(p.h_scale + (b * p.G + g) * p.H + tile * W, n) : h;
+  }
   GRU_MEMBER const Real* input_row(int64_t g, int64_t t, int64_t b) const {
     return p.x + t * p.x_stride_t + b * p.x_stride_b + g * p.x_stride_g;
   }
 };
-
-template <class Real>
-GRU_INLINE Vec<Real> load_or_zero(const Real* p, int64_t offset, int n) {
-  return p ? load_n(p + offset, n) : Vec<Real>{};
-}
 
 struct Range {
   int64_t begin, end;
