@@ -21,7 +21,8 @@ DESCRIPTIONS = {
     "instruction set, and (contention) between processes that keep every core busy.",
 }
 CONTENTION = "contention"
-LAYERS_EFFORT = timing.Effort(budget_s=3.0, least=5, most=15)
+LAYERS_EFFORT = timing.Effort(budget_s=2.0, least=5, most=11)
+LAYERS_GATE_STEPS = 64
 """Many ways and sizes, each of them short."""
 
 
@@ -85,7 +86,9 @@ def main(suite: str, arguments: list[str]) -> int:
     effort = LAYERS_EFFORT if layers and not options.quick else run.effort
     for n in threads:
         bound = program.bound_of(run.peaks.get(n), n)
-        setting = Setting(n, effort, bound, footprint=not layers)
+        setting = Setting(
+            n, effort, bound, footprint=not layers, gate_steps=LAYERS_GATE_STEPS if layers else None
+        )
         for row in rows:
             for problem in row.problems(options.quick):
                 records, notes = run_problem(problem, row.providers, setting)
