@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -26,8 +27,10 @@ from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_gru_fast import Layer
 from benchmarks.providers_torch import TorchGRU
-from benchmarks.runner import Gate
+from benchmarks.records import Record
+from benchmarks.runner import Setting, admit
 
+CONTENTION = "contention"
 Figure = dict[str, Any]
 SHAPES = [square(64, 1, 256), square(256, 1, 256), square(64, 32, 256), square(256, 32, 128)]
 QUICK = [Case(5, 8, 3, 9)]
@@ -92,72 +95,77 @@ def neighbours(count: int) -> Iterator[Neighbours]:
         found.close()
 
 
-def measure(
-    problem: Problem, threads: int, others: Neighbours, effort: timing.Effort
-) -> list[Figure]:
-    """Each provider with one thread and with `threads`.
+@dataclass(frozen=True)
+class Found:
+    """What a problem gave.
 
-    Raises:
-        RuntimeError: a provider's results are wrong.
+    Attributes:
+        figures: of the providers that are right.
+        failed: records of those that are not, or that raised: an error, no number.
+        notes: who does not take the problem, and why.
     """
+
+    figures: list[Figure]
+    failed: list[Record]
+    notes: list[str]
+
+
+def measure(
+    problem: Problem, providers: Sequence[Provider], others: Neighbours, setting: Setting
+) -> Found:
+    """Each provider with one thread and with the setting's."""
     others.set(False)
-    torch.set_num_threads(threads)
-    gate = Gate(problem, threads)
-    providers: list[Provider] = [Layer("cpu"), TorchGRU("cpu")]
+    torch.set_num_threads(setting.threads)
+    admitted = admit(problem, providers, setting)
+    working = admitted.working_calls()
     calls: dict[str, Callable[[], Any]] = {}
     states: dict[str, tuple[int, bool]] = {}
-    numbers = sorted({1, threads})
-    for provider in providers:
-        wrong = gate.verdict(provider)
-        if wrong is not None:
-            raise RuntimeError(f"{provider.name} on {problem.suite} {problem.case}: {wrong}")
-        call = provider.prepare(problem, threads).call
+    numbers = sorted({1, setting.threads})
+    for name, call in working.items():
         for n, busy in product(numbers, (False, True)):
-            calls[_key(provider, n, busy)] = call
-            states[_key(provider, n, busy)] = n, busy
+            calls[_key(name, n, busy)] = call
+            states[_key(name, n, busy)] = n, busy
 
     def switch(key: str) -> None:
         n, busy = states[key]
         torch.set_num_threads(n)
         others.set(busy)
 
-    samples = timing.interleave(calls, timing.cpu_clock, effort, switch)
-    found = []
-    for provider in providers:
-        alone = samples[_key(provider, 1, False)]
+    load = OtherLoad(but=[process.pid for process in others.processes])
+    samples = timing.interleave(calls, timing.cpu_clock, setting.effort, switch)
+    other = load.share()
+    figures = []
+    for name, call in working.items():
+        alone = samples[_key(name, 1, False)]
         for n in numbers:
-            own = samples[_key(provider, n, False)]
-            switch(_key(provider, n, False))
-            used, other = cpus_used(calls[_key(provider, n, False)], effort.block_s)
-            found.append({
-                "name": "contention",
-                "value": timing.ratio(samples[_key(provider, n, True)], alone),
+            own = samples[_key(name, n, False)]
+            switch(_key(name, n, False))
+            figures.append({
+                "name": CONTENTION,
+                "value": timing.ratio(samples[_key(name, n, True)], alone),
                 "unit": "x one thread alone", "suite": problem.suite, "case": str(problem.case),
-                "provider": provider.name, "threads": n, "neighbours": len(others.processes),
+                "provider": name, "threads": n, "neighbours": len(others.processes),
                 "alone": timing.ratio(own, alone), "alone_ms": timing.summary(own).median_s * 1e3,
-                "cpus_used": used, "rounds": len(own), "other_cpu": other,
+                "cpus_used": cpus_used(call, setting.effort.block_s),
+                "rounds": len(own), "other_cpu": other,
             })  # fmt: skip
-    return found
+    failed = [record for name, record in admitted.records.items() if name not in working]
+    return Found(figures, failed, admitted.notes)
 
 
-def _key(provider: Provider, threads: int, busy: bool) -> str:
-    return f"{provider.name}, {threads}, {'busy' if busy else 'alone'}"
+def _key(provider: str, threads: int, busy: bool) -> str:
+    return f"{provider}, {threads}, {'busy' if busy else 'alone'}"
 
 
-def cpus_used(call: Callable[[], Any], seconds: float) -> tuple[float, float | None]:
-    """CPU time over time, of this process: how many threads the calls kept busy.
-
-    Returns:
-        It, and the share of the machine's CPU time that others took meanwhile.
-    """
+def cpus_used(call: Callable[[], Any], seconds: float) -> float:
+    """CPU time over time, of this process: how many threads the calls kept busy."""
     call()
     # What ran before may have left threads that still wait actively.
     time.sleep(0.05)
-    load = OtherLoad()
     cpu, start = time.process_time(), time.perf_counter()
     while (taken := time.perf_counter() - start) < seconds:
         call()
-    return (time.process_time() - cpu) / taken, load.share()
+    return (time.process_time() - cpu) / taken
 
 
 def cpus() -> int:
@@ -167,7 +175,7 @@ def cpus() -> int:
     return os.cpu_count() or 1
 
 
-def figures(quick: bool, threads: int) -> Iterator[list[Figure]]:
+def run(quick: bool, threads: int) -> Iterator[Found]:
     """Problem by problem.
 
     Args:
@@ -175,11 +183,15 @@ def figures(quick: bool, threads: int) -> Iterator[list[Figure]]:
         threads: besides one; torch's own default, where nothing was set.
     """
     before = torch.get_num_threads()
+    providers: list[Provider] = [Layer("cpu"), TorchGRU("cpu")]
     effort = timing.Effort(block_s=0.002, budget_s=0.0, least=2) if quick else EFFORT
+    setting = Setting(threads, effort, footprint=False)
     try:
         with neighbours(cpus()) as others:
             for case in QUICK if quick else SHAPES:
                 for suite in ("train", "infer"):
-                    yield measure(Problem(case, suite, "float32", "cpu"), threads, others, effort)
+                    feature = f"{CONTENTION}/{suite}"
+                    problem = Problem(case, suite, "float32", "cpu", feature=feature)
+                    yield measure(problem, providers, others, setting)
     finally:
         torch.set_num_threads(before)

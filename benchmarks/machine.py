@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,26 +125,36 @@ def line(machine: dict[str, Any]) -> str:
     return ", ".join([*parts, f"commit {machine['commit']}"])
 
 
+def cpu_ticks(pid: int) -> int:
+    """CPU time of a process, in units of SC_CLK_TCK."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 class OtherLoad:
     """Share of the machine's CPU time that other processes and the host take, since it was made.
 
     Linux only; elsewhere `share()` is None.
+
+    Args:
+        but: processes that are not counted as others; they outlive this object.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, but: Iterable[int] = ()) -> None:
+        self._but = tuple(but)
         self._start = self._read()
 
-    @staticmethod
-    def _read() -> tuple[float, float, float] | None:
+    def _read(self) -> tuple[float, float, float] | None:
+        ticks = os.sysconf("SC_CLK_TCK")
         try:
             fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+            ours = sum(cpu_ticks(pid) for pid in self._but) / ticks
         except OSError:
             return None
         user, nice, system, _, _, irq, softirq, steal = map(int, fields)
-        ticks = os.sysconf("SC_CLK_TCK")
         busy = (user + nice + system + irq + softirq + steal) / ticks
         own = os.times()
-        return busy, own.user + own.system, time.perf_counter()
+        return busy, ours + own.user + own.system, time.perf_counter()
 
     def share(self) -> float | None:
         """Between 0 and 1."""

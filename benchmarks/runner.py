@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -114,6 +115,70 @@ def note_claims(
         record.ratio_to_torch = timing.ratio(theirs, seconds)
 
 
+@dataclass
+class Admitted:
+    """Who takes a problem, by name.
+
+    Attributes:
+        records: of all that take it, with their errors.
+        ready: those that passed the gate.
+        baseline: the first of these that is one.
+        notes: who does not take it, and why.
+    """
+
+    records: dict[str, Record] = field(default_factory=dict)
+    ready: dict[str, Prepared] = field(default_factory=dict)
+    baseline: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def working_calls(self) -> dict[str, Callable[[], Any]]:
+        """Of those that are ready and do not raise now; the others' errors are recorded."""
+        calls = {}
+        for name, prepared in self.ready.items():
+            try:
+                prepared.call()
+                calls[name] = prepared.call
+            except Exception as error:
+                if is_lost(error):
+                    raise
+                self.records[name].error = describe_error(error)
+                self.records[name].cold_s = None
+        return calls
+
+
+def admit(problem: Problem, providers: Sequence[Provider], setting: Setting) -> Admitted:
+    """Ask, judge and prepare each provider; see `run_problem` for errors."""
+    found = Admitted()
+    shorter = problem
+    if setting.gate_steps is not None and setting.gate_steps < problem.case.T:
+        shorter = replace(problem, case=replace(problem.case, T=setting.gate_steps))
+    gate = Gate(shorter, setting.threads, 1 if setting.dry else None)
+    for provider in providers:
+        reason = provider.why_not(problem)
+        if reason is not None:
+            found.notes.append(f"{provider.name} on {problem.suite} {problem.case}: {reason}")
+            continue
+        record = found.records[provider.name] = _blank(provider, problem, setting)
+        try:
+            wrong = None
+            if provider.judged:
+                wrong = gate.verdict(provider)
+                record.parity = "ok" if wrong is None else "wrong"
+                if gate.T != problem.case.T:
+                    record.parity_T = gate.T
+            if wrong is None:
+                found.ready[provider.name] = provider.prepare(problem, setting.threads)
+                if provider.is_baseline and found.baseline is None:
+                    found.baseline = provider.name
+            else:
+                record.error = wrong
+        except Exception as error:
+            if is_lost(error):
+                raise
+            record.error = describe_error(error)
+    return found
+
+
 def run_problem(
     problem: Problem, providers: Sequence[Provider], setting: Setting
 ) -> tuple[list[Record], list[str]]:
@@ -126,40 +191,10 @@ def run_problem(
     GPU unusable is raised.
     """
     torch.set_num_threads(setting.threads)
-    records: dict[str, Record] = {}
-    ready: dict[str, Prepared] = {}
-    baseline, notes = None, []
     with float32_as(problem.dtype):
-        shorter = problem
-        if setting.gate_steps is not None and setting.gate_steps < problem.case.T:
-            shorter = replace(problem, case=replace(problem.case, T=setting.gate_steps))
-        gate = Gate(shorter, setting.threads, 1 if setting.dry else None)
-        for provider in providers:
-            reason = provider.why_not(problem)
-            if reason is not None:
-                notes.append(f"{provider.name} on {problem.suite} {problem.case}: {reason}")
-                continue
-            record = records[provider.name] = _blank(provider, problem, setting)
-            try:
-                wrong = None
-                if provider.judged:
-                    wrong = gate.verdict(provider)
-                    record.parity = "ok" if wrong is None else "wrong"
-                    if gate.T != problem.case.T:
-                        record.parity_T = gate.T
-                if wrong is None:
-                    ready[provider.name] = provider.prepare(problem, setting.threads)
-                    if provider.is_baseline and baseline is None:
-                        baseline = provider.name
-                else:
-                    record.error = wrong
-            except Exception as error:
-                if is_lost(error):
-                    raise
-                record.error = describe_error(error)
-        del gate
-        _measure(problem, ready, records, baseline, setting)
-    return list(records.values()), notes
+        found = admit(problem, providers, setting)
+        _measure(problem, found, setting)
+    return list(found.records.values()), found.notes
 
 
 def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
@@ -171,24 +206,11 @@ def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
     )  # fmt: skip
 
 
-def _measure(
-    problem: Problem,
-    ready: dict[str, Prepared],
-    records: Mapping[str, Record],
-    baseline: str | None,
-    setting: Setting,
-) -> None:
+def _measure(problem: Problem, found: Admitted, setting: Setting) -> None:
     """Fill in the numbers of those that passed the gate."""
-    _footprints(problem, ready, records, setting)
-    calls = {}
-    for name in list(ready):
-        try:
-            ready[name].call()
-            calls[name] = ready[name].call
-        except Exception as error:
-            if is_lost(error):
-                raise
-            records[name].error, records[name].cold_s = describe_error(error), None
+    records, baseline = found.records, found.baseline
+    _footprints(problem, found.ready, records, setting)
+    calls = found.working_calls()
     if not calls:
         return
     load = OtherLoad()

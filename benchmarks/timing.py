@@ -122,7 +122,7 @@ def interleave(
         calls: by name.
         clock: of their device.
         effort: of the measurement.
-        before: goes with the name before each block, in the place of the untimed call.
+        before: goes with the name before each block and its untimed call.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0)
@@ -138,6 +138,8 @@ def interleave(
                 break
             shuffle.shuffle(order)
             for name in order:
-                calls[name]() if before is None else before(name)
+                if before is not None:
+                    before(name)
+                calls[name]()
                 samples[name].append(clock(calls[name], counts[name]))
     return samples

@@ -4,12 +4,14 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from gru_fast import ops
+from gru_fast import GRU, ops
 from repository_tools import ROOT, load
 
 contention = load("benchmarks.contention")
@@ -17,6 +19,10 @@ features = load("benchmarks.features")
 features_cli = load("benchmarks.features.cli")
 figures = load("benchmarks.figures")
 instruction_sets = load("benchmarks.features.instruction_sets")
+machine = load("benchmarks.machine")
+problem = load("benchmarks.problem")
+providers_gru_fast = load("benchmarks.providers_gru_fast")
+providers_torch = load("benchmarks.providers_torch")
 records = load("benchmarks.records")
 row = load("benchmarks.features.row")
 runner = load("benchmarks.runner")
@@ -46,27 +52,22 @@ def state(pid: int) -> str:
 
 
 @NEEDS_KERNELS
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, two_threads):
     path = tmp_path / "cpu-layer-facts.json"
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        arguments = ["--quick", "--rows", "isa/infer,contention", "--json", str(path)]
-        assert features_cli.main("layers", arguments) == 0
-    finally:
-        torch.set_num_threads(before)
+    arguments = ["--quick", "--rows", "isa/infer,contention", "--json", str(path)]
+    assert features_cli.main("layers", arguments) == 0
     found = records.read(path)
     sets = instruction_sets.instruction_sets()
     assert [r.provider for r in found.records] == ["nn.GRU", *(f"gru_fast.cpu.{s}" for s in sets)]
     assert {r.parity for r in found.records} == {"ok"}
-    contended = [f for f in found.figures if f["name"] == "contention"]
-    assert [(f["suite"], f["provider"], f["threads"]) for f in contended] == [
+    figs = [f for f in found.figures if f["name"] == "contention"]
+    assert [(f["suite"], f["provider"], f["threads"]) for f in figs] == [
         (suite, provider, n)
         for suite in ("train", "infer")
         for provider in ("gru_fast.cpu", "nn.GRU")
         for n in (1, 2)
     ]
-    for f in contended:
+    for f in figs:
         assert f["neighbours"] == contention.cpus() and f["rounds"] >= 2
         assert f["value"] > 0 and f["alone"] > 0 and f["cpus_used"] > 0
         assert f["alone"] == 1 or f["threads"] > 1
@@ -152,6 +153,17 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert until(lambda: {state(pid) for pid in pids} <= {"X", "Z"})
 
 
+@NEEDS_PROC
+def test_neighbours_are_not_others():
+    with contention.neighbours(1) as others:
+        pids = [process.pid for process in others.processes]
+        without, counted = machine.OtherLoad(but=pids), machine.OtherLoad()
+        others.set(True)
+        before = machine.cpu_ticks(pids[0])
+        assert until(lambda: machine.cpu_ticks(pids[0]) >= before + 20)
+        assert without.share() < counted.share()
+
+
 def test_a_neighbour_that_died_is_noticed():
     others = contention.Neighbours(1)
     others.processes[0].kill()
@@ -159,6 +171,99 @@ def test_a_neighbour_that_died_is_noticed():
     with pytest.raises((RuntimeError, BrokenPipeError)):
         others.set(True)
     others.close()
+
+
+class Told:
+    """In the place of the neighbours: knows what they would do."""
+
+    processes = ()
+
+    def __init__(self):
+        self.busy = False
+
+    def set(self, busy):
+        self.busy = busy
+
+
+class Wrong(providers_torch.TorchGRU):
+    """nn.GRU with other weights."""
+
+    is_baseline = False
+
+    def __init__(self, device):
+        self.name = "gru_fast.wrong"
+
+    def prepare(self, problem, threads):
+        return super().prepare(replace(problem, seed=problem.seed + 1), threads)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield 2
+    torch.set_num_threads(before)
+
+
+def contended(suite: str) -> "problem.Problem":
+    return problem.Problem(
+        contention.QUICK[0], suite, "float32", "cpu", feature=f"contention/{suite}"
+    )
+
+
+TAKES = {(1, False): 8.0, (1, True): 20.0, (2, False): 4.0, (2, True): 14.0}
+
+
+def test_figures_are_of_the_threads_and_neighbours_that_they_name(monkeypatch, two_threads):
+    others, seen = Told(), set()
+
+    def clock(call, count):
+        call()
+        return TAKES[torch.get_num_threads(), others.busy]
+
+    def see(module, _):
+        seen.add((type(module), torch.get_num_threads(), others.busy))
+
+    monkeypatch.setattr(timing, "cpu_clock", clock)
+    setting = runner.Setting(two_threads, timing.DRY, footprint=False)
+    ways = [providers_gru_fast.Layer("reference"), providers_torch.TorchGRU("cpu")]
+    watch = register_module_forward_pre_hook(see)
+    try:
+        found = contention.measure(contended("infer"), ways, others, setting)
+    finally:
+        watch.remove()
+    assert seen == {(kind, *state) for kind in (GRU, torch.nn.GRU) for state in TAKES}
+    assert not found.failed and not found.notes
+    assert [
+        (f["provider"], f["threads"], f["value"], f["alone"], f["alone_ms"]) for f in found.figures
+    ] == [
+        (way, *rest)
+        for way in ("gru_fast.reference", "nn.GRU")
+        for rest in ((1, 2.5, 1.0, 8000.0), (2, 1.75, 0.5, 4000.0))
+    ]
+
+
+def test_contention_without_those_that_are_wrong_or_not_here():
+    ways = [Wrong("cpu"), providers_gru_fast.Layer("cudnn"), providers_torch.TorchGRU("cpu")]
+    setting = runner.Setting(1, timing.DRY, footprint=False)
+    found = contention.measure(contended("train"), ways, Told(), setting)
+    assert [f["provider"] for f in found.figures] == ["nn.GRU"]
+    (record,) = found.failed
+    assert (record.provider, record.parity, record.median_s) == ("gru_fast.wrong", "wrong", None)
+    assert "error" in record.error and record.feature == "contention/train"
+    (note,) = found.notes
+    assert note.startswith("gru_fast.cudnn on train")
+
+
+def test_the_command_goes_on_after_a_red_gate(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(contention, "Layer", Wrong)
+    path = tmp_path / "found.json"
+    arguments = ["--quick", "--rows", "contention", "--json", str(path)]
+    assert features_cli.main("layers", arguments) == 1
+    assert "no figure: gru_fast.wrong contention/infer: output: error" in capsys.readouterr().err
+    found = records.read(path)
+    assert {f["provider"] for f in found.figures} == {"nn.GRU"}
+    assert [r.feature for r in found.records] == ["contention/train", "contention/infer"]
 
 
 def test_blocks_with_something_to_do_before_them():
@@ -171,5 +276,6 @@ def test_blocks_with_something_to_do_before_them():
 
     effort = timing.Effort(block_s=0.0, budget_s=0.0, least=3, most=3)
     timing.interleave(calls, clock, effort, lambda name: log.append(f"before {name}"))
-    blocks = [log[i : i + 2] for i in range(0, len(log), 2)]
-    assert len(blocks) == 2 + 6 and all(b == [f"before {b[1]}", b[1]] for b in blocks)
+    assert log[:4] == ["before a", "a", "before b", "b"]
+    blocks = [log[i : i + 3] for i in range(4, len(log), 3)]
+    assert len(blocks) == 6 and all(b == [f"before {b[1]}", b[1], b[1]] for b in blocks)

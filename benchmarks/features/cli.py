@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks import contention, program, report, timing
+from benchmarks.contention import CONTENTION
 from benchmarks.features import Row, all_rows
 from benchmarks.markdown import details
 from benchmarks.records import Record
@@ -20,7 +21,6 @@ DESCRIPTIONS = {
     "layers": "The layer in its other forms: both directions, the other cells, padding, every "
     "instruction set, and (contention) between processes that keep every core busy.",
 }
-CONTENTION = "contention"
 LAYERS_EFFORT = timing.Effort(budget_s=2.0, least=5, most=11)
 LAYERS_GATE_STEPS = 64
 """Many ways and sizes, each of them short."""
@@ -96,7 +96,11 @@ def main(suite: str, arguments: list[str]) -> int:
                 for note in notes:
                     run.note(note)
     if contended:
-        for figures in contention.figures(options.quick, default_threads):
-            run.results.figures += figures
-            run.add([], "\n".join(map(figure_line, figures)))
+        for found in contention.run(options.quick, default_threads):
+            run.results.figures += found.figures
+            lines = [*map(figure_line, found.figures)]
+            lines += [f"{r.provider}: {r.error}" for r in found.failed]
+            run.add(found.failed, "\n".join(lines))
+            for note in found.notes:
+                run.note(note)
     return run.finish()
