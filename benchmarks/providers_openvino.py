@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,7 +42,7 @@ class OpenVino(Provider):
             # Elsewhere it takes bfloat16 by itself where the processor has it.
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        compiled = openvino.Core().compile_model(model(problem), "CPU", settings)
+        compiled = _core().compile_model(model(problem), "CPU", settings)
         request = compiled.create_infer_request()
         inputs = [
             problem.tensors["x"].transpose(0, 1).contiguous(),
@@ -59,6 +60,16 @@ class OpenVino(Provider):
             return {"output": y[:, 0].transpose(0, 1), "h_n": y_h.transpose(0, 1)}
 
         return Prepared(call, results)
+
+
+@cache
+def _core() -> Any:
+    """One for the life of the process.
+
+    The CPU plugin gives the thread a stack for signals, which it frees with itself but does not
+    take back: the next signal after that would end the process.
+    """
+    return _openvino().Core()
 
 
 def _openvino() -> Any:

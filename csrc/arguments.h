@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cell_names.h"
 #include "cpu/arena.h"
 #include "cpu/huge_pages.h"
 #include "cpu/problem.h"
@@ -36,13 +37,11 @@ Real* mutable_data_of(const Tensor& tensor) {
   return static_cast<Real*>(tensor.mutable_data_ptr());
 }
 
-inline Cell parse_cell(const std::string& cell) {
-  if (cell == "reset_after") return Cell::kResetAfter;
-  if (cell == "reset_before") return Cell::kResetBefore;
-  STD_TORCH_CHECK(cell == "no_reset",
-                  "cell: expected 'reset_after', 'reset_before' or 'no_reset', got '", cell.c_str(),
+inline Cell parse_cell(const std::string& name) {
+  Cell cell{};
+  STD_TORCH_CHECK(find_cell(name, cell), "cell: expected ", kExpectedCells, ", got '", name.c_str(),
                   "'");
-  return Cell::kNoReset;
+  return cell;
 }
 
 template <class Sizes>

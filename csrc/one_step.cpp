@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <exception>
 
+#include "cell_names.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -71,15 +72,9 @@ bool read(PyObject* object, Dense& dense) {
 }
 
 bool read_cell(PyObject* given, Cell& cell) {
-  constexpr struct {
-    const char* name;
-    Cell cell;
-  } cells[] = {{"reset_after", Cell::kResetAfter},
-               {"reset_before", Cell::kResetBefore},
-               {"no_reset", Cell::kNoReset}};
   if (!PyUnicode_Check(given)) return false;
-  for (const auto& known : cells) {
-    if (PyUnicode_CompareWithASCIIString(given, known.name) == 0) {
+  for (const CellName& known : kCellNames) {
+    if (PyUnicode_CompareWithASCIIString(given, known.name.data()) == 0) {
       cell = known.cell;
       return true;
     }

@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "cell_names.h"
 #include "cpu/sampler_problem.h"
 
 namespace gru_fast {
@@ -44,7 +45,7 @@ inline Block zeroed(int64_t bytes) {
   throw std::invalid_argument(name + ": expected " + expected + ", got " + got);
 }
 
-inline std::string shape_text(const std::vector<int64_t>& shape) {
+inline std::string as_text(const std::vector<int64_t>& shape) {
   std::string text = "(";
   for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + ")";
@@ -53,7 +54,7 @@ inline std::string shape_text(const std::vector<int64_t>& shape) {
 inline void check_shape(const std::string& name, const pybind11::array& array,
                         std::vector<int64_t> shape) {
   const std::vector<int64_t> given(array.shape(), array.shape() + array.ndim());
-  if (given != shape) complain(name, "shape " + shape_text(shape), shape_text(given));
+  if (given != shape) complain(name, "shape " + as_text(shape), as_text(given));
 }
 
 inline const float* read(const std::string& name, const MaybeFloats& array,
@@ -61,15 +62,6 @@ inline const float* read(const std::string& name, const MaybeFloats& array,
   if (!array) return nullptr;
   check_shape(name, *array, std::move(shape));
   return array->data();
-}
-
-inline Cell parse_cell(const std::string& cell) {
-  if (cell == "reset_after") return Cell::kResetAfter;
-  if (cell == "reset_before") return Cell::kResetBefore;
-  if (cell != "no_reset") {
-    complain("cell", "'reset_after', 'reset_before' or 'no_reset'", "'" + cell + "'");
-  }
-  return Cell::kNoReset;
 }
 
 inline Weights parse_weights(const std::string& weights) {
@@ -89,7 +81,7 @@ class PackedStack {
               const std::vector<LayerTuple>& layers, const MaybeFloats& head_weight,
               const MaybeFloats& head_bias, bool plain)
       : kernels_(sampler_kernels(plain)) {
-    shape_.cell = parse_cell(cell);
+    if (!find_cell(cell, shape_.cell)) complain("cell", kExpectedCells, "'" + cell + "'");
     shape_.weights = parse_weights(weights);
     shape_.layers = static_cast<int64_t>(layers.size());
     if (layers.empty()) complain("layers", "at least one", "none");

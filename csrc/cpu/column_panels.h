@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weights as the right-hand operand of D W, the product of the gradients: packed by columns, gate
-// after gate in the order of the slots of D.
+// after gate in the order of the slots of D. Where panels are used once, few rows of D are
+// multiplied by the weights where they lie, and for many these are packed some tiles at a time.
 #pragma once
 #include "in_place.h"
 #include "schedule.h"

@@ -4,7 +4,6 @@
 // the second level of the cache. The sums and their order are those of dot.h.
 #pragma once
 #include "dot.h"
-#include "gate_math.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {

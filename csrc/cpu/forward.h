@@ -31,8 +31,9 @@ constexpr GatePlan gate_plan(Cell cell) {
                                       : GatePlan{{0, 1, 0}, 2, -1};
 }
 
-// The weights of all groups, packed once a call by the whole team. A single step would use each
-// panel once: it takes few rows to the weights where they lie, and packs tile by tile for many.
+// The weights of all groups, packed once a call by the whole team. Where each panel is used once
+// (by a single step, or by one product with all rows of a short sequence) few rows are taken to the
+// weights where they lie, and for many they are packed tile by tile.
 template <class Real>
 struct GatePanels {
   int64_t H, K, tiles;
@@ -97,7 +98,7 @@ class ForwardScan {
         chunk_(steps_at_once(p_.T, p_.B)) {
     const bool once = p_.T == 1;
     // Rows of several sequences need not lie evenly, so that each step is a product of its own.
-    const bool input_once = once || (p_.B == 1 && chunk_ == p_.T);
+    const bool input_once = once || (p_.B == 1 && chunk_ == p_.T && p_.order == nullptr);
     const int64_t states = p_.G * p_.B * ld_;
     Layout layout(scratch);
     state_ = layout.take<Number>(2 * states);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of tile.h with weights where they lie: for a single step, which would use a packed
-// panel once. Blocks of W x W weights are transposed in registers, so the order of summation is
-// that of tile.h, bit for bit.
+// The products of tile.h with weights where they lie: for panels that would be used once. Rows of
+// the forward product are transposed in registers, in blocks of W words of W rows; those of the
+// gradients' product are added up as they stand. The order of summation is that of tile.h.
 #pragma once
 #include <type_traits>
 
@@ -80,26 +80,6 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vec
   }
 }
 
-// As sweep() with one vector a tile, for so few k that nothing is gained by many sums at a time:
-// the results are written row after row.
-template <class Real, class Epilogue>
-GRU_INLINE void outer_product(Operand<Real> operand, int64_t rows, const Real* panels, int64_t K,
-                              int64_t tiles, Epilogue epilogue) {
-  constexpr int W = kLanes<Real>;
-  constexpr int P = kPack<Real>;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Real* a = operand.a + i * operand.row_stride;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      Vec<Real> sum{};
-      for (int64_t k = 0; k < K; k += P) {
-        multiply_add<Real>(sum, load_words(panels + (tile * K + k) * W),
-                           word_at(a + k / P * operand.word_stride));
-      }
-      epilogue(i, tile, &sum);
-    }
-  }
-}
-
 // Weights of the gradients' product: for each slot of the operand, `units` columns apart, H rows of
 // `columns`.
 struct ColumnSizes {
@@ -143,7 +123,7 @@ void sweep_by_columns(Operand<Real> operand, const Real* const* blocks, int64_t 
   constexpr int P = kPack<Real>;
   constexpr int kDepth = 4;
   constexpr int64_t N = kTilesByColumns;
-  const auto [H, units, columns] = size;
+  const int64_t H = size.H, units = size.units, columns = size.columns;
   Vec<Real> block[ROWS * N], total[ROWS * N];
   for (int64_t tile = tile_begin; tile < tile_end; tile += N) {
     const int64_t tiles = tile_end - tile < N ? tile_end - tile : N, sums = ROWS * tiles;
@@ -186,6 +166,7 @@ template <class Real, class Epilogue>
 GRU_INLINE void sweep_by_columns(Operand<Real> a, int64_t rows, const Real* const* blocks,
                                  int64_t slots, ColumnSizes size, int64_t tile_begin,
                                  int64_t tile_end, Epilogue epilogue) {
+  static_assert(kMaxRowsInPlace == 2);
   if (rows == 2) {
     sweep_by_columns<Real, 2>(a, blocks, slots, size, tile_begin, tile_end, epilogue);
   } else if (rows == 1) {

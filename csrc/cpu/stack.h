@@ -306,8 +306,8 @@ class Stack {
       return load(gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
     };
     if (s_.shape.cell == Cell::kResetAfter) {
-      auto gates = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
-                                             Between between) GRU_MEMBER_LAMBDA {
+      auto close_gates = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
+                                                   Between between) GRU_MEMBER_LAMBDA {
         V rz[2 * N], q[N], n[N];
         GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
         GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
@@ -320,13 +320,13 @@ class Stack {
       Range tiles = crew.tiles;
       if constexpr (kPairs) {
         if (rows == 1 && one_chain<P>(weights.first)) {
-          Pairs<P, 3>(weights.first, tiles, parity != 0).multiply(previous, gates);
+          Pairs<P, 3>(weights.first, tiles, parity != 0).multiply(previous, close_gates);
           tiles.begin = tiles.end - (tiles.end - tiles.begin) % 2;
         }
       }
       multiply<P, 3>(weights.first, previous, ldw_, rows, tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[3][N])
-                         GRU_MEMBER_LAMBDA { gates(at, sums, Nothing{}); });
+                         GRU_MEMBER_LAMBDA { close_gates(at, sums, Nothing{}); });
     } else if (s_.shape.cell == Cell::kNoReset) {
       multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
                      [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {

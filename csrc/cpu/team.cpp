@@ -2,6 +2,13 @@
 #include "team.h"
 
 #include <sched.h>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#endif
 
 namespace gru_fast {
 namespace {
@@ -9,6 +16,7 @@ namespace {
 constexpr uint64_t kClosed = uint64_t{1} << 63;
 constexpr int kPartBits = 32;
 constexpr int kSpinsBeforeYield = 100;
+constexpr int kSpinsBeforeSleep = 1000;  // about 10 us
 constexpr int kYieldsBeforeClosing = 500;
 constexpr int kAllToAllMembers = 4;
 
@@ -23,15 +31,7 @@ inline void relax() {
 int members_of(uint64_t door) { return static_cast<int>((door & ~kClosed) >> kPartBits); }
 int parts_of(uint64_t door) { return static_cast<int>(door & ((uint64_t{1} << kPartBits) - 1)); }
 
-void wait_for(const std::atomic<uint32_t>& phase, uint32_t target) {
-  for (int spins = 0; static_cast<int32_t>(phase.load(std::memory_order_acquire) - target) < 0;) {
-    if (++spins < kSpinsBeforeYield) {
-      relax();
-    } else {
-      sched_yield();
-    }
-  }
-}
+bool is_before(uint32_t phase, uint32_t target) { return static_cast<int32_t>(phase - target) < 0; }
 
 }  // namespace
 
@@ -60,24 +60,54 @@ int Team::join(int parts) {
   return member;
 }
 
+// Who sleeps has said so before looking at the phase a last time, and who moves the phase on looks
+// for sleepers after it: one of them sees the other.
+void Team::announce(Flag& flag, uint32_t phase) {
+  flag.phase.store(phase, std::memory_order_seq_cst);
+#if defined(__linux__)
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+    syscall(SYS_futex, &flag.phase, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+#endif
+}
+
+void Team::wait_for(Flag& flag, uint32_t target) {
+  for (int spins = 0; is_before(flag.phase.load(std::memory_order_acquire), target);) {
+    if (++spins < kSpinsBeforeSleep) {
+      relax();
+      continue;
+    }
+#if defined(__linux__)
+    sleepers_.fetch_add(1, std::memory_order_seq_cst);
+    const uint32_t seen = flag.phase.load(std::memory_order_seq_cst);
+    if (is_before(seen, target)) {
+      syscall(SYS_futex, &flag.phase, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+    }
+    sleepers_.fetch_sub(1, std::memory_order_relaxed);
+#else
+    sched_yield();
+#endif
+  }
+}
+
 int Team::size_for_latecomer() const { return members_of(door_.load(std::memory_order_acquire)); }
 
 void Team::barrier(int member) {
   const uint64_t door = door_.load(std::memory_order_relaxed);
   const int members = members_of(door);
   if (members == 1) return;
-  std::atomic<uint32_t>& mine = arrived_[member].phase;
-  const uint32_t phase = mine.load(std::memory_order_relaxed) + 1;
-  mine.store(phase, std::memory_order_release);
+  Flag& mine = arrived_[member];
+  const uint32_t phase = mine.phase.load(std::memory_order_relaxed) + 1;
+  announce(mine, phase);
   if (members <= kAllToAllMembers) {
     for (int other = 0; other < members; ++other) {
-      if (other != member) wait_for(arrived_[other].phase, phase);
+      if (other != member) wait_for(arrived_[other], phase);
     }
   } else if (member == 0) {
-    for (int other = 1; other < members; ++other) wait_for(arrived_[other].phase, phase);
-    released_.phase.store(phase, std::memory_order_release);
+    for (int other = 1; other < members; ++other) wait_for(arrived_[other], phase);
+    announce(released_, phase);
   } else {
-    wait_for(released_.phase, phase);
+    wait_for(released_, phase);
   }
 }
 

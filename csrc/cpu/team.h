@@ -24,18 +24,21 @@ class Team {
   // The same for a thread that came too late.
   int size_for_latecomer() const;
 
-  // Returns once every member has called it. Spins briefly, then yields.
+  // Returns once every member has called it. Spins briefly, then sleeps.
   void barrier(int member);
 
  private:
   struct alignas(64) Flag {
     std::atomic<uint32_t> phase{0};
   };
+  void announce(Flag& flag, uint32_t phase);
+  void wait_for(Flag& flag, uint32_t phase);
   const int parts_;
   int size_ = 0;
   std::atomic<uint64_t> door_{0};  // closed bit | members | parts
   const std::unique_ptr<Flag[]> arrived_;
   Flag released_;
+  std::atomic<int> sleepers_{0};
 };
 
 }  // namespace gru_fast

@@ -162,6 +162,7 @@ GRU_INLINE Vec<Real> load_words(const Real* p) {
 // Of `count` numbers, zero beyond.
 template <class Real>
 GRU_INLINE Vec<Real> load_some_words(const Real* p, int count) {
+  if (__builtin_expect(count == kLanes<Real> * kPack<Real>, 1)) return load_words(p);
   Vec<Real> v{};
   std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(Real));
   return v;

@@ -15,7 +15,7 @@ namespace {
 // memory of its own until the last chunk.
 template <class Real>
 struct ChunkSum {
-  Real* result = nullptr;
+  Real* result;
   Compute<Real>* so_far = nullptr;
 
   GRU_MEMBER ChunkSum(Real* to, int64_t count, bool one_chunk, Layout& layout) : result(to) {
@@ -34,6 +34,29 @@ struct ChunkSum {
     }
   }
 };
+
+constexpr int64_t kFewRows = 2;
+static_assert(kFewRows <= kGradSumBlock);
+
+// As sweep() with one vector a tile, for so few k that nothing is gained by many sums at a time:
+// the results are written row after row.
+template <class Real, class Epilogue>
+GRU_INLINE void outer_product(Operand<Real> operand, int64_t rows, const Real* panels, int64_t K,
+                              int64_t tiles, Epilogue epilogue) {
+  constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Real* a = operand.a + i * operand.row_stride;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Vec<Real> sum{};
+      for (int64_t k = 0; k < K; k += P) {
+        multiply_add<Real>(sum, load_words(panels + (tile * K + k) * W),
+                           word_at(a + k / P * operand.word_stride));
+      }
+      epilogue(i, tile, &sum);
+    }
+  }
+}
 
 template <class Real>
 class WeightGrads {
@@ -210,7 +233,7 @@ class WeightGrads {
         if (i < valid) grad.add(at, *sum, lanes_of<Real>(tile, columns), first, last);
       };
       const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock};
-      if (padded <= kMaxRowsInPlace) {
+      if (padded <= kFewRows) {
         outer_product(operand, kRowBlock, panels, padded, tiles_of<Real>(columns), add);
       } else {
         sweep<Real>(
