@@ -35,6 +35,7 @@ Figure = dict[str, Any]
 SHAPES = [square(64, 1, 256), square(256, 1, 256), square(64, 32, 256), square(256, 32, 128)]
 QUICK = [Case(5, 8, 3, 9)]
 EFFORT = timing.Effort(block_s=0.1, budget_s=4.0, least=3, most=7)
+PATIENCE_S = 5.0
 
 # Ends with its parent: the pipe closes then, however the parent died.
 NEIGHBOUR = """
@@ -59,7 +60,9 @@ class Neighbours:
         pipe = subprocess.PIPE
         command = [sys.executable, "-S", "-E", "-c", NEIGHBOUR]
         self.processes = [
-            subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0) for _ in range(count)
+            # Not of our group: Ctrl-C is for us, and they end with us.
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True)
+            for _ in range(count)
         ]
         self.busy = False
 
@@ -77,11 +80,17 @@ class Neighbours:
         self.busy = busy
 
     def close(self) -> None:
-        """End them."""
+        """End them, by force where they do not by themselves."""
         for process in self.processes:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
             process.stdin.close()
-            process.wait()
+        for process in self.processes:
+            assert process.stdout is not None
+            try:
+                process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             process.stdout.close()
 
 

@@ -14,6 +14,7 @@ LAYERS = ("train", "infer")
 STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
 OURS = "gru_fast."
 ISA = "gru_fast.cpu."
+ISA_ROWS = "isa/"
 
 
 def layers(results: Results) -> str:
@@ -110,33 +111,32 @@ def lost(results: Results) -> str:
 
 
 def isas(results: Results) -> str:
-    """Of each instruction set but the best: its share of the best one's speed."""
-    best = {
-        (r.feature, str(r.case), r.threads): r.ratio_to_torch for r in _of_isas(results)
-    }  # They come worst first, so that the last stays.
+    """Of each instruction set but the best: its share of the best one's speed.
 
-    def cells() -> Iterable[tuple[str, str, str]]:
-        for r in _of_isas(results):
-            most = best[r.feature, str(r.case), r.threads]
-            assert r.feature is not None and r.ratio_to_torch is not None and most is not None
-            row = f"{r.feature.partition('/')[2]}: {sizes(r)}"
-            column = f"{r.provider.removeprefix(ISA)}, {threads(r)}"
-            if r.ratio_to_torch == most:
-                yield row, column, times(r.ratio_to_torch)
-            else:
-                yield row, column, f"{r.ratio_to_torch / most:.2f} ({times(r.ratio_to_torch)})"
-
-    return pivot("I = H, B, T", cells())
-
-
-def _of_isas(results: Results) -> list[Record]:
-    return [
+    They come worst first, so that the best is the last, whether or not it has a figure.
+    """
+    found = [
         r
         for r in results.records
-        if (r.feature or "").startswith("isa/")
-        and r.provider.startswith(ISA)
-        and r.ratio_to_torch is not None
+        if (r.feature or "").startswith(ISA_ROWS) and r.provider.startswith(ISA)
     ]
+    best = {(r.feature, str(r.case), r.threads): r for r in found}
+
+    def cell(r: Record) -> str:
+        if r.ratio_to_torch is None:
+            return r.error or "-"
+        most = best[r.feature, str(r.case), r.threads]
+        if r is most:
+            return times(r.ratio_to_torch)
+        share = most.ratio_to_torch and f"{r.ratio_to_torch / most.ratio_to_torch:.2f}"
+        return f"{share or '-'} ({times(r.ratio_to_torch)})"
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for r in found:
+            row = f"{(r.feature or '').removeprefix(ISA_ROWS)}: {sizes(r)}"
+            yield row, f"{r.provider.removeprefix(ISA)}, {threads(r)}", cell(r)
+
+    return pivot("I = H, B, T", cells())
 
 
 def contention(results: Results) -> str:
@@ -153,7 +153,10 @@ def contention(results: Results) -> str:
 
 
 def features(results: Results) -> str:
-    """Of each row every provider: the baseline's time, and how much faster the others are."""
+    """Of each row every provider: the baseline's time, and how much faster the others are.
+
+    But for the instruction sets, which `isas` shows.
+    """
 
     def cell(r: Record) -> str:
         if r.median_s is None:
@@ -164,7 +167,7 @@ def features(results: Results) -> str:
 
     def cells() -> Iterable[tuple[str, str, str]]:
         for r in results.records:
-            if r.feature is not None:
+            if r.feature is not None and not r.feature.startswith(ISA_ROWS):
                 resets = f", {r.case['resets']:.0%} resets" if r.case["resets"] else ""
                 row = f"{r.feature}: {sizes(r)}{resets}: `{r.provider}`"
                 yield row, threads(r), cell(r)

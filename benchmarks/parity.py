@@ -56,7 +56,12 @@ def judge(
         theirs: nn.GRU's, in the tested dtype.
         truth: the reference's, in float64.
         dtype: a name of `cases.DTYPES`.
+
+    Raises:
+        ValueError: no result to judge.
     """
+    if not truth or not truth[0]:
+        raise ValueError("truth: expected at least one result, got none")
     for name in truth[0]:
         if any(name not in results for results in ours):
             return f"{name} is missing"

@@ -47,9 +47,9 @@ def threads(record: Record) -> str:
     return f"{record.threads} thread{'s' if record.threads > 1 else ''}"
 
 
-def warnings(records: Iterable[Record]) -> list[str]:
-    """A line if others used the CPU."""
-    other = max((r.other_cpu or 0.0 for r in records), default=0.0)
+def warnings(shares: Iterable[float | None]) -> list[str]:
+    """A line if others used the CPU; shares as `other_cpu` of records and figures."""
+    other = max((share or 0.0 for share in shares), default=0.0)
     if other <= BUSY:
         return []
     return [f"warning: other processes took {other:.0%} of the CPU time meanwhile"]
@@ -65,4 +65,4 @@ def table(records: Iterable[Record]) -> str:
     title += f", {threads(first)}"
     if first.bound_s is not None:
         title += f", bound {seconds(first.bound_s)}"
-    return "\n".join([title, HEADER, *map(row, records), *warnings(records)])
+    return "\n".join([title, HEADER, *map(row, records), *warnings(r.other_cpu for r in records)])

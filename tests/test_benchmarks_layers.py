@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite `layers`: what is particular to its rows, and busy neighbours. No time is judged."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ features_cli = load("benchmarks.features.cli")
 figures = load("benchmarks.figures")
 instruction_sets = load("benchmarks.features.instruction_sets")
 machine = load("benchmarks.machine")
+parity = load("benchmarks.parity")
 problem = load("benchmarks.problem")
 providers_gru_fast = load("benchmarks.providers_gru_fast")
 providers_torch = load("benchmarks.providers_torch")
@@ -74,11 +78,24 @@ def test_the_command(tmp_path, capsys, two_threads):
     page = figures.report(tmp_path)
     assert "| train I5-H8-B3-T9 |" in page and "`nn.GRU`, 2 threads" in page
     assert f"| {sets[-1]}, 1 thread |" in page and "| infer: I 5, 8, 3, 9 |" in page
-    assert "isa/infer" in page
+    assert "isa/infer" not in page, "a second time, in another table"
 
-    assert features_cli.main("layers", ["--rows", "reset_mask"]) == 2
-    assert "padding/train" in capsys.readouterr().err
-    assert features_cli.main("features", ["--rows", "contention"]) == 2
+
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("layers", "reset_mask"),
+        ("layers", ""),
+        ("layers", "contention,"),
+        ("features", "contention"),
+        ("features", ""),
+        ("features", "lengths,"),
+    ],
+)
+def test_rows_that_are_not_there(command, rows, capsys):
+    assert features_cli.main(command, ["--rows", rows]) == 2
+    wrong = rows.rpartition(",")[2]
+    assert f"got {wrong!r}" in capsys.readouterr().err
 
 
 def test_the_rows_of_the_command():
@@ -98,6 +115,22 @@ def test_a_cell_is_judged_by_its_own_equations():
     found, _ = runner.run_problem(problem, ways, SETTING)
     assert [r.parity for r in found] == ["ok", "wrong"]
     assert found[1].error.startswith("reset_before.y: error") and found[1].median_s is None
+
+
+def test_a_part_that_is_none():
+    cells = load("benchmarks.features.cells")
+    (case,) = features.find("cells/infer").problems(quick=True)
+    way = cells.cell("reset_before", "infer")
+    ways = [row.Named("gru_fast.mistyped", way, baseline=True, part="reset_befor")]
+    (record,), _ = runner.run_problem(case, ways, SETTING)
+    assert record.parity == "none" and record.median_s is None
+    known = "reset_after, reset_before, no_reset"
+    assert record.error == f"ValueError: part: expected one of {known}, got 'reset_befor'"
+
+
+def test_the_gate_asks_for_something():
+    with pytest.raises(ValueError, match="truth: expected at least one result"):
+        parity.judge([{}], [{}], [{}], "float32")
 
 
 def test_half_of_the_padded_steps_count():
@@ -121,6 +154,48 @@ def test_a_call_on_another_instruction_set():
         assert _C.cpu_isa() == before
 
 
+@contextmanager
+def seen_in_forward(look):
+    """What `look` gives for each module of ours or torch's, as it runs."""
+    seen = []
+    watch = register_module_forward_pre_hook(
+        lambda module, _: (
+            seen.append(look(module)) if isinstance(module, GRU | torch.nn.GRU) else None
+        )
+    )
+    try:
+        yield seen
+    finally:
+        watch.remove()
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("name", ["isa/train", "isa/infer"])
+def test_a_row_runs_on_the_instruction_set_of_its_name(name):
+    from gru_fast import _C
+
+    chosen = features.find(name)
+    (quick,) = chosen.problems(quick=True)
+    for provider in chosen.providers[1:]:
+        call = provider.prepare(quick, 1).call
+        with seen_in_forward(lambda _: _C.cpu_isa()) as seen:
+            call()
+        assert seen == [provider.name.removeprefix("gru_fast.cpu.")]
+    assert [p.isa for p in chosen.providers[1:]] == instruction_sets.instruction_sets()
+
+
+@pytest.mark.parametrize("name", ["bidirectional/train", "bidirectional/infer"])
+def test_one_thread_is_one_thread(name, two_threads):
+    chosen = features.find(name)
+    (quick,) = chosen.problems(quick=True)
+    for provider in chosen.providers:
+        call = provider.prepare(quick, two_threads).call
+        with seen_in_forward(lambda _: torch.get_num_threads()) as seen:
+            call()
+        assert set(seen) == {1 if provider.name.endswith(".one_thread") else 2}
+        assert torch.get_num_threads() == 2
+
+
 @NEEDS_PROC
 def test_neighbours_compute_only_while_told_so():
     with contention.neighbours(2) as others:
@@ -135,8 +210,15 @@ def test_neighbours_compute_only_while_told_so():
 
 
 @NEEDS_PROC
-@pytest.mark.parametrize("busy", [True, False])
-def test_neighbours_end_with_their_parent_however_it_died(busy):
+@pytest.mark.parametrize(
+    "busy, death",
+    [
+        (True, "os.kill(os.getpid(), signal.SIGKILL)"),
+        (False, "os.kill(os.getpid(), signal.SIGKILL)"),
+        (True, "os.killpg(0, signal.SIGINT)"),  # Ctrl-C
+    ],
+)
+def test_neighbours_end_with_their_parent_however_it_died(busy, death):
     code = f"""
 import os, signal
 from benchmarks.contention import Neighbours
@@ -144,13 +226,16 @@ others = Neighbours(2)
 others.set(True)
 others.set({busy})
 print(*(process.pid for process in others.processes), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+{death}
 """
     command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, start_new_session=True
+    )
     pids = [int(pid) for pid in run.stdout.split()]
     assert len(pids) == 2, run.stderr
     assert until(lambda: {state(pid) for pid in pids} <= {"X", "Z"})
+    assert run.stderr.count("Traceback") == ("SIGINT" in death), "of the parent alone"
 
 
 @NEEDS_PROC
@@ -162,6 +247,15 @@ def test_neighbours_are_not_others():
         before = machine.cpu_ticks(pids[0])
         assert until(lambda: machine.cpu_ticks(pids[0]) >= before + 20)
         assert without.share() < counted.share()
+
+
+@NEEDS_PROC
+def test_a_neighbour_that_does_not_end_by_itself(monkeypatch):
+    monkeypatch.setattr(contention, "PATIENCE_S", 0.1)
+    with contention.neighbours(1) as others:
+        pid = others.processes[0].pid
+        os.kill(pid, signal.SIGSTOP)
+    assert state(pid) == "X"
 
 
 def test_a_neighbour_that_died_is_noticed():
@@ -215,24 +309,18 @@ TAKES = {(1, False): 8.0, (1, True): 20.0, (2, False): 4.0, (2, True): 14.0}
 
 
 def test_figures_are_of_the_threads_and_neighbours_that_they_name(monkeypatch, two_threads):
-    others, seen = Told(), set()
+    others = Told()
 
     def clock(call, count):
         call()
         return TAKES[torch.get_num_threads(), others.busy]
 
-    def see(module, _):
-        seen.add((type(module), torch.get_num_threads(), others.busy))
-
     monkeypatch.setattr(timing, "cpu_clock", clock)
     setting = runner.Setting(two_threads, timing.DRY, footprint=False)
     ways = [providers_gru_fast.Layer("reference"), providers_torch.TorchGRU("cpu")]
-    watch = register_module_forward_pre_hook(see)
-    try:
+    with seen_in_forward(lambda m: (type(m), torch.get_num_threads(), others.busy)) as seen:
         found = contention.measure(contended("infer"), ways, others, setting)
-    finally:
-        watch.remove()
-    assert seen == {(kind, *state) for kind in (GRU, torch.nn.GRU) for state in TAKES}
+    assert set(seen) == {(kind, *state) for kind in (GRU, torch.nn.GRU) for state in TAKES}
     assert not found.failed and not found.notes
     assert [
         (f["provider"], f["threads"], f["value"], f["alone"], f["alone_ms"]) for f in found.figures

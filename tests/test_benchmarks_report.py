@@ -70,3 +70,24 @@ def test_where_a_peer_is_faster(quick_results):
     assert figures.figures_cpu.lost(found) == "None."
     theirs.median_s = 0.5
     assert "beside `nn.GRU` | **0.50x** |" in figures.figures_cpu.lost(found)
+
+
+def test_instruction_sets_beside_a_best_one_that_is_wrong():
+    case = {"I": 8, "H": 8, "B": 1, "T": 9, "L": 1, "V": 0}
+    ratios = {"nn.GRU": 1.0, "gru_fast.cpu.baseline": 0.5, "gru_fast.cpu.avx2": 2.0}
+    sets = [
+        records.Record("features", name, "1", "cpu", "float32", 1, case, feature="isa/infer")
+        for name in (*ratios, "gru_fast.cpu.avx512")
+    ]
+    for record in sets[:3]:
+        record.ratio_to_torch = ratios[record.provider]
+    sets[3].ratio_to_torch = 4.0
+    found = records.Results({}, sets)
+    head = "| I = H, B, T | baseline, 1 thread | avx2, 1 thread | avx512, 1 thread |"
+    shown = figures.figures_cpu.isas(found).splitlines()
+    assert shown[0] == head
+    assert shown[2] == "| infer: 8, 1, 9 | 0.12 (**0.50x**) | 0.50 (2.00x) | 4.00x |"
+    sets[3].ratio_to_torch, sets[3].error = None, "output is wrong"
+    shown = figures.figures_cpu.isas(found).splitlines()
+    assert shown[0] == head
+    assert shown[2] == "| infer: 8, 1, 9 | - (**0.50x**) | - (2.00x) | output is wrong |"

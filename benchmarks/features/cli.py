@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -22,12 +23,13 @@ DESCRIPTIONS = {
     "instruction set, and (contention) between processes that keep every core busy.",
 }
 LAYERS_EFFORT = timing.Effort(budget_s=2.0, least=5, most=11)
-LAYERS_GATE_STEPS = 64
 """Many ways and sizes, each of them short."""
 
+LAYERS_GATE_STEPS = 64
 
-def choose(suite: str, patterns: str | None) -> list[Row]:
-    """The suite's rows whose name starts with or matches one of the patterns; all without any.
+
+def choose(suite: str, patterns: Sequence[str] | None) -> list[Row]:
+    """The suite's rows whose name starts with or matches one of the patterns; all for None.
 
     Raises:
         ValueError: a pattern matches none.
@@ -35,12 +37,11 @@ def choose(suite: str, patterns: str | None) -> list[Row]:
     rows = [row for row in all_rows() if row.command == suite]
     if patterns is None:
         return rows
-    wanted = patterns.split(",")
-    for pattern in wanted:
-        if not any(fnmatchcase(row.name, f"{pattern}*") for row in rows):
+    for pattern in patterns:
+        if not pattern or not any(fnmatchcase(row.name, f"{pattern}*") for row in rows):
             names = "\n  ".join(row.name for row in rows)
             raise ValueError(f"rows: expected the beginning of any of\n  {names}\ngot {pattern!r}")
-    return [row for row in rows if any(fnmatchcase(row.name, f"{w}*") for w in wanted)]
+    return [row for row in rows if any(fnmatchcase(row.name, f"{w}*") for w in patterns)]
 
 
 def text(row: Row, records: list[Record]) -> str:
@@ -72,12 +73,11 @@ def main(suite: str, arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     default_threads = torch.get_num_threads()
     try:
-        wanted = options.rows
+        wanted = None if options.rows is None else options.rows.split(",")
         if contended and wanted is not None:
-            names = wanted.split(",")
-            contended = CONTENTION in names
-            wanted = ",".join(name for name in names if name != CONTENTION)
-        rows = [] if wanted == "" else choose(suite, wanted)
+            contended = CONTENTION in wanted
+            wanted = [name for name in wanted if name != CONTENTION]
+        rows = choose(suite, wanted)
         threads = program.threads_of(options.threads, options.quick)
     except ValueError as error:
         return program.complain(suite, error)
@@ -100,6 +100,7 @@ def main(suite: str, arguments: list[str]) -> int:
             run.results.figures += found.figures
             lines = [*map(figure_line, found.figures)]
             lines += [f"{r.provider}: {r.error}" for r in found.failed]
+            lines += report.warnings(f["other_cpu"] for f in found.figures)
             run.add(found.failed, "\n".join(lines))
             for note in found.notes:
                 run.note(note)

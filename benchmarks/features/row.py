@@ -136,7 +136,11 @@ class Named(Provider):
     def asked(self, truth: Tensors) -> Tensors:
         if self.part is None:
             return truth
-        return {name: t for name, t in truth.items() if name.startswith(f"{self.part}.")}
+        asked = {name: t for name, t in truth.items() if name.startswith(f"{self.part}.")}
+        if not asked:
+            parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in truth))
+            raise ValueError(f"part: expected one of {parts}, got {self.part!r}")
+        return asked
 
 
 def joined(parts: Mapping[str, Tensors]) -> Tensors:

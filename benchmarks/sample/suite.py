@@ -109,4 +109,4 @@ def table(records: list[Record]) -> str:
             share = f"{r.share_of_bound:.0%}"
         name = f"{r.provider} {r.dtype}"
         lines.append(f"{name:<28}{speed:>12}{ratio:>9}{share:>8}  {r.parity} {r.error or ''}")
-    return "\n".join([*lines, *warnings(records)])
+    return "\n".join([*lines, *warnings(r.other_cpu for r in records)])
