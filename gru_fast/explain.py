@@ -30,7 +30,8 @@ class Explanation:
         call: The call in words: sizes, dtype, device.
         backend: Name of the backend that takes the call; None if the call raises.
         kernel: The code that runs, with the instruction set on CPU.
-        why_not: Backend name to the reason why it does not take the call.
+        why_not: Name of a backend, or of a form of the GPU's sampler (`generate_cta`), to the
+            reason why it does not take the call.
         error: Text of the RuntimeError that the call raises because a backend was asked for by
             name that cannot take it, or None.
         flops: Floating-point operations of the matrix products of the forward call, a
@@ -74,10 +75,11 @@ class Explanation:
         bound = "unknown without peak_flops= and peak_bytes="
         if self.bound_seconds is not None:
             bound = f"at least {_unit(self.bound_seconds, 's')}"
+        width = max(11, *(len(name) + 2 for name in self.why_not))
         lines = [
             self.call,
             f"  taken by   {taken}",
-            *(f"  not {name + ':':<11}{reason}" for name, reason in self.why_not.items()),
+            *(f"  not {name + ':':<{width}}{reason}" for name, reason in self.why_not.items()),
             f"  forward    {_unit(self.flops, 'FLOP')}, {_unit(self.bytes, 'B')} moved at least, "
             f"{self.dependent_steps} steps one after the other",
         ]

@@ -6,6 +6,16 @@ from typing import Any
 
 from torch import nn
 
+__all__ = [
+    "CANDIDATES",
+    "DEFAULT_CELL",
+    "Recurrent",
+    "check_choice",
+    "check_flag",
+    "check_probability",
+    "options_repr",
+]
+
 DEFAULT_CELL = "reset_after"
 CANDIDATES = {
     "reset_after": "n = tanh(W_in x + b_in + r * (W_hn h + b_hn))",

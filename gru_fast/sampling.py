@@ -202,7 +202,8 @@ def generate(
         prompts = prompts.repeat_interleave(repeats, 0)
         lengths = lengths.repeat_interleave(repeats)
     if streamer is not None:
-        streamer.put(prompts)
+        # Theirs to keep and to change: `prompts` may be the caller's own ids.
+        streamer.put(prompts.clone())
     if loop is None:
         loop = choose_loop(model)
     tokens, log_probs, hidden = loop(

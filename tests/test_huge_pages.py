@@ -42,4 +42,5 @@ def test_large_results_ask_for_large_pages(setting):
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+    assert "VmFlags:" in run.stdout.split(), "the mapping of the output was not found"
     assert ("hg" in run.stdout.split()) == (setting != "0"), run.stdout

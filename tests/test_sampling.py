@@ -157,6 +157,24 @@ def test_streamer_sees_every_token(model):
     assert torch.equal(seen, sequences)
 
 
+@pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3, 4]]])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_streamer_gets_prompts_of_its_own(model, ids, repeats):
+    class Overwrite:
+        def put(self, value):
+            value.fill_(0)
+
+        def end(self):
+            pass
+
+    input_ids = torch.tensor(ids)
+    options = {"max_new_tokens": 3, "num_return_sequences": repeats, "seed": 3}
+    expected = model.generate(ids, **options)
+    found = model.generate(input_ids, streamer=Overwrite(), loop=None, **options)
+    assert input_ids.tolist() == ids
+    assert torch.equal(found[:, :2], expected[:, :2])
+
+
 def test_dtypes(model):
     reference = detailed(model, max_new_tokens=9, seed=1)
     assert reference.log_probs.dtype == torch.float32
