@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
-from .generation import Generation, exchange_of
+from .generation import LOGITS_IN_PART, Generation, exchange_of
 from .grid import arrive, load_panels, wait
 from .tiling import Config, device_of
 
@@ -186,7 +186,7 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
     unit_tiles, batch_tiles = triton.cdiv(H, config.BLOCK_H), triton.cdiv(B, config.BLOCK_B)
     DRAW_B = triton.next_power_of_2(triton.cdiv(config.BLOCK_B, unit_tiles))
     known = (
-        call.split_arguments(DRAW_B)
+        call.split_arguments(DRAW_B, LOGITS_IN_PART)
         | exchange_of(call, steps[0]).arguments()
         | config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K", "RESIDENT")
     )

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
-from .generation import Generation, exchange_of, parameters
+from .generation import MOST_DRAWN_FROM, Generation, exchange_of, parameters
 from .tiling import Config
 
 
@@ -134,7 +134,7 @@ def generate_step_draw(
 def launch_generate_step(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive."""
     B, L, H, V = call.rows.B, call.weights.L, call.weights.H, call.weights.V
-    known = call.split_arguments(DRAW_B=1) | exchange_of(call, steps[0]).arguments()
+    known = call.split_arguments(1, MOST_DRAWN_FROM) | exchange_of(call, steps[0]).arguments()
     known |= {name: getattr(config, name) for name in ("BLOCK_H", "BLOCK_B", "BLOCK_K")}
     options = config.arguments()
     tiles = triton.cdiv(B, config.BLOCK_B)

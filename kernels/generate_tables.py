@@ -91,10 +91,11 @@ class GenerateRow:
     def holds(self, model: Model) -> bool:
         """Whether the model is within the row's sizes.
 
-        Only copies of 16 bytes go past the L1 cache where `grid` loads ahead, and weights on chip
-        leave no registers for other addresses: as `tables.Row.holds`.
+        Only copies of 16 bytes go past the L1 cache where `grid` loads ahead, and neither weights
+        on chip nor tiles of 16 rows leave registers for other addresses: as `tables.Row.holds`.
         """
-        simple = not self.config.RESIDENT and self.config.num_stages == 1
+        config = self.config
+        simple = not config.RESIDENT and config.num_stages == 1 and config.BLOCK_B == 8
         if self.form == "grid" and model.sizes.H % 16 and not simple:
             return False
         within = model.L <= self.L and self.least_H <= model.sizes.H <= self.H and model.V <= self.V
@@ -104,21 +105,28 @@ class GenerateRow:
 
 def unfit(device: Device, model: Model) -> str:
     """A sentence for a model that no row of a form holds for."""
+    layers = f"{model.L} layer{'s' if model.L > 1 else ''}"
     return (
-        f"no tiles for {model.L} layers {model.sizes.cell} of H={model.sizes.H} and V={model.V} in "
-        f"{model.sizes.numbers} fit a device with {device.shared_bytes // 1024} KiB of shared "
-        f"memory and {device.processors} processors"
+        f"no compiled tiles for {layers} {model.sizes.cell} of H={model.sizes.H} and V={model.V} "
+        f"in {model.sizes.numbers} on {device} with Triton {'.'.join(map(str, triton_version()))}"
     )
 
 
 @lru_cache(4096)
 def config_of(form: str, device: Device, model: Model) -> Config | None:
-    """The tiles of a form, or None where it does not fit.
-
-    Of the rows that hold for the smallest model, the first with the fewest waves.
-    """
+    """The tiles of a form, or None where it does not fit."""
     if form == "step":
         return _step(device, model.sizes)
+    row = row_of(form, device, model)
+    return None if row is None else row.config
+
+
+def row_of(form: str, device: Device, model: Model) -> GenerateRow | None:
+    """The row of a form, or None.
+
+    Weights on chip before weights that are streamed; of the rows that hold for the smallest model,
+    the first with the fewest waves.
+    """
     fitting = [
         row
         for row in ROWS
@@ -127,9 +135,13 @@ def config_of(form: str, device: Device, model: Model) -> Config | None:
         and row.holds(model)
         and -(-model.sizes.H // row.config.BLOCK_H) <= device.processors
     ]
-    nearest = min(((row.H, row.L, row.V) for row in fitting), default=None)
-    configs = [row.config for row in fitting if (row.H, row.L, row.V) == nearest]
-    return min(configs, key=lambda c: tables.waves(c, device, model.sizes), default=None)
+
+    def order(row: GenerateRow) -> tuple[bool, int, int, int]:
+        return not row.config.RESIDENT, row.H, row.L, row.V
+
+    first = min(map(order, fitting), default=None)
+    rows = [row for row in fitting if order(row) == first]
+    return min(rows, key=lambda r: tables.waves(r.config, device, model.sizes), default=None)
 
 
 def _step(device: Device, sizes: Sizes) -> Config:
@@ -173,6 +185,7 @@ def _streamed(
 
 
 NOT_OLD = (3, 9)
+IN_ONE_TILE = 1024
 NOT_BEFORE = ("reset_after", "no_reset")
 A100, RTX_30_40, B200, RTX_50 = (80, 85), (86, 89), (100, 119), (120, ANY)
 
@@ -217,19 +230,25 @@ ROWS = (
     _resident("tf32", 256, 99, 16, 64, 4, RTX_30_40),
     _resident("tf32", 256, 99, 16, 64, 4, RTX_50),
     _resident("tf32", 512, 227, 32, 64, 8, HOPPER, since=NOT_OLD),
-    _streamed("16", 8, 32, 32, 8, 128, TURING_ONLY),
+    _streamed("16", 8, 32, 32, 8, 128, TURING_ONLY, V=IN_ONE_TILE),
     _streamed("16", 8, 32, 64, 8, 64, AMPERE, H=128, V=256, since=NOT_OLD),
-    _streamed("16", 16, 32, 64, 8, 256, A100, since=NOT_OLD),
+    _streamed("16", 8, 32, 64, 8, 128, AMPERE_ONLY, V=IN_ONE_TILE, since=NOT_OLD),
+    _streamed("16", 8, 32, 64, 8, 128, HOPPER, since=NOT_OLD),
+    _streamed("16", 16, 32, 64, 8, 256, A100, V=IN_ONE_TILE, since=NOT_OLD),
     _streamed("16", 16, 32, 64, 8, 512, HOPPER_ONLY, since=NOT_OLD),
-    _streamed("16", 8, 32, 64, 8, 128, AMPERE, since=NOT_OLD),
     _streamed("tf32", 8, 32, 32, 8, 64, AMPERE, H=64, V=256, since=NOT_OLD),
-    _streamed("tf32", 16, 32, 32, 8, 256, HOPPER_ONLY, since=NOT_OLD, cells=NOT_BEFORE),
-    _streamed("tf32", 16, 32, 32, 8, 256, B200, since=NOT_OLD),
     _streamed("tf32", 8, 32, 32, 8, 128, AMPERE_ONLY, since=NOT_OLD),
-    _streamed("tf32", 8, 32, 32, 8, 128, HOPPER_ONLY, since=NOT_OLD, cells=NOT_BEFORE),
+    _streamed(
+        "tf32", 8, 32, 32, 8, 128, HOPPER_ONLY, V=IN_ONE_TILE, since=NOT_OLD, cells=NOT_BEFORE
+    ),
     _streamed("tf32", 8, 32, 16, 8, 128, HOPPER_ONLY, since=NOT_OLD, cells=("reset_before",)),
     _streamed("tf32", 8, 32, 32, 8, 256, B200, since=NOT_OLD),
     _streamed("tf32", 8, 32, 32, 8, 128, RTX_50, since=NOT_OLD),
+    _streamed(
+        "tf32", 16, 32, 32, 8, 256, HOPPER_ONLY, V=IN_ONE_TILE, since=NOT_OLD, cells=NOT_BEFORE
+    ),
+    _streamed("tf32", 16, 32, 32, 8, 256, HOPPER_ONLY, since=NOT_OLD, cells=NOT_BEFORE),
+    _streamed("tf32", 16, 32, 32, 8, 256, B200, since=NOT_OLD),
     _streamed("tf32", 8, 32, 32, 8, 256, AMPERE_ONLY),
     _streamed("tf32x3", 8, 32, 16, 8, 256, AMPERE),
     _streamed("ieee", 8, 16, 16, 4, 128, TURING_ONLY),

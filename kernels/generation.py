@@ -20,9 +20,14 @@ PADDING = -100
 ALIVE, ENDED, BAD_LOGITS, BAD_ID = range(4)
 """What `Rows.status` holds; the kernels write these numbers."""
 
-
 MOST_DRAWN_FROM = 1024
-"""Tokens whose logits are in one tile, where forms split the work."""
+"""Tokens whose logits, for all rows that a program draws for, are one tile in forms that split."""
+
+LOGITS_IN_PART = 512
+"""Where there are more tokens, the logits of a tile beside weights or states, over all of its rows.
+
+They are read in parts, once for each pass; with 1024, weights on chip spilled 8 to 12 bytes.
+"""
 
 MOST_OF_HEAD = 32
 """Tokens whose logits a program computes at a time, there."""
@@ -252,16 +257,17 @@ class Generation:
         rest = {"BLOCK_V": BLOCK_V, "id_bits": (ids - 1).bit_length()}
         return weights.arguments() | self.rules.arguments(weights.V) | self.rows.arguments() | rest
 
-    def split_arguments(self, DRAW_B: int) -> dict[str, Any]:
+    def split_arguments(self, DRAW_B: int, in_part: int) -> dict[str, Any]:
         """The same for a form that splits the head and the draw over programs.
 
         Args:
             DRAW_B: Rows that one program draws for, a power of two.
+            in_part: Logits of all of them in one tile, where those of V tokens are none.
         """
         V = self.weights.V
         BLOCK_V = max(16, 1 << (V - 1).bit_length())
         if BLOCK_V > MOST_DRAWN_FROM:
-            BLOCK_V = max(16, MOST_DRAWN_FROM // DRAW_B)
+            BLOCK_V = max(16, in_part // DRAW_B)
         rest = {"BLOCK_T": MOST_OF_HEAD, "WHOLE": V <= BLOCK_V}
         return self.arguments(BLOCK_V) | rest
 

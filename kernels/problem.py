@@ -224,6 +224,8 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def dot_precision(tensor: Tensor) -> str:
     """How products round: float32 follows torch's TF32 switch for RNNs, as cuDNN does."""
+    if tensor.is_cuda and torch.version.hip is not None:
+        return "ieee"  # the one that Triton knows on every AMD device
     if tensor.dtype != torch.float32:
         return "tf32"
     if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):

@@ -100,9 +100,9 @@ def why_cudnn(
     found, call = _call(device, dtype, sizes, cell)
     point = nearest(found, call, suite)
     if point is None:
-        return f"nothing near this size is measured on sm_{found.arch}"
+        return f"nothing near this size is measured on {found.name}"
     if point.ratio < 1:
-        return f"it was measured faster near this size on sm_{found.arch}"
+        return f"it was measured faster near this size on {found.name}"
     return None
 
 

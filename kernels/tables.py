@@ -89,10 +89,7 @@ def waves(config: Config, device: Device, sizes: Sizes) -> int:
 
 def unfit(device: Device, sizes: Sizes) -> str:
     """A sentence for a call that no row of a kernel holds for."""
-    return (
-        f"no tiles for H={sizes.H} in {sizes.numbers} fit a device with "
-        f"{device.shared_bytes // 1024} KiB of shared memory and {device.processors} processors"
-    )
+    return f"no compiled tiles for H={sizes.H} in {sizes.numbers} on {device}"
 
 
 @lru_cache(4096)

@@ -13,13 +13,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .problem import Problem
 
+AMD = 0
+"""Below every compute capability: torch numbers gfx942 as 9.4, between Hopper and Blackwell."""
+
 
 @dataclass(frozen=True)
 class Device:
     """What the tables need to know of a GPU.
 
     Attributes:
-        arch: Compute capability, 90 for 9.0.
+        arch: Compute capability, 90 for 9.0; `AMD` for a device of theirs, which no row is for.
         shared_bytes: Shared memory that one program can have.
         processors: Number of multiprocessors.
     """
@@ -27,6 +30,16 @@ class Device:
     arch: int
     shared_bytes: int
     processors: int
+
+    @property
+    def name(self) -> str:
+        """As `sm_90`."""
+        return "an AMD device" if self.arch == AMD else f"sm_{self.arch}"
+
+    def __str__(self) -> str:
+        """With what it has."""
+        memory = f"{self.shared_bytes // 1024} KiB of shared memory"
+        return f"{self.name} ({memory}, {self.processors} processors)"
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,21 @@ assumed = Device(90, 227 * 1024, 132)
 """Stands for the device of CPU tensors, which only Triton's interpreter and dry launches see."""
 
 
+def device_with(found: Any, hip: str | None = torch.version.hip) -> Device:
+    """The device that has such properties.
+
+    Args:
+        found: As `torch.cuda.get_device_properties` gives them.
+        hip: The HIP that this torch was built for, or None.
+    """
+    arch = found.major * 10 + found.minor if hip is None else AMD
+    shared = getattr(found, "shared_memory_per_block_optin", 48 * 1024)
+    return Device(arch, shared, found.multi_processor_count)
+
+
 @cache
 def _cuda_device(index: int) -> Device:
-    found = torch.cuda.get_device_properties(index)
-    shared = getattr(found, "shared_memory_per_block_optin", 48 * 1024)
-    return Device(found.major * 10 + found.minor, shared, found.multi_processor_count)
+    return device_with(torch.cuda.get_device_properties(index))
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -14,10 +14,12 @@ import json
 import sys
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from triton_support import resources
+from gru_fast.kernels import tables
+from triton_support import resources, resources_generate
 
 
 def save(found: dict[str, list[int]]) -> None:
@@ -73,21 +75,33 @@ def markdown() -> str:
 
 
 def generate_markdown() -> str:
-    """One line per architecture and row of `generate`, at its largest size: what it takes."""
-    lines: dict[tuple[str, ...], list[int]] = {}
-    for name, used in resources.read().items():
-        label, _, tiles = name.partition(": ")
-        arch, what, numbers, cell, _, *most = label.split()
-        kind, _, form = what.partition("_")
-        if kind == "generate" and cell == "reset_after" and "L4" not in most:
-            key = (arch, form, numbers, " ".join(most), tiles.partition(" #")[0])
+    """One line per architecture and row of `generate`: the most of all that it is compiled for."""
+    snapshot = resources.read()
+    lines: dict[tuple[Any, ...], list[int]] = {}
+    for point in resources_generate.points():
+        if point.cell != "reset_after":
+            continue
+        row, name = point.of, str(point)
+        tiles = name.partition(": ")[2]
+        key = (point.arch, row.form, row.numbers, row.L, row.H, row.V, row.least_H, tiles)
+        for number in range(3):
+            used = snapshot.get(f"{name} #{number}" if number else name, (0, 0, 0, 0))
             lines[key] = [max(pair) for pair in zip(lines.get(key, used), used, strict=True)]
-    text = "| arch | form | numbers | up to | tiles | registers / KiB | wgmma |\n"
-    text += "|---|---|---|---|---|---|---|\n"
-    for key, used in sorted(lines.items(), key=lambda line: (int(line[0][0][3:]), line[0])):
-        products = "yes" if used[3] else ""
-        text += "| " + " | ".join([*key, f"{used[0]} / {used[2] / 1024:.0f}", products]) + " |\n"
+    text = "| arch | form | numbers | layers | H | V | tiles | registers / KiB | wgmma |\n"
+    text += "|---|---|---|---|---|---|---|---|---|\n"
+    for (arch, form, numbers, L, H, V, least_H, tiles), used in sorted(lines.items()):
+        sizes = [_range(1, L), _range(least_H, H), _range(1, V)]
+        taken = [f"{used[0]} / {used[2] / 1024:.0f}", "yes" if used[3] else ""]
+        text += "| " + " | ".join([f"sm_{arch}", form, numbers, *sizes, tiles, *taken]) + " |\n"
     return text
+
+
+def _range(least: int, most: int) -> str:
+    if most == tables.ANY:
+        return "any" if least == 1 else f"from {least}"
+    if least == most:
+        return str(most)
+    return f"to {most}" if least == 1 else f"{least} to {most}"
 
 
 def main() -> int:

@@ -55,21 +55,21 @@ def skip_unless_fits(form, model, N):
         pytest.skip(reason)
 
 
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("numbers", FLIPS)
 @pytest.mark.parametrize("form", FORMS)
-def test_draws_after_given_prefixes(form, numbers):
+def test_draws_after_given_prefixes(form, numbers, cell):
     """Four thousand draws; how many differ from the CPU's is counted."""
-    for cell in CELLS:
-        model, copy = pair(numbers, H=SIZES[form], cell=cell)
-        with float32_as(numbers):
-            skip_unless_fits(form, copy, 4000)
-            prompts = torch.randint(0, 65, (4000, 9))
-            for rules in ({}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}):
-                expected = model.generate(prompts, max_new_tokens=1, seed=3, **rules)[:, -1]
-                tokens, _, _ = drawn(form, copy, prompts.cuda(), max_new_tokens=1, seed=3, **rules)
-                flips = float((tokens[:, 0].cpu() != expected).float().mean())
-                print(f"{form} {numbers} {cell} {rules}: {flips:.2e}")
-                assert flips <= FLIPS[numbers]
+    model, copy = pair(numbers, H=SIZES[form], cell=cell)
+    with float32_as(numbers):
+        skip_unless_fits(form, copy, 4000)
+        prompts = torch.randint(0, 65, (4000, 9))
+        for rules in ({}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}):
+            expected = model.generate(prompts, max_new_tokens=1, seed=3, **rules)[:, -1]
+            tokens, _, _ = drawn(form, copy, prompts.cuda(), max_new_tokens=1, seed=3, **rules)
+            flips = float((tokens[:, 0].cpu() != expected).float().mean())
+            print(f"{form} {numbers} {cell} {rules}: {flips:.2e}")
+            assert flips <= FLIPS[numbers]
 
 
 @pytest.mark.parametrize("form", FORMS)

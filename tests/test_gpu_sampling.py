@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from gru_fast import GRULanguageModel, backends, explain_generate, gpu_sampling,
 
 kernels = pytest.importorskip("gru_fast.kernels")
 
-from gru_fast.kernels import generate_tables, tiling  # noqa: E402
+from gru_fast.kernels import (  # noqa: E402
+    generate_tables,
+    measured,
+    norm_tables,
+    registry,
+    tiling,
+)
 from gru_fast.kernels.generate_tables import FORMS, Model  # noqa: E402
 
 DEVICES = [
@@ -62,7 +69,8 @@ def test_every_model_has_a_form_that_fits(device, version):
             if form == "grid":
                 programs = -(-H // config.BLOCK_H)
                 assert programs <= device.processors
-                assert H % 16 == 0 or (config.num_stages == 1 and not config.RESIDENT)
+                simple = config.num_stages == 1 and not config.RESIDENT and config.BLOCK_B == 8
+                assert H % 16 == 0 or simple
                 # What each draws for is held in registers.
                 rows = -(-config.BLOCK_B // programs)
                 assert rows <= 2 or (rows <= 4 and V <= 256)
@@ -114,11 +122,57 @@ class TestForms:
         assert form_of(120, 64, 2, cell="no_reset") == "cta"
         assert form_of(120, 64, 2, cell="reset_before") == "grid"
 
-    def test_more_rows_take_larger_tiles(self):
+    def test_weights_stay_on_chip_where_they_can(self):
+        for arch, V in ((100, 65), (80, 200), (86, 200), (120, 200)):
+            assert form_of(arch, 128, V=V) == "grid"
+            assert generate_tables.config_of("grid", BY_ARCH[arch], model_of(128, V=V)).RESIDENT
+
+    @pytest.mark.parametrize(
+        "form, arch, H, L, numbers",
+        [
+            ("cta", 86, 64, 1, "16"),
+            ("grid", 80, 512, 2, "16"),
+            ("grid", 90, 512, 2, "16"),
+            ("grid", 90, 512, 2, "tf32"),
+            ("grid", 100, 512, 2, "tf32"),
+        ],
+    )
+    def test_more_rows_take_larger_tiles(self, form, arch, H, L, numbers):
         few, many = (
-            generate_tables.config_of("cta", BY_ARCH[86], model_of(64, B=B)) for B in (64, 2048)
+            generate_tables.config_of(form, BY_ARCH[arch], model_of(H, L, numbers=numbers, B=B))
+            for B in (8, 4096)
         )
-        assert few.BLOCK_B < many.BLOCK_B
+        assert (few.BLOCK_B, many.BLOCK_B) == (8, 16)
+
+
+def test_every_row_is_reached(monkeypatch):
+    """By a model within its limits, on some device, under one of the versions of Triton."""
+    reached = set()
+    for installed in ((3, 6), (3, 9)):
+        monkeypatch.setattr(generate_tables, "triton_version", lambda v=installed: v)
+        for row, device, B in product(generate_tables.ROWS, DEVICES, (4, 4096)):
+            for H, cell in product({row.least_H, min(row.H, 1024)}, row.cells):
+                shared = {row.shared_kib * 1024, device.shared_bytes}
+                L, V = min(row.L, 3), min(row.V, 50_000)
+                model = model_of(H, L, V, row.numbers, B, cell)
+                for offered in (replace(device, shared_bytes=size) for size in shared):
+                    reached.add(generate_tables.row_of(row.form, offered, model))
+    assert set(generate_tables.ROWS) <= reached
+
+
+def test_amd_devices_are_offered_launches_only():
+    """torch numbers gfx942 as 9.4 and gfx90a as 9.0; rows and figures of sm_90 are not theirs."""
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=304)
+    assert tiling.device_with(properties, hip=None).arch == 90
+    device = tiling.device_with(properties, hip="6.4")
+    assert device.name == "an AMD device"
+    for numbers, H in product(("16", "tf32", "ieee"), (32, 64, 512)):
+        model = model_of(H, numbers=numbers)
+        assert generate_tables.choose(device, model) == "step"
+        sizes = replace(model.sizes, T=512)
+        assert measured.nearest(device, sizes, "infer") is None
+        assert registry.choose(device, sizes, "forward", "infer")[0].name == "step"
+        assert norm_tables.config(device, sizes, "forward") is None
 
 
 @pytest.fixture
@@ -143,9 +197,13 @@ class TestRouting:
         assert found.backend == "triton" and "generate_grid" in found.kernel
         assert found.why_not == {
             "cpu": "weights are on cuda:0",
-            "generate_cta": "no tiles for 2 layers reset_after of H=128 and V=65 in tf32 fit a "
-            "device with 227 KiB of shared memory and 132 processors",
+            "generate_cta": "no compiled tiles for 2 layers reset_after of H=128 and V=65 in tf32 "
+            "on sm_90 (227 KiB of shared memory, 132 processors) with Triton "
+            + ".".join(map(str, generate_tables.triton_version())),
         }
+        text = str(found)
+        assert "\n  not cpu:          weights are on cuda:0\n" in text
+        assert "\n  not generate_cta: no compiled tiles for 2 layers" in text
         fed = 3 * 4 + 8 * 10
         assert found.flops == 2 * (fed * 3 * 384 * 128 + 80 * 65 * 128)
         assert found.dependent_steps == (2 + 10) * 2

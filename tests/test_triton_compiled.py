@@ -17,7 +17,7 @@ if find_spec("triton") is None:
 import triton
 
 from gru_fast import kernels
-from gru_fast.kernels import problem
+from gru_fast.kernels import problem, tiling
 from triton_support import compiled, resources
 
 ARCHITECTURES = tuple(compiled.DEVICES)
@@ -25,12 +25,16 @@ OLD = triton.__version__.startswith("3.6.")
 
 
 def launches(
-    arch: int | str, kernel: str | None, case: Case, dtype: torch.dtype
+    arch: int | str,
+    kernel: str | None,
+    case: Case,
+    dtype: torch.dtype,
+    device: tiling.Device | None = None,
 ) -> list[compiled.Launch]:
     """What one training step of a layer launches."""
     inputs = layer_inputs(case, dtype)
     mode = (case.cell, list(case.reverse), False)
-    with compiled.dry_launches(arch) as found:
+    with compiled.dry_launches(arch, device) as found:
         output, h_n, workspace = kernels.layer(*inputs.arguments(), kernel=kernel)
         kernels.layer_backward(
             output, h_n, None, *inputs.arguments()[:10], output, workspace, *mode, [True] * 8,
@@ -139,10 +143,26 @@ def test_amd_compiles(kernel, H, cell):
 def test_amd_compiles_generate(form, H, cell):
     """Compiled only; nobody has run it."""
     weights = zero_weights(cell, H, V=65)
-    prompts, lengths = torch.zeros(4, 3).long(), torch.full((4,), 3)
     with compiled.dry_launches("gfx942") as launches:
-        kernels.generate(weights, prompts, lengths, kernels.Rules(top_k=5), 1, form=form)
+        kernels.generate(weights, *some_prompts(), kernels.Rules(top_k=5), 1, form=form)
     assert {launch.kernel.split("_")[1] for launch in launches} == {form}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_amd_compiles_what_a_call_takes(dtype, monkeypatch):
+    """`step` and exact products, whatever the size is; compiled only."""
+    monkeypatch.setattr(problem, "dot_precision", lambda tensor: "ieee")
+    device = tiling.Device(tiling.AMD, 64 * 1024, 304)
+    found = launches("gfx942", None, Case(T=3, B=64, H=64), dtype, device)
+    weights = zero_weights("reset_after", 64, V=65, dtype=dtype)
+    with compiled.dry_launches("gfx942", device) as generating:
+        kernels.generate(weights, *some_prompts(), kernels.Rules(top_k=5), 1)
+    names = {launch.kernel for launch in [*found, *generating]}
+    assert {"forward_step", "generate_step_layer"} <= names
+    assert all("step" in name for name in names), names
+    for launch in [*found, *generating]:
+        assert launch.compiled.metadata.shared <= device.shared_bytes
 
 
 @pytest.mark.parametrize(
@@ -158,10 +178,15 @@ def test_sizes_do_not_recompile(kernel, forward, backward):
     assert names.count(f"backward_{kernel}") == backward
 
 
-def zero_weights(cell: str, H: int, V: int) -> Any:
-    """One bfloat16 layer for `kernels.generate`."""
+def some_prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Four of three tokens."""
+    return torch.zeros(4, 3).long(), torch.full((4,), 3)
+
+
+def zero_weights(cell: str, H: int, V: int, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """One layer for `kernels.generate`."""
     rows = problem.GATES[cell] * H
-    like = {"dtype": torch.bfloat16}
+    like = {"dtype": dtype}
     layer = [torch.zeros(rows, H, **like)] * 2 + [torch.zeros(rows, **like)] * 2
     return kernels.weights_of(
         cell, torch.zeros(V + 1, rows, **like), [layer], torch.zeros(V, H, **like),

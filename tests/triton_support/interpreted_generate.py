@@ -342,7 +342,9 @@ class TestCta:
         with pytest.raises(ValueError, match=r"form: expected one of .*'nonsense'"):
             outputs("nonsense", model, PROMPTS, max_new_tokens=1)
         large = language_model(hidden=300)
-        with pytest.raises(RuntimeError, match=r"form='cta': no tiles for 1 layers .* of H=300"):
+        with pytest.raises(
+            RuntimeError, match=r"form='cta': no compiled tiles for 1 layer .* of H=300"
+        ):
             outputs("cta", large, PROMPTS, max_new_tokens=1)
 
 
@@ -365,7 +367,7 @@ class TestGrid:
     @pytest.mark.slow
     def test_logits_read_tile_by_tile(self):
         model = language_model(vocabulary=37)
-        with mock.patch.object(generation, "MOST_DRAWN_FROM", 16):
+        with mock.patch.multiple(generation, MOST_DRAWN_FROM=16, LOGITS_IN_PART=16):
             for options in ({}, {"top_k": 9, "top_p": 0.8}, {"do_sample": False}):
                 compare("grid", model, [[1], []], max_new_tokens=2, seed=7, **options)
 

@@ -104,6 +104,7 @@ def _sample_of_scans() -> Iterator[Point]:
                 yield point
             if point.direction == "backward":
                 wanted.discard(key)
+    assert not wanted, wanted
 
 
 def compile_point(point: Point | GeneratePoint) -> dict[str, Resources]:

@@ -8,7 +8,7 @@ from importlib import import_module
 import torch
 
 from gru_fast.kernels import generate_tables, generation, problem
-from gru_fast.kernels.generate_tables import GenerateRow, Model
+from gru_fast.kernels.generate_tables import ANY, GenerateRow, Model
 from gru_fast.kernels.tiling import Config, Sizes
 from triton_support import compiled
 from triton_support.compiled import DEVICES, Resources
@@ -28,15 +28,28 @@ MOST = {"L": 2, "H": 1024, "V": 1000}
 MOST_LAYERS = 4
 """Layers that they are compiled for where a program draws for most rows, at their least H."""
 
+FURTHER = (75, 90)
+"""Architectures that rows are compiled for at the next two sizes as well, for `reset_after`."""
+
+IN_PARTS = 50_000
+"""A vocabulary whose logits are read in parts, for rows without a limit of V."""
+
+NOT_ALIGNED = 300
+"""A hidden size whose rows begin at no multiple of 16 elements, for rows that take them."""
+
 
 @dataclass(frozen=True)
 class GeneratePoint:
-    """A row of the tables on one architecture, for one cell and one set of rules."""
+    """A row of the tables on one architecture, for one cell and one set of rules.
+
+    `row` has the sizes to compile in place of the limits, which `of` has.
+    """
 
     arch: int
     row: GenerateRow
     cell: str
     rules: str
+    of: GenerateRow
 
     @property
     def kernel(self) -> str:
@@ -61,30 +74,48 @@ def points() -> Iterator[GeneratePoint]:
     seen = set()
     for cell, rules, archs in VARIANTS:
         for arch in archs:
-            for row in (*_rows(arch, cell), *_steps(arch, cell)):
-                point = GeneratePoint(arch, row, cell, rules)
+            for row, of in (*_rows(arch, cell), *_steps(arch, cell)):
+                point = GeneratePoint(arch, row, cell, rules, of)
                 if str(point) not in seen:
                     seen.add(str(point))
                     yield point
 
 
-def _rows(arch: int, cell: str) -> Iterator[GenerateRow]:
-    """Rows with the sizes to compile in place of their limits."""
+def _rows(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
+    """Rows with the sizes to compile in place of their limits, and as they are."""
     for row in generate_tables.ROWS:
         if row.fits(DEVICES[arch]) and cell in row.cells:
-            sizes = {name: min(getattr(row, name), MOST[name]) for name in MOST}
-            yield replace(row, **sizes)
-            if row.least_H > 1:
-                yield replace(row, **sizes | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
+            for sizes in _sizes(row, arch, cell):
+                yield replace(row, **sizes), row
 
 
-def _steps(arch: int, cell: str) -> Iterator[GenerateRow]:
+def _sizes(row: GenerateRow, arch: int, cell: str) -> Iterator[dict[str, int]]:
+    most = {name: min(getattr(row, name), MOST[name]) for name in MOST}
+    ends = [most]
+    if row.least_H > 1:
+        ends.append(most | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
+    yield from ends
+    if arch not in FURTHER or cell != "reset_after":
+        return
+    if row.V > IN_PARTS:
+        yield from (end | {"V": IN_PARTS} for end in ends)
+    H = min(row.H - 7, NOT_ALIGNED)
+    sizes = Sizes(1, 4, 1, H, cell, dtype_of(row.numbers, arch), row.numbers)
+    if row.holds(Model(sizes, most["L"], most["V"])):
+        yield most | {"H": H}
+
+
+def _steps(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
     if cell != "reset_after":
         return
     for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
         sizes = Sizes(1, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
         config = generate_tables.config_of("step", DEVICES[arch], Model(sizes, 2, 1000))
-        yield GenerateRow("step", numbers, 2, 256, 1000, 64, config)
+        of = GenerateRow("step", numbers, ANY, ANY, ANY, 64, config)
+        yield replace(of, L=2, H=256, V=MOST["V"]), of
+        if arch in FURTHER:
+            yield replace(of, L=2, H=256, V=IN_PARTS), of
+            yield replace(of, L=2, H=NOT_ALIGNED, V=MOST["V"]), of
 
 
 def sample() -> Iterator[GeneratePoint]:
@@ -99,6 +130,7 @@ def sample() -> Iterator[GeneratePoint]:
         if point.cell == "reset_after" and key in wanted:
             wanted.discard(key)
             yield point
+    assert not wanted, wanted
 
 
 def dtype_of(numbers: str, arch: int) -> torch.dtype:
