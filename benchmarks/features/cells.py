@@ -13,10 +13,9 @@ from benchmarks.features.row import (
     Row,
     Tensors,
     Way,
-    inference,
-    joined,
+    call_of,
+    every_part,
     load,
-    training,
 )
 
 CELLS = {"reset_after": 3, "reset_before": 3, "no_reset": 2}
@@ -36,22 +35,14 @@ def cell(name: str, suite: str, backend: str = "auto") -> Way:
         def forward() -> Tensors:
             return {"y": module(x)[0]}
 
-        if suite == "infer":
-            return inference(forward)
-        return training(forward, leaves, {"y": grad_y})
+        return call_of(suite, forward, leaves, {"y": grad_y})
 
     return way
 
 
 def _exact(suite: str) -> Way:
     """Every cell's results, by the reference."""
-
-    def way(tensors: Tensors) -> Call:
-        calls = {name: cell(name, suite, "reference")(tensors) for name in CELLS}
-
-        return lambda: joined({name: call() for name, call in calls.items()})
-
-    return way
+    return every_part({name: cell(name, suite, "reference") for name in CELLS})
 
 
 def _row(suite: str) -> Row:

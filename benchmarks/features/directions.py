@@ -16,7 +16,7 @@ from torch import nn
 import gru_fast
 from benchmarks.cases import Case, square
 from benchmarks.features.layer import draw, module_of
-from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, load, training
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of, load
 from benchmarks.problem import WEIGHTS as NAMES
 
 BACK = "_reverse"
@@ -39,9 +39,7 @@ def together(kind: Any, suite: str) -> Way:
         def forward() -> Tensors:
             return {"y": module(x)[0]}
 
-        if suite == "infer":
-            return inference(forward)
-        return training(forward, leaves, {"y": grad_y})
+        return call_of(suite, forward, leaves, {"y": grad_y})
 
     return way
 
@@ -63,11 +61,7 @@ def one_after_the_other(suite: str, threads: int | None = None) -> Way:
                 return {"y": module(values["x"])[0]}
 
             leaves: Tensors = {name: module.get_parameter(name) for name in NAMES}
-            calls[end] = (
-                inference(forward)
-                if suite == "infer"
-                else training(forward, leaves, {"y": values["grad_y"]})
-            )
+            calls[end] = call_of(suite, forward, leaves, {"y": values["grad_y"]})
 
         def both() -> Tensors:
             return {name + end: t for end, call in calls.items() for name, t in call().items()}

@@ -13,7 +13,7 @@ from torch import Tensor, func, nn
 
 import gru_fast
 from benchmarks.cases import Case, square
-from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, training
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of, inference
 from benchmarks.problem import WEIGHTS as NAMES
 
 MODELS = 16
@@ -63,14 +63,14 @@ def loop(kind: Any, suite: str) -> Way:
         def forward() -> Tensors:
             return {f"y.{k}": model(x)[0] for k, model in enumerate(models)}
 
-        if suite == "infer":
-            return inference(forward)
         leaves: Tensors = {
             f"{name}.{k}": model.get_parameter(name)
             for k, model in enumerate(models)
             for name in NAMES
         }
-        return training(forward, leaves, {f"y.{k}": g for k, g in enumerate(tensors["grad_y"])})
+        return call_of(
+            suite, forward, leaves, {f"y.{k}": g for k, g in enumerate(tensors["grad_y"])}
+        )
 
     return way
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import gru_fast
 from benchmarks.cases import Case, square
 from benchmarks.features.layer import draw, module_of
-from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, training
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of
 from benchmarks.problem import WEIGHTS as NAMES
 
 
@@ -37,10 +37,8 @@ def _way(kind: type[nn.RNNBase], suite: str) -> Way:
             y, h_n = module(x, lengths=lengths) if kind is gru_fast.GRU else packed()
             return {"y": y, "h_n": h_n}
 
-        if suite == "infer":
-            return inference(forward)
         leaves: Tensors = {name: module.get_parameter(name) for name in NAMES}
-        return training(forward, leaves, {"y": tensors["grad_y"]})
+        return call_of(suite, forward, leaves, {"y": tensors["grad_y"]})
 
     return way
 

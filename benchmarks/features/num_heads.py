@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import gru_fast
 from benchmarks.cases import Case, square
-from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, inference, training
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of
 from benchmarks.problem import WEIGHTS as NAMES
 
 HEADS = 8
@@ -72,15 +72,15 @@ def loop(kind: Any, suite: str) -> Way:
         def forward() -> Tensors:
             return {f"y.{k}": module(x)[0] for k, module in enumerate(modules)}
 
-        if suite == "infer":
-            return inference(forward)
         leaves: Tensors = {
             f"{name}.{k}": module.get_parameter(name)
             for k, module in enumerate(modules)
             for name in NAMES
         }
         parts = tensors["grad_y"].chunk(HEADS, -1)
-        return training(forward, leaves, {f"y.{k}": g.contiguous() for k, g in enumerate(parts)})
+        return call_of(
+            suite, forward, leaves, {f"y.{k}": g.contiguous() for k, g in enumerate(parts)}
+        )
 
     return way
 
@@ -98,10 +98,8 @@ def heads(suite: str) -> Way:
         def forward() -> Tensors:
             return {"y": module(x)[0]}
 
-        if suite == "infer":
-            return inference(forward)
         leaves: Tensors = {name: module.get_parameter(name) for name in NAMES}
-        return training(forward, leaves, {"y": tensors["grad_y"]})
+        return call_of(suite, forward, leaves, {"y": tensors["grad_y"]})
 
     return way
 

@@ -19,9 +19,8 @@ from benchmarks.features.row import (
     Row,
     Tensors,
     Way,
-    inference,
-    joined,
-    training,
+    call_of,
+    every_part,
 )
 from benchmarks.problem import WEIGHTS as NAMES
 
@@ -47,20 +46,14 @@ def batch(part: str, suite: str, backend: str = "auto") -> Way:
         def forward() -> Tensors:
             return {"y": module(x, **options)[0]}
 
-        if suite == "infer":
-            return inference(forward)
         leaves: Tensors = {name: module.get_parameter(name) for name in NAMES}
-        return training(forward, leaves, {"y": grad_y})
+        return call_of(suite, forward, leaves, {"y": grad_y})
 
     return way
 
 
 def _exact(suite: str) -> Way:
-    def way(tensors: Tensors) -> Call:
-        calls = {part: batch(part, suite, "reference")(tensors) for part in PARTS}
-        return lambda: joined({part: call() for part, call in calls.items()})
-
-    return way
+    return every_part({part: batch(part, suite, "reference") for part in PARTS})
 
 
 def _row(suite: str) -> Row:

@@ -177,6 +177,21 @@ def inference(forward: Call) -> Call:
     return call
 
 
+def call_of(suite: str, forward: Call, leaves: Tensors, gradients: Tensors) -> Call:
+    """`inference` or `training`, as the suite is called."""
+    return inference(forward) if suite == "infer" else training(forward, leaves, gradients)
+
+
+def every_part(ways: Mapping[str, Way]) -> Way:
+    """All ways one after the other, their results `joined`."""
+
+    def way(tensors: Tensors) -> Call:
+        calls = {part: made(tensors) for part, made in ways.items()}
+        return lambda: joined({part: call() for part, call in calls.items()})
+
+    return way
+
+
 def leaves(tensors: Tensors, names: Sequence[str]) -> Tensors:
     """Copies of the named tensors that require a gradient."""
     return {name: tensors[name].clone().requires_grad_() for name in names}
