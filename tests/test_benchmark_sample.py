@@ -82,3 +82,23 @@ def test_which_facts_are_taken():
     assert cli.facts_of("none", shapes_given=False) == []
     with pytest.raises(ValueError, match=r"facts: expected a list of step, .* got 'speed'"):
         cli.facts_of("speed", shapes_given=False)
+
+
+def test_a_loop_that_draws_fewer_tokens_is_scaled_to_all(monkeypatch):
+    drawn = {}
+
+    def a_second_each(calls, clock, effort):
+        drawn.update({key: call().shape[1] for key, call in calls.items()})
+        return dict.fromkeys(calls, [1.0])
+
+    monkeypatch.setattr(timing, "interleave", a_second_each)
+    case = suite.Case(8, 8, 2, 60, V=9)
+    names = {"nn.GRU.loop", "gru_fast.loop", "gru_fast.generate"}
+    found = suite.run_case(case, 1, timing.DRY, None, names, steady_tokens=6)
+    assert {name.split()[0]: T for name, T in drawn.items()} == {
+        "nn.GRU.loop": 6, "gru_fast.loop": 60, "gru_fast.generate": 60,
+    }  # fmt: skip
+    assert {r.provider: r.median_s for r in found} == {
+        "nn.GRU.loop": 10.0, "gru_fast.loop": 1.0, "gru_fast.generate": 1.0,
+    }  # fmt: skip
+    assert {r.provider: r.ratio_to_torch for r in found}["gru_fast.generate"] == 10.0

@@ -19,6 +19,9 @@ from gru_fast.packed import WEIGHTS
 Draw = Callable[[int, bool], Tensor]
 """(T, greedy) to (B, T) tokens."""
 
+STEADY = ("nn.GRU.loop", "onnxruntime.loop")
+"""Take as long for the last token as for the first, and nothing besides."""
+
 
 def nn_gru_loop(model: GRULanguageModel, B: int) -> Draw:
     """What one writes with torch.nn: five calls a token."""

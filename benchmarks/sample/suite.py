@@ -14,7 +14,7 @@ from benchmarks.records import Record
 from benchmarks.report import threads as threads_of
 from benchmarks.report import warnings
 from benchmarks.runner import describe_error, note_claims, note_times
-from benchmarks.sample.providers import Draw, providers
+from benchmarks.sample.providers import STEADY, Draw, providers
 from gru_fast import GRULanguageModel
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -61,12 +61,17 @@ def run_case(
     effort: timing.Effort,
     peaks: probe.Peaks | None,
     only: Collection[str] | None = None,
+    steady_tokens: int | None = None,
 ) -> list[Record]:
-    """Gate, then interleaved rounds, of all providers or of those with these names."""
+    """Gate, then interleaved rounds, of all providers or of those with these names.
+
+    With steady_tokens the providers of `STEADY` draw no more than that, and their time is scaled to
+    the tokens of the case.
+    """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = GRULanguageModel(case.V, case.I, case.H)
-    records, calls = {}, {}
+    records, calls, scales = {}, {}, {}
     for (name, dtype), (number, prepare) in providers().items():
         if only is not None and name not in only:
             continue
@@ -82,9 +87,11 @@ def run_case(
         record.parity = "ok" if record.error is None else "wrong"
         record.parity_T = GATE_TOKENS
         if record.error is None:
-            calls[key] = lambda draw=draw: draw(case.T, False)
+            T = min(case.T, steady_tokens or case.T) if name in STEADY else case.T
+            calls[key], scales[key] = lambda draw=draw, T=T: draw(T, False), case.T / T
     load = machine.OtherLoad()
-    samples = timing.interleave(calls, timing.cpu_clock, effort)
+    measured = timing.interleave(calls, timing.cpu_clock, effort)
+    samples = {key: [s * scales[key] for s in found] for key, found in measured.items()}
     other, baseline = load.share(), samples.get("nn.GRU.loop float32")
     for key, seconds in samples.items():
         record = records[key]
