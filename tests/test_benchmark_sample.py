@@ -89,7 +89,7 @@ def test_a_loop_that_draws_fewer_tokens_is_scaled_to_all(monkeypatch):
 
     def a_second_each(calls, clock, effort):
         drawn.update({key: call().shape[1] for key, call in calls.items()})
-        return dict.fromkeys(calls, [1.0])
+        return {key: [1.0] for key in calls}
 
     monkeypatch.setattr(timing, "interleave", a_second_each)
     case = suite.Case(8, 8, 2, 60, V=9)
