@@ -4,7 +4,8 @@
 Where both runs have a ratio to the same baseline, that ratio is compared: it was measured in
 interleaved rounds, so that it does not depend on how fast the machine happened to be. Else the
 times are. The noise of a time is half the distance of its 20th and 80th percentile; a change counts
-when it exceeds the noise of all that takes part and 5%.
+when it exceeds the noise of all that takes part and 5%. Named figures that are times of several
+rounds (busy neighbours, imports) are compared in the same way.
 """
 
 from __future__ import annotations
@@ -13,29 +14,34 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.records import Record, Results, read
-from benchmarks.report import seconds, threads
+from benchmarks.report import many_threads, seconds, threads
 
 LEAST = 0.05
-OURS = "gru_fast."
+OURS = "gru_fast"
 Key = tuple[str, str | None, str, str, str, int, str]
+Figure = dict[str, Any]
+FIGURE_KEYS = ("name", "unit", "suite", "case", "provider", "threads", "neighbours")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One record beside its former self.
+    """One thing beside its former self.
 
     Attributes:
-        record: as it is now.
-        old: as it was.
+        what: it is, in words.
+        provider: of it.
+        times: then and now, in words.
         speed: how many times as fast as before; by the ratios where both have one.
         noise: by how much that may differ from 1 without meaning anything.
     """
 
-    record: Record
-    old: Record
+    what: str
+    provider: str
+    times: str
     speed: float
     noise: float
 
@@ -45,7 +51,7 @@ class Change:
 
     @property
     def regression(self) -> bool:
-        return self.real and self.speed < 1 and self.record.provider.startswith(OURS)
+        return self.real and self.speed < 1 and self.provider.startswith(OURS)
 
 
 def old_run(path: str) -> Results:
@@ -88,10 +94,54 @@ def changes(old: Results, new: Results) -> tuple[list[Change], list[Record], lis
         if same and r.ratio_to_torch is not None and was.ratio_to_torch is not None:
             speed = r.ratio_to_torch / was.ratio_to_torch
             noise += spread(baseline(now, r)) + spread(baseline(before, was))
-        found.append(Change(r, was, speed, max(LEAST, noise)))
+        times = f"{seconds(was.median_s)} -> {seconds(r.median_s)}"
+        found.append(Change(_what(r), r.provider, times, speed, max(LEAST, noise)))
     added = [r for place, r in now.items() if place not in before]
     gone = [r for place, r in before.items() if place not in now]
     return found, added, gone
+
+
+def figure_key(figure: Figure) -> tuple[Any, ...]:
+    """What has to be equal for two figures to be of the same thing."""
+    return tuple(figure.get(name) for name in FIGURE_KEYS)
+
+
+def _timed(results: Results) -> dict[tuple[Any, ...], Figure]:
+    """The figures that are times of several rounds."""
+    return {figure_key(f): f for f in results.figures if "provider" in f and f.get("rounds", 1) > 1}
+
+
+def _figure_spread(figure: Figure, other: Figure) -> float:
+    """As `spread`; that of the other where an older file has no percentiles."""
+    known = figure if "p20" in figure else other
+    return float((known["p80"] - known["p20"]) / 2 / known["value"]) if "p20" in known else 0.0
+
+
+def figure_changes(old: Results, new: Results) -> tuple[list[Change], list[Figure], list[Figure]]:
+    """As `changes`."""
+    before, now = _timed(old), _timed(new)
+    found = []
+    for place, f in now.items():
+        if place in before:
+            was = before[place]
+            noise = _figure_spread(f, was) + _figure_spread(was, f)
+            times = f"{_value(was)} -> {_value(f)}"
+            speed = was["value"] / f["value"]
+            found.append(Change(_what_figure(f), f["provider"], times, speed, max(LEAST, noise)))
+    added = [f for place, f in now.items() if place not in before]
+    return found, added, [f for place, f in before.items() if place not in now]
+
+
+def _value(figure: Figure) -> str:
+    if figure["unit"] == "s":
+        return seconds(figure["value"])
+    return f"{figure['value']:.3g} {figure['unit']}"
+
+
+def _what_figure(figure: Figure) -> str:
+    words = [figure[name] for name in ("provider", "name", "suite", "case") if name in figure]
+    many = f", {many_threads(figure['threads'])}" if "threads" in figure else ""
+    return " ".join(words) + many
 
 
 def compared(old: Results, new: Results) -> tuple[str, int]:
@@ -101,7 +151,21 @@ def compared(old: Results, new: Results) -> tuple[str, int]:
     """
     found, added, gone = changes(old, new)
     ran = {(r.suite, r.feature, str(r.case), r.dtype, r.threads) for r in new.records}
-    lost = [r for r in gone if (r.suite, r.feature, str(r.case), r.dtype, r.threads) in ran]
+    lost = [
+        (_what(r), r.provider)
+        for r in gone
+        if (r.suite, r.feature, str(r.case), r.dtype, r.threads) in ran
+    ]
+    of_figures, added_figures, gone_figures = figure_changes(old, new)
+    found += of_figures
+    # A row of figures that failed has records in their place.
+    rows = {(r.feature, str(Case(**r.case))) for r in new.records}
+    rows |= {(f"{f['name']}/{f.get('suite')}", f.get("case")) for f in new.figures}
+    lost += [
+        (_what_figure(f), f["provider"])
+        for f in gone_figures
+        if (f"{f['name']}/{f.get('suite')}", f.get("case")) in rows
+    ]
     lines = [f"compared with the run of {old.machine.get('time')}, commit {old.machine['commit']}"]
     for name in ("cpu", "isa"):
         a, b = old.machine.get(name), new.machine.get(name)
@@ -113,15 +177,15 @@ def compared(old: Results, new: Results) -> tuple[str, int]:
             lines.append(f"  {package} was {a}, is {b}")
     lines += _listed("slower", sorted((c for c in found if c.real and c.speed < 1), key=_speed))
     lines += _listed("faster", sorted((c for c in found if c.real and c.speed > 1), key=_speed))
-    lines += [f"  lost    {_what(r)}" for r in lost]
-    regressions = [c for c in found if c.regression]
-    ours_lost = [r for r in lost if r.provider.startswith(OURS)]
+    lines += [f"  lost    {what}" for what, _ in lost]
+    regressions = sum(c.regression for c in found)
+    regressions += sum(provider.startswith(OURS) for _, provider in lost)
     quiet = sum(not c.real for c in found)
     lines.append(
-        f"{len(found)} compared, {quiet} unchanged, {len(added)} new, "
-        f"{len(regressions) + len(ours_lost)} regressions of ours"
+        f"{len(found)} compared, {quiet} unchanged, {len(added) + len(added_figures)} new, "
+        f"{regressions} regressions of ours"
     )
-    return "\n".join(lines), len(regressions) + len(ours_lost)
+    return "\n".join(lines), regressions
 
 
 def _speed(change: Change) -> float:
@@ -134,8 +198,4 @@ def _what(r: Record) -> str:
 
 
 def _listed(word: str, found: Iterable[Change]) -> list[str]:
-    return [
-        f"  {word}  {c.speed:.2f}x (noise {c.noise:.0%})  {_what(c.record)}  "
-        f"{seconds(c.old.median_s)} -> {seconds(c.record.median_s)}"
-        for c in found
-    ]
+    return [f"  {word}  {c.speed:.2f}x (noise {c.noise:.0%})  {c.what}  {c.times}" for c in found]

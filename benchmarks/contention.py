@@ -28,7 +28,7 @@ from benchmarks.providers import Provider
 from benchmarks.providers_gru_fast import Layer
 from benchmarks.providers_torch import TorchGRU
 from benchmarks.records import Record
-from benchmarks.runner import Setting, admit
+from benchmarks.runner import Setting, admit, describe_error
 
 CONTENTION = "contention"
 Figure = dict[str, Any]
@@ -53,6 +53,10 @@ while True:
 """
 
 
+class NeighbourEnded(RuntimeError):
+    """A neighbour that died by itself: what is measured now is not what was meant."""
+
+
 class Neighbours:
     """Processes that keep a core busy each while told so."""
 
@@ -67,16 +71,22 @@ class Neighbours:
         self.busy = False
 
     def set(self, busy: bool) -> None:
-        """Returns once all do so."""
+        """Returns once all do so.
+
+        Raises:
+            NeighbourEnded: one has died.
+        """
         if busy == self.busy:
             return
         for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(b"1" if busy else b"0")
-        for process in self.processes:
-            assert process.stdout is not None
-            if not process.stdout.read(1):
-                raise RuntimeError(f"a neighbour ended with exit code {process.wait()}")
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(b"1" if busy else b"0")
+                alive = process.stdout.read(1)
+            except BrokenPipeError:
+                alive = b""
+            if not alive:
+                raise NeighbourEnded(f"a neighbour ended with exit code {process.wait()}")
         self.busy = busy
 
     def close(self) -> None:
@@ -110,7 +120,8 @@ class Found:
 
     Attributes:
         figures: of the providers that are right.
-        failed: records of those that are not, or that raised: an error, no number.
+        failed: records of those that are not, or that raised, or of all where a neighbour died:
+            an error, no number.
         notes: who does not take the problem, and why.
     """
 
@@ -122,11 +133,27 @@ class Found:
 def measure(
     problem: Problem, providers: Sequence[Provider], others: Neighbours, setting: Setting
 ) -> Found:
-    """Each provider with one thread and with the setting's."""
-    others.set(False)
+    """Each provider with one thread and with the setting's; the neighbours are idle."""
     torch.set_num_threads(setting.threads)
     admitted = admit(problem, providers, setting)
     working = admitted.working_calls()
+    figures: list[Figure] = []
+    try:
+        figures = _figures(problem, working, others, setting)
+    except NeighbourEnded as error:
+        for name in working:
+            admitted.records[name].error = describe_error(error)
+    have = {figure["provider"] for figure in figures}
+    failed = [record for name, record in admitted.records.items() if name not in have]
+    return Found(figures, failed, admitted.notes)
+
+
+def _figures(
+    problem: Problem,
+    working: dict[str, Callable[[], Any]],
+    others: Neighbours,
+    setting: Setting,
+) -> list[Figure]:
     calls: dict[str, Callable[[], Any]] = {}
     states: dict[str, tuple[int, bool]] = {}
     numbers = sorted({1, setting.threads})
@@ -147,19 +174,19 @@ def measure(
     for name, call in working.items():
         alone = samples[_key(name, 1, False)]
         for n in numbers:
-            own = samples[_key(name, n, False)]
+            own, between = samples[_key(name, n, False)], samples[_key(name, n, True)]
+            ratios = timing.summary([b / a for b, a in zip(between, alone, strict=True)])
             switch(_key(name, n, False))
             figures.append({
                 "name": CONTENTION,
-                "value": timing.ratio(samples[_key(name, n, True)], alone),
+                "value": ratios.median_s, "p20": ratios.p20_s, "p80": ratios.p80_s,
                 "unit": "x one thread alone", "suite": problem.suite, "case": str(problem.case),
                 "provider": name, "threads": n, "neighbours": len(others.processes),
                 "alone": timing.ratio(own, alone), "alone_ms": timing.summary(own).median_s * 1e3,
                 "cpus_used": cpus_used(call, setting.effort.block_s),
                 "rounds": len(own), "other_cpu": other,
             })  # fmt: skip
-    failed = [record for name, record in admitted.records.items() if name not in working]
-    return Found(figures, failed, admitted.notes)
+    return figures
 
 
 def _key(provider: str, threads: int, busy: bool) -> str:
@@ -196,11 +223,13 @@ def run(quick: bool, threads: int) -> Iterator[Found]:
     effort = timing.Effort(block_s=0.002, budget_s=0.0, least=2) if quick else EFFORT
     setting = Setting(threads, effort, footprint=False)
     try:
-        with neighbours(cpus()) as others:
-            for case in QUICK if quick else SHAPES:
-                for suite in ("train", "infer"):
-                    feature = f"{CONTENTION}/{suite}"
-                    problem = Problem(case, suite, "float32", "cpu", feature=feature)
-                    yield measure(problem, providers, others, setting)
+        for case in QUICK if quick else SHAPES:
+            for suite in ("train", "infer"):
+                feature = f"{CONTENTION}/{suite}"
+                problem = Problem(case, suite, "float32", "cpu", feature=feature)
+                # New ones for each problem: one that died costs no other problem's figures.
+                with neighbours(cpus()) as others:
+                    found = measure(problem, providers, others, setting)
+                yield found
     finally:
         torch.set_num_threads(before)

@@ -8,7 +8,7 @@ from statistics import median
 
 from benchmarks.markdown import beside, count, details, pivot, sizes, times
 from benchmarks.records import Record, Results
-from benchmarks.report import seconds, threads
+from benchmarks.report import many_threads, seconds, threads
 
 LAYERS = ("train", "infer")
 STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
@@ -145,7 +145,7 @@ def contention(results: Results) -> str:
     def cells() -> Iterable[tuple[str, str, str]]:
         for f in results.figures:
             if f["name"] == "contention":
-                many = f"{f['threads']} thread{'s' if f['threads'] > 1 else ''}"
+                many = many_threads(f["threads"])
                 text = f"{f['value']:.3g}x (alone {f['alone']:.3g}x, {f['cpus_used']:.1f} cpus)"
                 yield f"{f['suite']} {f['case']}", f"`{f['provider']}`, {many}", text
 
@@ -205,8 +205,7 @@ def slopes(results: Results) -> str:
     def cells() -> Iterable[tuple[str, str, str]]:
         for f in results.figures:
             if f["name"].startswith("slope_"):
-                n = f["threads"]
-                many = f", {n} thread{'s' if n > 1 else ''}" if n else ""
+                many = f", {many_threads(f['threads'])}" if f["threads"] else ""
                 row = f"{f['name'].removeprefix('slope_')} of {f['sizes'][0]} to {f['sizes'][-1]}"
                 yield row + many, f"{f['suite']}, `{f['provider']}`", f"{f['value']:.2f}"
 

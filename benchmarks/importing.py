@@ -29,21 +29,21 @@ end = time.perf_counter()
 torch.set_num_threads(1)
 # Here already, so that it is not the first call that loads MKL.
 torch.mm(torch.ones(8, 8), torch.ones(8, 8))
-found = {"import_torch": middle - start, "import_gru_fast": end - middle}
+found = {"import_torch torch": middle - start, "import_gru_fast gru_fast": end - middle}
 name = sys.argv[1]
 gru = {"nn.GRU": torch.nn.GRU, "gru_fast.GRU": gru_fast.GRU}[name](64, 128)
 x = torch.ones(50, 4, 64)
 for call in ("first", "second"):
     start = time.perf_counter()
     gru(x)[0].sum().backward()
-    found[f"{call}_call_{name}"] = time.perf_counter() - start
+    found[f"{call}_call_{name} {name}"] = time.perf_counter() - start
 print(json.dumps(found))
 """
 NAMES = ("nn.GRU", "gru_fast.GRU")
 
 
 def fresh(name: str) -> dict[str, float]:
-    """Seconds by name, in a new process that calls that GRU."""
+    """Seconds by figure and provider, in a new process that calls that GRU."""
     run = subprocess.run(
         [sys.executable, "-c", IMPORTS, name],
         cwd=tempfile.gettempdir(), capture_output=True, text=True, check=True,
@@ -66,7 +66,10 @@ def processes(rounds: int) -> list[dict[str, Any]]:
     for name in NAMES * rounds:
         for key, value in fresh(name).items():
             samples.setdefault(key, []).append(value)
-    return [figure(name, "s", values) for name, values in samples.items()]
+    return [
+        figure(key.split()[0], "s", values, provider=key.split()[1])
+        for key, values in samples.items()
+    ]
 
 
 def wheel() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.records import Record, Results, read
+from benchmarks.report import many_threads
 
 OURS, THEIRS = "gru_fast.cpu", "nn.GRU"
 DIGEST = "Source"
@@ -55,10 +56,6 @@ def draw_all(results: Path, out: Path) -> Iterator[Path]:
             yield out / plot.file
 
 
-def _threads(n: int) -> str:
-    return f"{n} thread{'s' if n > 1 else ''}"
-
-
 def heat_map(suite: str) -> Callable[[Results], Any]:
     """nn.GRU's time / ours over H and B: a panel for each T, dtype and number of threads."""
 
@@ -93,7 +90,7 @@ def heat_map(suite: str) -> Callable[[Results], Any]:
                     axis.text(j, i, shown, ha="center", va="center", fontsize=7, color=colour)
             axis.set_xticks(range(len(batches)), [str(B) for B in batches])
             axis.set_yticks(range(len(hidden)), [str(H) for H in hidden])
-            axis.set_title(f"T = {T}, {dtype}, {_threads(threads)}", fontsize=8)
+            axis.set_title(f"T = {T}, {dtype}, {many_threads(threads)}", fontsize=8)
             axis.set_xlabel("B")
             axis.set_ylabel("I = H")
         if image is not None:
@@ -131,7 +128,7 @@ def shares(results: Results) -> Any:
         axis.set_xticks(range(len(names)), names, fontsize=7)
         axis.set_ylim(0, 105)
         axis.set_ylabel("% of the bound")
-        axis.set_title(f"{suite}, {_threads(threads)}", fontsize=9)
+        axis.set_title(f"{suite}, {many_threads(threads)}", fontsize=9)
     axes[0, 0].legend(fontsize=8)
     axes[-1, 0].set_xlabel("I = H, B, T")
     return figure
@@ -142,7 +139,7 @@ def _sizes(r: Record) -> str:
 
 
 def _group(r: Record) -> str:
-    return f"H {r.case['H']}, B {r.case['B']}\n{_threads(r.threads)}"
+    return f"H {r.case['H']}, B {r.case['B']}\n{many_threads(r.threads)}"
 
 
 def tokens(suite: str) -> Callable[[Results], Any]:
@@ -152,9 +149,7 @@ def tokens(suite: str) -> Callable[[Results], Any]:
         from matplotlib import pyplot
 
         found = [r for r in results.records if r.suite == suite and r.median_s]
-        cases = list(
-            dict.fromkeys(f"H {r.case['H']}, B {r.case['B']}\n{_threads(r.threads)}" for r in found)
-        )
+        cases = list(dict.fromkeys(map(_group, found)))
         names = list(dict.fromkeys(f"{r.provider} {r.dtype}" for r in found))
         figure, axis = pyplot.subplots(layout="constrained", figsize=(2 + 1.1 * len(cases), 4.5))
         width = 0.8 / max(1, len(names))
@@ -202,7 +197,8 @@ def scaling(results: Results) -> Any:
                 and r.case[axis] in figure_["sizes"]
                 and _others(r, axis) == _usual(results, axis)
             )
-            label = f"{figure_['provider']}, {_threads(figure_['threads'])}: {figure_['value']:.2f}"
+            many = many_threads(figure_["threads"])
+            label = f"{figure_['provider']}, {many}: {figure_['value']:.2f}"
             (line,) = panel.loglog(*list(zip(*points, strict=True))[:2], marker=".", label=label)
             if figure_["provider"] == OURS and all(p[2] for p in points):
                 panel.loglog(

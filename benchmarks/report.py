@@ -44,7 +44,12 @@ def row(record: Record) -> str:
 
 def threads(record: Record) -> str:
     """How many, in words."""
-    return f"{record.threads} thread{'s' if record.threads > 1 else ''}"
+    return many_threads(record.threads)
+
+
+def many_threads(count: int) -> str:
+    """In words."""
+    return f"{count} thread{'s' if count > 1 else ''}"
 
 
 def warnings(shares: Iterable[float | None]) -> list[str]:

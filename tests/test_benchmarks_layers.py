@@ -258,13 +258,52 @@ def test_a_neighbour_that_does_not_end_by_itself(monkeypatch):
     assert state(pid) == "X"
 
 
-def test_a_neighbour_that_died_is_noticed():
-    others = contention.Neighbours(1)
-    others.processes[0].kill()
-    others.processes[0].wait()
-    with pytest.raises((RuntimeError, BrokenPipeError)):
-        others.set(True)
-    others.close()
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_neighbour_that_died_is_noticed(busy):
+    with contention.neighbours(2) as others:
+        others.set(busy)
+        others.processes[1].kill()
+        others.processes[1].wait()
+        with pytest.raises(contention.NeighbourEnded, match="exit code -9"):
+            others.set(not busy)
+
+
+def test_a_neighbour_that_dies_costs_its_row_only(monkeypatch, tmp_path, capsys):
+    started = []
+
+    class Watched(contention.Neighbours):
+        def __init__(self, count):
+            super().__init__(count)
+            started.append(self)
+
+    class Killer(providers_gru_fast.Layer):
+        """Once a neighbour computes beside a training call of ours, it is killed."""
+
+        def prepare(self, problem, threads):
+            prepared = super().prepare(problem, threads)
+
+            def call():
+                if problem.training and started[-1].busy:
+                    started[-1].processes[0].kill()
+                return prepared.call()
+
+            return replace(prepared, call=call)
+
+    monkeypatch.setattr(contention, "Neighbours", Watched)
+    monkeypatch.setattr(contention, "Layer", Killer)
+    path = tmp_path / "found.json"
+    arguments = ["--quick", "--rows", "contention", "--json", str(path)]
+    assert features_cli.main("layers", arguments) == 1
+    found = records.read(path)
+    assert [(r.feature, r.provider, r.error) for r in found.records] == [
+        ("contention/train", name, "NeighbourEnded: a neighbour ended with exit code -9")
+        for name in ("gru_fast.cpu", "nn.GRU")
+    ]
+    figs = [f for f in found.figures if f["name"] == "contention"]
+    assert {(f["suite"], f["provider"]) for f in figs} == {
+        ("infer", "gru_fast.cpu"), ("infer", "nn.GRU"),
+    }  # fmt: skip
+    assert {p.returncode is None for others in started for p in others.processes} == {False}
 
 
 class Told:

@@ -85,6 +85,19 @@ def a_run(ours: float, theirs: float = 2.0, spread: float = 0.01, **changes):
     return records.Results(MACHINE | changes, found)
 
 
+def contended(ours: float, theirs: float = 4.0, spread: float = 0.01):
+    """A row between busy neighbours."""
+    figures = [
+        {
+            "name": "contention", "value": value, "unit": "x alone", "suite": "train",
+            "p20": value * (1 - spread), "p80": value * (1 + spread), "case": "H8-B1-T2",
+            "provider": provider, "threads": 2, "neighbours": 2, "rounds": 5,
+        }
+        for provider, value in (("nn.GRU", theirs), ("gru_fast.cpu", ours))
+    ]  # fmt: skip
+    return records.Results(MACHINE, [], figures)
+
+
 class TestCompare:
     def test_the_same_run_has_no_changes(self):
         text, regressions = compare.compared(a_run(1.0), a_run(1.0))
@@ -117,6 +130,46 @@ class TestCompare:
     def test_what_was_not_run_is_not_lost(self):
         new = records.Results(MACHINE, [])
         assert compare.compared(a_run(1.0), new)[1] == 0
+
+    def test_times_between_neighbours(self):
+        text, regressions = compare.compared(contended(2.0), contended(2.0))
+        assert regressions == 0 and "2 compared, 2 unchanged" in text
+        text, regressions = compare.compared(contended(2.0), contended(3.0))
+        assert regressions == 1 and "2 compared, 1 unchanged" in text
+        assert "slower  0.67x" in text
+        assert "gru_fast.cpu contention train H8-B1-T2, 2 threads  2 x alone -> 3 x alone" in text
+        assert compare.compared(contended(2.0), contended(1.5))[1] == 0
+        # nn.GRU's is told and no regression; noise excuses.
+        text, regressions = compare.compared(contended(2.0), contended(2.0, theirs=9.0))
+        assert regressions == 0 and "slower" in text
+        assert compare.compared(contended(2.0), contended(3.0, spread=0.6))[1] == 0
+
+    def test_an_old_run_without_percentiles_has_the_noise_of_the_new_one(self):
+        old = contended(2.0)
+        for f in old.figures:
+            del f["p20"], f["p80"]
+        assert compare.compared(old, contended(2.2, spread=0.06))[1] == 0
+        assert compare.compared(old, contended(2.2, spread=0.01))[1] == 1
+
+    def test_lost_times_between_neighbours(self):
+        new = contended(2.0)
+        del new.figures[1]
+        assert compare.compared(contended(2.0), new)[1] == 1
+        case = asdict(cases.Case(8, 8, 1, 2))
+        rest = {"feature": "contention/train", "error": "it broke"}
+        died = records.Record("features", "nn.GRU", "1", "cpu", "float32", 2, case, **rest)
+        text, regressions = compare.compared(contended(2.0), records.Results(MACHINE, [died]))
+        assert regressions == 1 and "lost    gru_fast.cpu contention train H8-B1-T2" in text
+        assert compare.compared(contended(2.0), records.Results(MACHINE))[1] == 0
+
+    def test_two_real_runs_of_imports(self, quick_results):
+        found = records.read(quick_results / "cpu-import.json")
+        for f in found.figures:
+            f["rounds"] = 5
+        slow = records.Results(found.machine, [], [{**f, "value": 9.0} for f in found.figures])
+        text, regressions = compare.compared(found, slow)
+        names = {"import_gru_fast", "first_call_gru_fast.GRU", "second_call_gru_fast.GRU"}
+        assert regressions == len(names) and all(f" {name}" in text for name in names)
 
     def test_another_machine_is_named(self):
         text, _ = compare.compared(a_run(1.0), a_run(1.0, cpu="z", versions={"torch": "2"}))
