@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks import ROOT
 
 OWN = {
+    "all": "benchmarks.full_run",
     "claims": "benchmarks.claims",
     "features": "benchmarks.features.cli",
     "import": "benchmarks.importing",

@@ -23,6 +23,7 @@ OTHERS = {
     "scaling": "one size varied at a time, with fitted slopes",
     "import": "import, first call, wheel",
     "gpu": "everything a GPU can tell",
+    "all": "every committed result of a CPU, file by file",
     "claims": "the README's ratios, measured again here",
     "report": "tables and plots from committed results",
 }

@@ -108,6 +108,7 @@ def with_figures(text: str, folder: Path = RESULTS) -> str:
 
 CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-layers.json": ("Layers", ["train", "peers", "lost"]),
+    "cpu-peers.json": ("Other peers", ["peers", "lost"]),
     "cpu-bfloat16.json": ("Layers in bfloat16", ["train"]),
     "cpu-step.json": ("Single steps", ["step", "peers", "lost"]),
     "cpu-sweep.json": ("The grid", ["sweep"]),

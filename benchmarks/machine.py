@@ -59,7 +59,10 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit that is checked out, with "+" if files differ from it; None outside git."""
+    """The commit that is checked out, with "+" if files differ from it; None outside git.
+
+    Results do not count: new ones of the same commit may lie there already.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -71,7 +74,9 @@ def git_commit() -> str | None:
     commit = git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    but_results = ("--", ".", ":(exclude)benchmarks/results")
+    changed = git("status", "--porcelain", "--untracked-files=no", *but_results)
+    return commit + ("+" if changed else "")
 
 
 def gpu() -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -114,6 +115,7 @@ class Run:
     def __init__(
         self, options: argparse.Namespace, threads: Sequence[int] = (), *, probing: bool = True
     ) -> None:
+        self._start = time.monotonic()
         self._old: Results | None = options.compare
         self.effort = timing.QUICK if options.quick else timing.Effort()
         self.results = Results(machine.describe())
@@ -157,6 +159,7 @@ class Run:
         Returns:
             0 if every gate was green, nothing failed and nothing of ours became slower, else 1.
         """
+        self.results.machine["seconds"] = round(time.monotonic() - self._start, 1)
         self.write()
         broken = [record for record in self.results.records if record.median_s is None]
         for record in broken:

@@ -93,6 +93,11 @@ class Results:
     notes: list[str] = field(default_factory=list)
     rows: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run came to its end, and so said how long it took."""
+        return "seconds" in self.machine
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,

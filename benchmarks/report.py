@@ -25,6 +25,12 @@ def seconds(value: float | None) -> str:
     return f"{value * 1e9:.3g} ns"
 
 
+def minutes(value: float) -> str:
+    """Seconds as minutes and seconds."""
+    whole = round(value)
+    return f"{whole // 60} min {whole % 60:02} s"
+
+
 def row(record: Record) -> str:
     """One line of the table."""
     spread = "-"
