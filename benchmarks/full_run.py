@@ -48,7 +48,7 @@ PARTS = {
         "train infer --threads {cpus} "
         "--providers gru_fast.cpu,keras.torch,nn.LSTM,nn.GRUCell,nn.GRU.compile",
         5,
-        "H64-B1-T256,H256-B1-T256,H256-B32-T128,H512-B64-T64,H64-B32-T8,H256-B32-T8",
+        "H64-B1-T256,H256-B1-T256,H256-B32-T128,H512-B64-T64,H256-B32-T8",
     ),
     "bfloat16": Part(
         "train infer --dtype bfloat16 --providers gru_fast.cpu",

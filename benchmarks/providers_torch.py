@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from tempfile import TemporaryDirectory
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -145,6 +149,15 @@ class TorchLSTM(Provider):
         return Prepared(train if problem.training else infer, lambda _: {})
 
 
+COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@cache
+def empty_folder() -> TemporaryDirectory[str]:
+    """Of this process, gone with it."""
+    return TemporaryDirectory(prefix="gru_fast-benchmarks-")
+
+
 class CompiledGRU(Provider):
     """nn.GRU under torch.compile that was told to take it.
 
@@ -169,6 +182,8 @@ class CompiledGRU(Provider):
     def prepare(self, problem: Problem, threads: int) -> Prepared:
         case, dtype = problem.case, DTYPES[problem.dtype]
         module = nn.GRU(case.I, case.H, device=problem.device, dtype=dtype)
+        # A first call compiles, and nothing that others left is used.
+        os.environ[COMPILER_CACHE] = empty_folder().name
         torch._dynamo.config.allow_rnn = True
         torch._dynamo.reset()
         return module_call(torch.compile(module, dynamic=False), problem, module)

@@ -80,9 +80,10 @@ class Gate:
 
 
 def describe_error(error: Exception) -> str:
-    """Type and first line."""
+    """Type and first line, with the next where the first only announces it."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 def is_lost(error: Exception) -> bool:

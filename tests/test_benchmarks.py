@@ -154,7 +154,8 @@ class TestGate:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("suite", ["infer", "train"])
-    def test_nn_gru_compiled_is_right(self, suite):
+    def test_nn_gru_compiled_is_right(self, suite, monkeypatch):
+        monkeypatch.setenv(providers_torch.COMPILER_CACHE, "is what it was after the test")
         compiled = providers_torch.CompiledGRU("cpu")
         assert compiled not in providers.choose([compiled, providers_torch.TorchGRU("cpu")], None)
         (found,), _ = runner.run_problem(small(suite, T=3), [compiled], SETTING)
