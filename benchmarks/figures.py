@@ -61,7 +61,11 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "`nn.GRUCell` captured in a CUDA graph:",
         figures_gpu.gpu_steps,
     ),
-    "peers": ("Other peers' time / ours (`nn.LSTM` is there for scale):", figures_cpu.peers),
+    "peers": (
+        "Other peers' time / ours (`nn.LSTM` is there for scale; inexact: the error of its results "
+        "exceeds the gate's limit, so that it has no figure; -: it does not take the case):",
+        figures_cpu.peers,
+    ),
     "lost": ("Where a peer is faster:", figures_cpu.lost),
     "features": (
         "The time of what users write without the feature, how many times faster the others are, "
@@ -73,14 +77,19 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         figures_cpu.language_models,
     ),
     "scaling": (
-        "The exponent with which time grows, 1 where it is proportional:",
+        "The exponent with which time grows over the larger half of the sizes, 1 where it is "
+        "proportional, beside that of the bound:",
         figures_cpu.slopes,
     ),
     "sweep": (
         "`nn.GRU`'s time / ours over the grid, without cells of H * H * B * T above 2^28:",
         figures_cpu.sweep,
     ),
-    "import": ("Before the first result:", figures_cpu.before_the_first_result),
+    "import": (
+        "In fresh processes: imports, a first and a second training call (I = 64, H = 128, B = 4, "
+        "T = 50), and a wheel from a clean checkout:",
+        figures_cpu.before_the_first_result,
+    ),
     "sample": (
         "The time of a loop around `nn.GRU` / ours, and our tokens a second:",
         figures_cpu.samples,

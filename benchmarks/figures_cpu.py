@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from statistics import median
+from typing import Any
 
 from benchmarks.markdown import beside, count, details, pivot, sizes, times
 from benchmarks.records import Record, Results
@@ -80,13 +82,19 @@ def facts(results: Results) -> str:
 def peers(results: Results) -> str:
     """Every other peer's time / ours, sequences and single steps; nn.GRU has tables of its own."""
     found: list[tuple[int, str, str, str]] = []
-    others = (r.provider for r in results.records if not r.provider.startswith(OURS))
-    names = dict.fromkeys(name for name in others if name != "nn.GRU")
-    for suite in (*LAYERS, "step"):
-        for name in names:
-            for r, value in beside(results, suite, {"gru_fast.cpu": name}):
-                row = f"{suite} {sizes(r)}, {threads(r)}"
-                found.append((r.threads, row, f"`{name}`", times(value)))
+    others = [r for r in results.records if not r.provider.startswith(OURS)]
+    versions = {r.provider: r.version for r in others if r.provider != "nn.GRU"}
+    for suite, name in product((*LAYERS, "step"), versions):
+        ratios = {
+            (str(r.case), r.dtype, r.threads): times(value)
+            for r, value in beside(results, suite, {"gru_fast.cpu": name})
+        }
+        for r in (r for r in others if (r.suite, r.provider) == (suite, name)):
+            text = ratios.get((str(r.case), r.dtype, r.threads), "-")
+            if r.median_s is None:
+                text = "inexact" if r.parity == "wrong" else "failed"
+            row = f"{suite} {sizes(r)}, {threads(r)}"
+            found.append((r.threads, row, f"`{name}` {versions[name]}", text))
     found.sort(key=lambda cell: cell[0])
     return pivot("I = H, B, T", (cell[1:] for cell in found))
 
@@ -233,9 +241,14 @@ def sweep(results: Results) -> str:
 def before_the_first_result(results: Results) -> str:
     """Imports, first calls, wheel."""
 
+    def name(figure: dict[str, Any]) -> str:
+        provider = figure.get("provider", "")
+        what = figure["name"].removesuffix(f"_{provider}").replace("_", " ")
+        return f"{what} of `{provider}`" if provider else what
+
     def value(figure: dict[str, object]) -> str:
         number = figure["value"]
         assert isinstance(number, float)
         return seconds(number) if figure["unit"] == "s" else f"{number / 2**20:.2f} MiB"
 
-    return pivot("what", ((f["name"].replace("_", " "), "", value(f)) for f in results.figures))
+    return pivot("what", ((name(f), "", value(f)) for f in results.figures))

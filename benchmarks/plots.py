@@ -198,6 +198,8 @@ def scaling(results: Results) -> Any:
                 and _others(r, axis) == _usual(results, axis)
             )
             many = many_threads(figure_["threads"])
+            if not points:
+                continue
             label = f"{figure_['provider']}, {many}: {figure_['value']:.2f}"
             (line,) = panel.loglog(*list(zip(*points, strict=True))[:2], marker=".", label=label)
             if figure_["provider"] == OURS and all(p[2] for p in points):

@@ -30,6 +30,7 @@ SIZES = {
 SUITES = ("train", "infer")
 EFFORT = timing.Effort(block_s=0.01, budget_s=1.5, least=5, most=15)
 GATE_STEPS = 16
+OURS, BOUND = "gru_fast.cpu", "bound"
 
 
 def at(axis: str, size: int, base: cases.Case = BASE) -> cases.Case:
@@ -45,14 +46,16 @@ def slope(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def slopes(records: Sequence[Record], axis: str) -> list[dict[str, Any]]:
-    """A figure for each suite and provider whose records differ in that size only."""
+    """For each suite and provider whose records differ in that size only, and for the bound."""
     found = []
     groups: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
     for r in records:
         if r.median_s is not None:
-            key = (r.suite, r.provider, 0 if axis == "threads" else r.threads)
+            threads = 0 if axis == "threads" else r.threads
             size = r.threads if axis == "threads" else r.case[axis]
-            groups.setdefault(key, []).append((size, r.median_s))
+            groups.setdefault((r.suite, r.provider, threads), []).append((size, r.median_s))
+            if r.provider == OURS and r.bound_s is not None:
+                groups.setdefault((r.suite, BOUND, threads), []).append((size, r.bound_s))
     for (suite, provider, threads), points in groups.items():
         if len(points) < 2:
             continue

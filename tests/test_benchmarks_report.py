@@ -3,6 +3,7 @@
 
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_every_suite_has_its_section(quick_results):
     page = figures.report(quick_results)
     for name, (title, _) in figures.CONTENTS.items():
         assert (f"## {title}\n" in page) == (quick_results / name).exists()
-    assert re.search(r"\| import torch \| [\d.]+ m?s \|", page)
+    assert re.search(r"\| import of `torch` \| [\d.]+ m?s \|", page)
     assert "reset_mask/infer" in page and "`gru_fast.GRULanguageModel`" in page
     assert re.search(r"\| T of 32 to 128, 1 thread \| -?\d\.\d\d \|", page)
     assert re.search(r"\| infer, float32, 1 thread \| 8 \| \d+% \|", page)
@@ -91,3 +92,26 @@ def test_instruction_sets_beside_a_best_one_that_is_wrong():
     shown = figures.figures_cpu.isas(found).splitlines()
     assert shown[0] == head
     assert shown[2] == "| infer: 8, 1, 9 | - (**0.50x**) | - (2.00x) | output is wrong |"
+
+
+def test_a_peer_that_is_wrong_or_fails_is_told_from_one_that_does_not_take_the_case():
+    case = {"I": 8, "H": 8, "B": 1, "T": 9, "L": 1, "V": 0}
+    numbers = {"median_s": 1.0, "p20_s": 1.0, "p80_s": 1.0, "rounds": 3, "parity": "ok"}
+    found = [
+        records.Record("infer", name, "7", "cpu", "float32", 1, case, **rest)
+        for name, rest in {
+            "gru_fast.cpu": numbers,
+            "nn.GRU": numbers,
+            "jax": {"parity": "wrong", "error": "too far off"},
+            "keras": {"error": "it broke"},
+            "onnx": numbers | {"median_s": 2.0, "p80_s": 2.0},
+        }.items()
+    ]
+    found += [replace(r, suite="train") for r in found[:2]]
+    found += [replace(found[2], suite="train")]
+    lines = figures.figures_cpu.peers(records.Results({}, found)).splitlines()
+    assert lines[0] == "| I = H, B, T | `jax` 7 | `keras` 7 | `onnx` 7 |"
+    assert lines[2:] == [
+        "| train 8, 1, 9, 1 thread | inexact | - | - |",
+        "| infer 8, 1, 9, 1 thread | inexact | failed | 2.00x |",
+    ]

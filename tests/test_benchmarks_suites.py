@@ -52,6 +52,7 @@ def test_quick_scaling(quick_results):
     for axis in ("slope_T", "slope_B", "slope_H"):
         for suite in scaling.SUITES:
             assert (axis, suite, "gru_fast.cpu") in slopes and (axis, suite, "nn.GRU") in slopes
+            assert ((axis, suite, "bound") in slopes) == any(r.bound_s for r in found.records)
     assert all(r.parity == "ok" for r in found.records)
 
 
