@@ -43,12 +43,14 @@ class Provider(ABC):
         is_baseline: whether ratios are to this one.
         judged: whether it computes what the problem asks for; what does not is there for scale.
         on_request: whether it takes part only where a pattern names it.
+        spins_s: seconds for which its threads, where it has several, go on spinning after a call.
     """
 
     name: str
     is_baseline: ClassVar[bool] = False
     judged: ClassVar[bool] = True
     on_request: ClassVar[bool] = False
+    spins_s: ClassVar[float] = 0.0
 
     def version(self) -> str:
         """Of the package."""

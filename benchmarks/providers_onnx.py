@@ -13,6 +13,10 @@ from torch import Tensor
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider
 
+SPINS_S = 0.06
+"""Its threads spin for 20 to 50 ms after a call: what runs meanwhile takes twice to ten times as
+long (docs/decisions.md)."""
+
 
 def onnx_rows(weight: Tensor) -> Tensor:
     """From PyTorch's gate order r, z, n to ONNX's z, r, h."""
@@ -24,6 +28,7 @@ class OnnxRuntime(Provider):
     """A graph of one GRU node with its weights as constants, which the session packs once."""
 
     name = "onnxruntime"
+    spins_s = SPINS_S
 
     def version(self) -> str:
         return version("onnxruntime")

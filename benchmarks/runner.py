@@ -125,12 +125,14 @@ class Admitted:
         ready: those that passed the gate.
         baseline: the first of these that is one.
         notes: who does not take it, and why.
+        pauses: seconds to wait after blocks of those whose threads go on spinning.
     """
 
     records: dict[str, Record] = field(default_factory=dict)
     ready: dict[str, Prepared] = field(default_factory=dict)
     baseline: str | None = None
     notes: list[str] = field(default_factory=list)
+    pauses: dict[str, float] = field(default_factory=dict)
 
     def working_calls(self) -> dict[str, Callable[[], Any]]:
         """Of those that are ready and do not raise now; the others' errors are recorded."""
@@ -169,6 +171,8 @@ def admit(problem: Problem, providers: Sequence[Provider], setting: Setting) -> 
                     record.parity_T = gate.T
             if wrong is None:
                 found.ready[provider.name] = provider.prepare(problem, setting.threads)
+                if provider.spins_s and setting.threads > 1:
+                    found.pauses[provider.name] = provider.spins_s
                 if provider.is_baseline and found.baseline is None:
                     found.baseline = provider.name
             else:
@@ -215,7 +219,8 @@ def _measure(problem: Problem, found: Admitted, setting: Setting) -> None:
     if not calls:
         return
     load = OtherLoad()
-    samples = timing.interleave(calls, timing.clock_of(problem.device), setting.effort)
+    clock = timing.clock_of(problem.device)
+    samples = timing.interleave(calls, clock, setting.effort, pauses=found.pauses)
     other = load.share()
     bound = setting.bound(problem) if setting.bound and not setting.dry else None
     for name, seconds in samples.items():

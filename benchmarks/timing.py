@@ -106,11 +106,17 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _wait(seconds: float | None) -> None:
+    if seconds is not None:
+        time.sleep(seconds)
+
+
 def interleave(
     calls: Mapping[str, Call],
     clock: Clock,
     effort: Effort,
     before: Callable[[str], Any] | None = None,
+    pauses: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per call of every round, for each name.
 
@@ -123,15 +129,17 @@ def interleave(
         clock: of their device.
         effort: of the measurement.
         before: goes with the name before each block and its untimed call.
+        pauses: seconds to wait after each block of these names, whose threads go on spinning.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0)
+    order, shuffle, waits = list(calls), random.Random(0), pauses or {}
     with _no_collection():
         counts = {}
         for name in order:
             if before is not None:
                 before(name)
             counts[name] = calls_per_block(calls[name], clock, effort.block_s)
+            _wait(waits.get(name))
         start = time.perf_counter()
         for made in range(effort.most):
             if made >= effort.least and time.perf_counter() - start > effort.budget_s:
@@ -142,4 +150,5 @@ def interleave(
                     before(name)
                 calls[name]()
                 samples[name].append(clock(calls[name], counts[name]))
+                _wait(waits.get(name))
     return samples

@@ -87,7 +87,7 @@ def test_which_facts_are_taken():
 def test_a_loop_that_draws_fewer_tokens_is_scaled_to_all(monkeypatch):
     drawn = {}
 
-    def a_second_each(calls, clock, effort):
+    def a_second_each(calls, clock, effort, **_):
         drawn.update({key: call().shape[1] for key, call in calls.items()})
         return {key: [1.0] for key in calls}
 

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -406,3 +407,29 @@ def test_blocks_with_something_to_do_before_them():
     assert log[:4] == ["before a", "a", "before b", "b"]
     blocks = [log[i : i + 3] for i in range(4, len(log), 3)]
     assert len(blocks) == 6 and all(b == [f"before {b[1]}", b[1], b[1]] for b in blocks)
+
+
+def test_a_pause_after_each_block_of_those_that_spin(monkeypatch):
+    log = []
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: log.append(seconds))
+    calls = {name: lambda name=name: None for name in "ab"}
+
+    def clock(call, count):
+        log.append("a" if call is calls["a"] else "b")
+        return 1.0
+
+    effort = timing.Effort(block_s=0.0, budget_s=0.0, least=3, most=3)
+    timing.interleave(calls, clock, effort, pauses={"b": 0.06})
+    assert len(log) == 12 and log.count(0.06) == 4
+    assert all((after == 0.06) == (before == "b") for before, after in pairwise(log))
+
+
+@pytest.mark.parametrize(("threads", "pauses"), [(1, {}), (2, {"gru_fast.reference": 0.25})])
+def test_threads_that_spin_are_waited_for(monkeypatch, threads, pauses, two_threads):
+    class Spinning(providers_gru_fast.Layer):
+        spins_s = 0.25
+
+    ways = [Spinning("reference"), providers_torch.TorchGRU("cpu")]
+    setting = runner.Setting(threads, timing.DRY, footprint=False)
+    assert runner.admit(contended("infer"), ways, setting).pauses == pauses
+    assert load("benchmarks.providers_onnx").OnnxRuntime.spins_s > 0

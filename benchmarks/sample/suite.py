@@ -10,6 +10,7 @@ import torch
 from benchmarks import machine, probe, timing
 from benchmarks.bound import bandwidth_of
 from benchmarks.cases import Case
+from benchmarks.providers_onnx import SPINS_S
 from benchmarks.records import Record
 from benchmarks.report import threads as threads_of
 from benchmarks.report import warnings
@@ -90,7 +91,8 @@ def run_case(
             T = min(case.T, steady_tokens or case.T) if name in STEADY else case.T
             calls[key], scales[key] = lambda draw=draw, T=T: draw(T, False), case.T / T
     load = machine.OtherLoad()
-    measured = timing.interleave(calls, timing.cpu_clock, effort)
+    pauses = {"onnxruntime.loop float32": SPINS_S} if threads > 1 else {}
+    measured = timing.interleave(calls, timing.cpu_clock, effort, pauses=pauses)
     samples = {key: [s * scales[key] for s in found] for key, found in measured.items()}
     other, baseline = load.share(), samples.get("nn.GRU.loop float32")
     for key, seconds in samples.items():
