@@ -5,7 +5,7 @@
 #pragma once
 #include <type_traits>
 
-#include "gate_math.h"
+#include "dot_pairs.h"
 #include "in_place.h"
 #include "schedule.h"
 #include "team.h"
@@ -70,6 +70,15 @@ struct GatePanels {
         a, rows, K, count, range.begin, range.end,
         [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
   }
+  // Of one group, packed, as the products of the samplers have them.
+  GRU_MEMBER Panels panels(int64_t g) const {
+    return {reinterpret_cast<uint32_t*>(packed + g * tiles * panel_size()),
+            nullptr,
+            nullptr,
+            packed_k<Real>(K) / kPack<Real>,
+            tiles,
+            count};
+  }
   GRU_MEMBER void pack(Range range) const {
     if (packed == nullptr) return;
     for (int64_t i = range.begin; i < range.end; ++i) {
@@ -78,6 +87,11 @@ struct GatePanels {
     }
   }
 };
+
+template <class Real>
+constexpr Weights weights_of() {
+  return std::is_same_v<Real, BFloat16> ? Weights::kBFloat16 : Weights::kFloat32;
+}
 
 template <class Real>
 class ForwardScan {
@@ -144,7 +158,11 @@ class ForwardScan {
       for (int64_t step = begin; step < end; ++step) {
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
           if (p_.cell == Cell::kResetAfter) {
-            step_reset_after(g, step, step - begin);
+            if (first_.packed != nullptr && alive(g, step) == 1) {
+              step_one_row(g, step, step - begin);
+            } else {
+              step_reset_after(g, step, step - begin);
+            }
           } else if (p_.cell == Cell::kNoReset) {
             step_no_reset(g, step, step - begin);
           } else {
@@ -175,6 +193,11 @@ class ForwardScan {
   static constexpr int64_t steps_at_once(int64_t T, int64_t B) {
     const int64_t rows = B == 1 ? kProjectRowsOfOne : kProjectRows;
     return B * T <= rows ? T : B >= rows ? 1 : rows / B;
+  }
+
+  // How many of this member's rows have a valid step.
+  GRU_MEMBER int64_t alive(int64_t g, int64_t step) const {
+    return share_.ranks.below(rows_.alive(rows_.time(g, step)));
   }
 
   // Whether the product reads a copy of the state: scaled, or rounded.
@@ -345,6 +368,64 @@ class ForwardScan {
                save(t, g, b, tile, 3, n);
                finish(step, t, g, rank, b, tile, z, n);
              });
+  }
+
+  // As step_reset_after(), of a single row with packed weights. Every other step goes through the
+  // tiles from the last to the first: what was read last is still in the cache.
+  __attribute__((noinline)) void step_one_row(int64_t g, int64_t step, int64_t in_chunk) {
+    const int64_t t = rows_.time(g, step), rank = share_.ranks[0];
+    const Number* const gx = gates_x(g, in_chunk * p_.B + rank, 0);
+    const Real* const row = operand_ + at(step, g, rank, 0);
+    const bool backwards = step % 2 != 0;
+    Range tiles = share_.tiles;
+    if constexpr (kPairs && !std::is_same_v<Real, double>) {
+      if (p_.H <= kSumBlock && tiles.size() != 3) {  // three are best multiplied at once
+        const Panels panels = first_.panels(g);
+        Pairs<weights_of<Real>(), 3>(panels, tiles, backwards)
+            .multiply(reinterpret_cast<const uint32_t*>(row),
+                      [&](Items at, const V(&sums)[3][2], auto between) GRU_MEMBER_LAMBDA {
+                        close<2>(g, step, t, rank, at.tile, gx, sums, between);
+                      });
+        tiles.begin = tiles.end - tiles.size() % 2;
+      }
+    }
+    constexpr int64_t kAbreast = 4;
+    for (int64_t left = tiles.size(), now; left > 0; left -= now) {
+      now = left < kAbreast ? left : kAbreast;
+      const int64_t tile = backwards ? tiles.begin + left - now : tiles.end - left;
+      V sums[kAbreast * 3];
+      pick_product<Real>(1, static_cast<int>(now), 3)({row, 0}, 0, first_.get(g, tile, 1), p_.H,
+                                                      sums);
+      for (int64_t i = 0; i < now; ++i) {
+        const V one[3][1] = {{sums[3 * i]}, {sums[3 * i + 1]}, {sums[3 * i + 2]}};
+        close<1>(g, step, t, rank, tile + i, gx, one, Nothing{});
+      }
+    }
+  }
+
+  // The gates of N neighbouring tiles of a row.
+  template <int N, class Between>
+  GRU_MEMBER void close(int64_t g, int64_t step, int64_t t, int64_t rank, int64_t tile,
+                        const Number* gx, const V (&sums)[3][N], Between between) {
+    const int64_t b = rows_.row(rank);
+    const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
+    gx += tile * 3 * W;
+    V rz[2 * N], q[N], n[N];
+    GRU_EACH(j) rz[j] = sums[0][j] + load(gx + 3 * j * W);
+    GRU_EACH(j) rz[N + j] = sums[1][j] + load(gx + (3 * j + 1) * W);
+    GRU_EACH(j) {
+      q[j] = sums[2][j] + load_or_zero(bias, (tile + j) * W, lanes_of<Real>(tile + j, p_.H));
+    }
+    sigmoid<Real, 2 * N>(rz, between);
+    GRU_EACH(j) n[j] = load(gx + (3 * j + 2) * W) + rz[j] * q[j];
+    tanh<Real, N>(n, between);
+    GRU_EACH(j) {
+      save(t, g, b, tile + j, 0, q[j]);
+      save(t, g, b, tile + j, 1, rz[j]);
+      save(t, g, b, tile + j, 2, rz[N + j]);
+      save(t, g, b, tile + j, 3, n[j]);
+      finish(step, t, g, rank, b, tile + j, rz[N + j], n[j]);
+    }
   }
 
   void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {

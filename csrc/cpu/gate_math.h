@@ -124,6 +124,7 @@ GRU_INLINE void scaled_exp(const Vec<Real> (&x)[N], Vec<Real> (&scale)[N], Vec<R
 }
 
 template <class Real, int N, class Between = Nothing>
+  requires(kPack<Real> == 1)
 GRU_INLINE void sigmoid(Vec<Real> (&x)[N], Between between = {}) {
   constexpr Real limit = ExpConstants<Real>::limit;
   Vec<Real> scale[N], fraction[N];
@@ -136,6 +137,7 @@ GRU_INLINE void sigmoid(Vec<Real> (&x)[N], Between between = {}) {
 
 // tanh(x) = m / (m + 2), m = exp(2 x) - 1
 template <class Real, int N, class Between = Nothing>
+  requires(kPack<Real> == 1)
 GRU_INLINE void tanh(Vec<Real> (&x)[N], Between between = {}) {
   Vec<Real> scale[N], fraction[N];
   GRU_EACH(j) x[j] = larger<Real>(-20, smaller<Real>(20, x[j]));
@@ -205,6 +207,24 @@ GRU_MEMBER Vec<float> tanh<BFloat16>(Vec<float> x) {
   // Near zero nothing may cancel.
   const Vec<float> less = reinterpret_cast<Vec<float>>(exp.whole) == 0.0f ? exp.fraction : e - 1.0f;
   return less * short_reciprocal(e + 1.0f);
+}
+
+template <class Real, int N, class Between>
+  requires(kPack<Real> > 1)
+GRU_INLINE void sigmoid(Vec<Real> (&x)[N], Between between) {
+  GRU_EACH(j) {
+    x[j] = sigmoid<Real>(x[j]);
+    between();
+  }
+}
+
+template <class Real, int N, class Between>
+  requires(kPack<Real> > 1)
+GRU_INLINE void tanh(Vec<Real> (&x)[N], Between between) {
+  GRU_EACH(j) {
+    x[j] = tanh<Real>(x[j]);
+    between();
+  }
 }
 #endif
 
