@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gru_fast import ops
 
@@ -56,6 +58,20 @@ def needs_composition() -> bool:
     if not torch._C._are_functorch_transforms_active() or only_vmap():
         return False
     return torch.compiler.is_compiling() or not _one_gradient()
+
+
+def counts_flops() -> bool:
+    """Whether a `torch.utils.flop_counter.FlopCounterMode` is live.
+
+    It knows PyTorch's own operations only and would count none of ours.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    counter = sys.modules.get("torch.utils.flop_counter")
+    return counter is not None and any(
+        isinstance(getattr(mode, "counter", None), counter.FlopCounterMode)
+        for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def dtype_of_call(device_type: str, dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 
 from gru_fast import functional
 from gru_fast.backends import NAMES
-from gru_fast.recurrent import CANDIDATES, DEFAULT_CELL, check_choice, options_repr
+from gru_fast.recurrent import (
+    CANDIDATES,
+    DEFAULT_CELL,
+    check_choice,
+    is_traced,
+    node_of_call,
+    options_repr,
+)
 
 __all__ = ["GRUCell"]
 
@@ -92,6 +99,8 @@ class GRUCell(nn.RNNCellBase):
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
+        if is_traced(self, input):
+            return node_of_call(self, input, hx)  # type: ignore[no-any-return]
         weights = self._flat_weights
         dtype = weights[0].dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():

@@ -22,6 +22,8 @@ from gru_fast.recurrent import (
     check_choice,
     check_flag,
     check_probability,
+    is_traced,
+    node_of_call,
     options_repr,
 )
 from gru_fast.reference import GATES
@@ -312,6 +314,11 @@ class GRU(Recurrent):
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
+        if is_traced(self, input):
+            return node_of_call(  # type: ignore[no-any-return]
+                self, input, hx, lengths=lengths, reset_mask=reset_mask, reset_state=reset_state,
+                return_gates=return_gates or None,
+            )  # fmt: skip
         if self.learn_h0:
             start = self._start(input)
             hx = start if hx is None else hx

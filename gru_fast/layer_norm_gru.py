@@ -17,6 +17,8 @@ from gru_fast.recurrent import (
     check_choice,
     check_flag,
     check_probability,
+    is_traced,
+    node_of_call,
     options_repr,
 )
 
@@ -194,6 +196,10 @@ class LayerNormGRU(Recurrent):
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
+        if is_traced(self, input):
+            return node_of_call(  # type: ignore[no-any-return]
+                self, input, hx, lengths=lengths, reset_mask=reset_mask, reset_state=reset_state
+            )
         h_scale = None
         if self.recurrent_dropout and self.training:
             layers = self.num_layers * (2 if self.bidirectional else 1)

@@ -295,6 +295,16 @@ def double_backward_rule(
     return backward
 
 
+def changeable(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results of a forward op to save: a single step's output may be changed in place.
+
+    Backward reads the outputs before the last step only, as the states that were multiplied. So
+    for one step autograd need not watch it, and `h = cell(x, h); h[done] = 0` is as legal as with
+    `torch.nn.GRUCell`.
+    """
+    return (output[0].data, *output[1:]) if len(output[0]) == 1 else output
+
+
 class _Eager(torch.autograd.Function):
     """What `register_autograd` does, less its bookkeeping, for calls that nothing transforms."""
 
@@ -304,7 +314,7 @@ class _Eager(torch.autograd.Function):
     def forward(cls, ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         """The op, with what backward needs saved."""
         output = without_grad(cls.op, *args)
-        save(ctx, args, output)
+        save(ctx, args, changeable(output))
         return output
 
 

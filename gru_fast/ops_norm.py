@@ -202,7 +202,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         """The op, with what backward needs saved."""
         output = ops.without_grad(norm_scan, *args)
-        _save(ctx, args, output)
+        _save(ctx, args, ops.changeable(output))
         return output
 
     backward = staticmethod(_backward)

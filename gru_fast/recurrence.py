@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import backends, cudnn, ops, reference
-from gru_fast.backends import KERNEL_DTYPES, needs_composition
+from gru_fast.backends import KERNEL_DTYPES, counts_flops, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
 FORWARD = (False,)
@@ -26,6 +26,7 @@ def _takes_ops(steps: Tensor, backend: str) -> bool:
         and (steps.is_cpu or steps.is_meta)
         and steps.dtype in KERNEL_DTYPES
         and not needs_composition()
+        and not counts_flops()
     )
 
 
@@ -33,6 +34,8 @@ def _route(
     steps: Tensor, h0: Tensor, backend: str, cell: str, training: bool, **features: bool
 ) -> str:
     """What takes the call: "ops", "cudnn", or "reference" for it composed of plain operations."""
+    if backend == "auto" and counts_flops():
+        return "reference"
     prefer_cudnn = True
     dtype = backends.dtype_of_call(steps.device.type, steps.dtype)
     if backend == "auto" and steps.is_cuda:

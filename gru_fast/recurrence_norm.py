@@ -105,6 +105,8 @@ def _layer(
     if x.is_cuda and not torch.compiler.is_compiling():  # there the op itself decides
         plain = lengths is reset_mask is h_scale is None
         unfit = backends.norm_unfit(x.device, x.dtype, h0.shape[2], plain)
+    if backend == "auto" and backends.counts_flops():
+        backend = "reference"
     facts: dict[str, Any] = {"unfit": unfit, "composed": needs_composition()}
     if backends.select_norm(backend, x.device.type, x.dtype, **facts) == "reference":
         check_norm_scan(*tensors, eps, reverse)

@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "check_choice",
     "check_flag",
     "check_probability",
+    "is_traced",
+    "node_of_call",
     "options_repr",
 ]
 
@@ -51,6 +54,22 @@ def options_repr(cell: str, backend: str, **others: object) -> str:
     if backend != "auto":
         text += f", backend={backend!r}"
     return text + "".join(f", {name}={value}" for name, value in others.items() if value)
+
+
+def is_traced(module: nn.Module, input: object) -> bool:
+    """Whether `torch.fx.symbolic_trace` of a larger module is calling this one."""
+    return isinstance(input, torch.fx.Proxy) and getattr(input.tracer, "root", None) is not module
+
+
+def node_of_call(module: nn.Module, input: Any, hx: object, **options: object) -> Any:
+    """The `call_module` node that stands for a module, as for everything in `torch.nn`.
+
+    A tracer walks into modules that are not torch's own, unless told otherwise.
+    """
+    arguments = (input,) if hx is None else (input, hx)
+    given = {name: value for name, value in options.items() if value is not None}
+    tracer = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
 
 
 class Recurrent(nn.RNNBase):

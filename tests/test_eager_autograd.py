@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -122,3 +122,50 @@ class TestWhoIsServed:
             module.weight_hh_l0.add_(1.0)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             output.sum().backward()
+
+
+class TestOneStepMayBeChanged:
+    """Backward of a single step does not read its output, so it may be changed in place."""
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("cell", ["reset_after", "reset_before", "no_reset"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_gradients_do_not_depend_on_it(self, cell: str, recompute: bool, dtype) -> None:
+        module = gru_fast.GRU(
+            4, 5, 2, bidirectional=True, cell=cell, recompute=recompute, dtype=dtype
+        )
+        self.check(module, dtype)
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_layer_norm(self, recompute: bool) -> None:
+        self.check(gru_fast.LayerNormGRU(4, 5, recompute=recompute), torch.float32)
+
+    def check(self, module: nn.Module, dtype: torch.dtype) -> None:
+        x = torch.randn(1, 3, 4, dtype=dtype)
+        mask = torch.tensor([[True, False, False]])
+        lengths = torch.tensor([1, 1, 0])
+        grads = []
+        for spoil in (False, True):
+            output, h_n = module(x, lengths=lengths, reset_mask=mask)
+            total = output.sum() + 2 * h_n.sum()
+            if spoil:
+                output.fill_(torch.nan)
+            grads.append(torch.autograd.grad(total, list(module.parameters())))
+        torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+    def test_a_state_that_is_reset_in_place(self) -> None:
+        torch.manual_seed(0)
+        ours, theirs = gru_fast.GRUCell(4, 5), nn.GRUCell(4, 5)
+        theirs.load_state_dict(ours.state_dict())
+        x, done = torch.randn(6, 3, 4), torch.rand(6, 3) < 0.4
+        grads = []
+        for module in (ours, theirs):
+            h, total = torch.zeros(3, 5), torch.zeros(())
+            for step in range(6):
+                h = module(x[step], h)
+                h[done[step]] = 0
+                total = total + h.square().sum()
+            (first,) = torch.autograd.grad(total, module.weight_hh, create_graph=True)
+            first.square().sum().backward()
+            grads.append([first, *(p.grad for p in module.parameters())])
+        torch.testing.assert_close(grads[0], grads[1])
