@@ -23,6 +23,15 @@ namespace py = pybind11;
 namespace gru_fast {
 namespace {
 
+[[noreturn]] void complain_of_type(const std::string& name, const std::string& expected,
+                                   const py::handle& given) {
+  const bool array = py::isinstance<py::array>(given);
+  const py::object type =
+      array ? given.attr("dtype") : py::type::of(given).attr("__name__").cast<py::object>();
+  throw py::type_error(name + ": expected " + expected + ", got " + (array ? "an array of " : "") +
+                       std::string(py::str(type)));
+}
+
 // The state of one sequence that is fed from outside.
 class Stream {
  public:
@@ -39,11 +48,11 @@ class Stream {
     const Use use(busy_);
     const StackShape& shape = stack_->shape();
     if (shape.tokens > 0) {
-      const int32_t token = checked_token(py::cast<int64_t>(input));
+      const int32_t token = checked_token(as_integer(input));
       push_unlocked(1, &token, nullptr, output_.mutable_data());
     } else {
       const Floats frame = Floats::ensure(input);
-      if (!frame) throw py::error_already_set();
+      if (!frame) complain_of_type("frame", "float32", input);
       // Only a complaint may allocate.
       if (frame.ndim() != 1 || frame.shape(0) != shape.I) check_shape("frame", frame, {shape.I});
       push_unlocked(1, nullptr, frame.data(), output_.mutable_data());
@@ -59,14 +68,14 @@ class Stream {
     int64_t n;
     if (shape.tokens > 0) {
       const auto wide = Integers<int64_t>::ensure(inputs);
-      if (!wide) throw py::error_already_set();
+      if (!wide) complain_of_type("tokens", "integers", inputs);
       n = wide.size();
       check_shape("tokens", wide, {n});
       tokens = Integers<int32_t>(n);
       for (int64_t i = 0; i < n; ++i) tokens.mutable_data()[i] = checked_token(wide.data()[i]);
     } else {
       frames = Floats::ensure(inputs);
-      if (!frames) throw py::error_already_set();
+      if (!frames) complain_of_type("frames", "float32", inputs);
       n = frames.ndim() > 0 ? frames.shape(0) : 0;
       check_shape("frames", frames, {n, shape.I});
     }
@@ -128,6 +137,13 @@ class Stream {
   };
 
   int64_t state_size() const { return stack_->shape().layers * stack_->shape().H; }
+  static int64_t as_integer(const py::object& token) {
+    try {
+      return py::cast<int64_t>(token);
+    } catch (const py::cast_error&) {
+      complain_of_type("token", "an integer", token);
+    }
+  }
   int32_t checked_token(int64_t token) const {
     if (token < 0 || token > stack_->shape().tokens) {
       complain("token", "0 to " + std::to_string(stack_->shape().tokens), std::to_string(token));

@@ -219,6 +219,34 @@ def check_norm_backward(
     )
 
 
+def check_rows(
+    input: Tensor, batch_first: bool, lengths: Tensor | None, reset_mask: Tensor | None
+) -> None:
+    """Raise unless they fit an input in its own layout, which the ops do not know.
+
+    Args:
+        input: (T, B, I), (B, T, I) with batch_first, or (T, I).
+        batch_first: whether a 3-D input is batch-major.
+        lengths: (B,), or one value for a 2-D input.
+        reset_mask: bool, shaped as input without its last axis.
+
+    Raises:
+        TypeError: one of them is not a Tensor.
+        RuntimeError: its shape or dtype does not fit.
+    """
+    for name, given in (("lengths", lengths), ("reset_mask", reset_mask)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} should be a Tensor, got: {type(given).__name__}")
+    axes = "(T,)" if input.dim() == 2 else "(B, T)" if batch_first else "(T, B)"
+    if lengths is not None and input.dim() == 2 and lengths.numel() != 1:
+        raise RuntimeError(
+            f"lengths: expected one value for an unbatched input, got shape {tuple(lengths.shape)}"
+        )
+    _check_shape("reset_mask", reset_mask, tuple(input.shape[:-1]), axes)
+    if reset_mask is not None and reset_mask.dtype != torch.bool:
+        raise RuntimeError(f"reset_mask: expected dtype bool, got {reset_mask.dtype}")
+
+
 def check_length_values(lengths: Tensor | None, T: int) -> None:
     """Raise RuntimeError unless 0 <= lengths <= T; reads the values, so for CPU tensors only."""
     if lengths is not None and lengths.numel() > 0:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from gru_fast import heads, one_step
+from gru_fast.checks import check_rows
 from gru_fast.dropout import Dropout, PackedDropout, state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
 from gru_fast.recurrence import FORWARD, layer, layer_with_gates, scan
@@ -353,6 +354,8 @@ def run_layers(
             reset_mask, reset_state, h_scale,
         )  # fmt: skip
     batched = input.dim() == 3
+    if lengths is not None or reset_mask is not None:
+        check_rows(input, batch_first, lengths, reset_mask)
     if not batched:
         if input.dim() != 2:
             raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")

@@ -9,6 +9,7 @@ stays torch's, uniform between -1 / sqrt(H) and 1 / sqrt(H).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -76,11 +77,14 @@ def orthogonal_(
         `module`.
 
     Raises:
-        TypeError: `module` is no GRU.
+        TypeError: `module` is no GRU, or `gain` no number.
+        ValueError: `gain` is not finite.
         AttributeError: A weight is computed by a parametrization.
 
     Source: Saxe et al. 2014, arXiv:1312.6120.
     """
+    if not math.isfinite(gain):
+        raise ValueError(f"gain: expected a finite number, got {gain}")
     return per_gate_(module, "weight_hh", nn.init.orthogonal_, gain=gain, generator=generator)
 
 

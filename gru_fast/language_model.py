@@ -257,14 +257,24 @@ class GRULanguageModel(nn.Module):
         """Mean cross-entropy, in nats, over the real tokens of whole sequences.
 
         Args:
-            tokens: (B, T) int64, each row from its first token to its EOS, then PADDING (-100).
+            tokens: (B, T) int64 or narrower, each row from its first token to its EOS, then
+                PADDING (-100).
 
         Returns:
             A scalar; NaN without a single real token.
 
         Raises:
+            TypeError: `tokens` is not a tensor of integers.
+            ValueError: It has not two dimensions.
             IndexError: A token is outside its range (on the CPU).
         """
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens should be a Tensor, got: {type(tokens).__name__}")
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens: expected 2 dimensions (B, T), got {tokens.dim()}")
+        tokens = tokens.long()
         logits, _ = self(self.teacher_forcing(tokens))
         # Both time-major, as the logits lie in memory.
         logits = logits.transpose(0, 1).flatten(0, 1)

@@ -64,6 +64,9 @@ def memory_estimate(
         raise TypeError(f"module should be a gru_fast.GRU, got: {type(module).__name__}")
     if module.num_heads > 1:
         raise ValueError(f"module: expected num_heads=1, got {module.num_heads}")
+    for name, size in (("T", T), ("B", B)):
+        if isinstance(size, bool) or not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
     if T < 0 or B < 0:
         raise ValueError(f"T, B: expected at least 0, got {T}, {B}")
     dtype = module._flat_weights[0].dtype

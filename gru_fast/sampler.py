@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from gru_fast.gru import GRU
 from gru_fast.sampling import GenerateOutput, LanguageModel
 
 __all__ = ["Sampler", "Stream"]
+
+
+def _check_language_model(model: object, also: str = "") -> None:
+    if not all(hasattr(model, name) for name in ("gru", "head", "token_table")):
+        given = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"model should be a GRULanguageModel{also}, got: {given}")
 
 
 class Sampler:
@@ -32,7 +38,9 @@ class Sampler:
 
     Raises:
         RuntimeError: The kernels cannot take the model; the text says why.
-        ValueError: `weights` is unknown, or int8 with NaN or infinity among the weights.
+        TypeError: `model` is no language model, or `threads` not an int.
+        ValueError: `weights` is unknown, int8 with NaN or infinity among the weights, or `threads`
+            is negative.
 
     Example:
         >>> sampler = Sampler(model, weights="int8")
@@ -41,6 +49,11 @@ class Sampler:
 
     def __init__(self, model: LanguageModel, weights: str = "float32", *, threads: int = 0) -> None:
         """See the class."""
+        _check_language_model(model)
+        if isinstance(threads, bool) or not isinstance(threads, int):
+            raise TypeError(f"threads should be of type int, got: {type(threads).__name__}")
+        if threads < 0:
+            raise ValueError(f"threads: expected at least 0, got {threads}")
         self._model, self._weights, self._threads = model, weights, threads
         self.refresh()
 
@@ -57,6 +70,24 @@ class Sampler:
     def nbytes(self) -> int:
         """Bytes of the packed weights and the token table."""
         return self._stack.nbytes
+
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        return_dict_in_generate: Literal[False] = False,
+        **options: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        *,
+        return_dict_in_generate: Literal[True],
+        **options: Any,
+    ) -> GenerateOutput: ...
 
     def generate(
         self,
@@ -92,6 +123,8 @@ class Stream:
 
     Raises:
         RuntimeError: The kernels cannot take the model; the text says why.
+        TypeError: `model` is none of these (`gru_fast.convert` makes a `gru_fast.GRU` of a
+            `torch.nn.GRU`).
         ValueError: `weights` is unknown, or given with a `Sampler`.
 
     Example:
@@ -108,6 +141,7 @@ class Stream:
         elif isinstance(model, GRU):
             stack = packed.pack(model, weights or "float32")
         else:
+            _check_language_model(model, ", a Sampler or a gru_fast.GRU")
             stack = packed.pack_model(model, weights or "float32")
         self._native = packed.stream(stack)
         self._step = self._native.step
@@ -121,6 +155,7 @@ class Stream:
 
         Raises:
             ValueError: The shape does not fit, or the id is outside 0 ... V.
+            TypeError: The frame is not of float32, or the id not an integer.
             RuntimeError: Another thread is using the stream.
         """
         # detach() costs as much as a small step.
@@ -140,6 +175,7 @@ class Stream:
 
         Raises:
             ValueError: The shape does not fit, or an id is outside 0 ... V.
+            TypeError: The frames are not of float32, or the ids not integers.
             RuntimeError: Another thread is using the stream.
         """
         return torch.from_numpy(

@@ -8,8 +8,9 @@ vector x<1>, then its prompt is fed, then every token that is drawn.
 from __future__ import annotations
 
 import math
+import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,7 +98,7 @@ class SamplingOptions:
 
     Raises:
         ValueError: A value is outside its range.
-        TypeError: A number of tokens or an id is not an integer.
+        TypeError: A number of tokens or an id is not an integer, or another value not a number.
     """
 
     max_new_tokens: int
@@ -114,8 +115,16 @@ class SamplingOptions:
         """Check every value."""
         for name in ("max_new_tokens", "top_k", "eos_token_id", "seed"):
             value = getattr(self, name)
-            if value is not None and type(value) is not int:
+            optional = value is None and name in ("top_k", "eos_token_id")
+            if type(value) is not int and not optional:
                 object.__setattr__(self, name, _integer(name, value))
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            optional = value is None and name != "temperature"
+            if not isinstance(value, numbers.Real) and not optional:
+                raise TypeError(f"{name}: expected a number, got {value!r}")
+        if not isinstance(self.do_sample, int):
+            raise TypeError(f"do_sample: expected a bool, got {self.do_sample!r}")
         if self.max_new_tokens < 0:
             raise ValueError(f"max_new_tokens: expected >= 0, got {self.max_new_tokens}")
         if not 0 < self.temperature < math.inf:
@@ -162,6 +171,12 @@ def _integer(name: str, value: Any) -> int:
         raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
+def _integers(name: str, row: Any) -> list[int]:
+    if not isinstance(row, Iterable):
+        _integer(name, row)
+    return [_integer(name, i) for i in row]
+
+
 def generate(
     model: LanguageModel,
     input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
@@ -190,7 +205,7 @@ def generate(
         seed = reference_sampling.seed_from_generator(generator) if do_sample else 0
     options = SamplingOptions(
         max_new_tokens, do_sample, temperature, top_k, top_p, min_p, eos_token_id, seed,
-        log_probs=return_dict_in_generate,
+        log_probs=bool(return_dict_in_generate),
     )  # fmt: skip
     if options.eos_token_id is not None and not 0 <= options.eos_token_id < model.vocab_size:
         raise ValueError(
@@ -426,11 +441,12 @@ def _prompts(
             raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
         ids = input_ids if input_ids.dim() != 1 else input_ids[None]
     else:
-        nested = [row for row in input_ids if not isinstance(row, int)]
-        if nested and len(nested) < len(input_ids):
+        given: list[Any] = list(input_ids)
+        nested = [row for row in given if not isinstance(row, numbers.Integral)]
+        if nested and len(nested) < len(given):
             raise TypeError("input_ids: expected integers or sequences of integers, got both")
-        lists = nested if nested or not input_ids else [input_ids]
-        rows = [torch.tensor([_integer("input_ids", i) for i in row]).long() for row in lists]
+        lists = nested if nested or not given else [given]
+        rows = [torch.tensor(_integers("input_ids", row)).long() for row in lists]
         ids = torch.empty(0, 0, dtype=torch.int64)
         if rows:
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)

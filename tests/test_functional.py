@@ -176,6 +176,24 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"num_layers": 2}, RuntimeError, "params: expected 8 tensors"),
     ({"cell": "lstm"}, RuntimeError, "cell: expected"),
     ({"lengths": torch.ones(B)}, RuntimeError, "lengths: expected"),
+    ({"lengths": [1, 2]}, TypeError, "lengths should be a Tensor, got: list"),
+    ({"reset_mask": torch.zeros(T, B)}, RuntimeError, "reset_mask: expected dtype bool, got torch"),
+    (
+        {"reset_mask": torch.zeros(B + 1, T, dtype=torch.bool)},
+        RuntimeError,
+        rf"reset_mask: expected shape \(T, B\) = \({T}, {B}\), got \({B + 1}, {T}\)",
+    ),
+    (
+        {"reset_mask": torch.zeros(B, T + 1, dtype=torch.bool), "batch_first": True}
+        | {"input": torch.randn(B, T, I).double()},
+        RuntimeError,
+        rf"reset_mask: expected shape \(B, T\) = \({B}, {T}\), got \({B}, {T + 1}\)",
+    ),
+    (
+        {"input": torch.randn(T, I).double(), "lengths": torch.tensor([1, 2])},
+        RuntimeError,
+        r"lengths: expected one value for an unbatched input, got shape \(2,\)",
+    ),
     ({"h_scale": torch.ones(1, 3, H).double()}, RuntimeError, "h_scale: expected"),
     ({"reset_state": torch.ones(1, B, H).double()}, RuntimeError, "reset_state: expected"),
 ]

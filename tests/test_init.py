@@ -129,6 +129,8 @@ def test_chrono_draws_uniformly_and_from_the_generator():
     [
         (lambda: orthogonal_(nn.LSTM(2, 2)), TypeError, "got: LSTM"),
         (lambda: orthogonal_(nn.LSTMCell(2, 2)), TypeError, "got: LSTMCell"),
+        (lambda: orthogonal_(gru_fast.GRU(2, 2), float("nan")), ValueError, "gain: .* got nan"),
+        (lambda: orthogonal_(gru_fast.GRU(2, 2), "1"), TypeError, "real number"),
         (lambda: chrono_(nn.Linear(2, 2), 5), TypeError, "got: Linear"),
         (lambda: chrono_(gru_fast.GRU(2, 2, bias=False), 5), ValueError, "got bias=False"),
         (lambda: chrono_(gru_fast.GRUCell(2, 2, bias=False), 5), ValueError, "got bias=False"),

@@ -213,6 +213,11 @@ def test_bad_options(arguments, options, message):
         GRULanguageModel(*arguments, **options)
 
 
+def test_narrow_integers_are_tokens():
+    lm, tokens = model(), torch.tensor([[1, 2, PADDING], [0, 1, 2]])
+    assert torch.equal(lm.loss(tokens.int()), lm.loss(tokens))
+
+
 def test_bad_calls():
     lm = model()
     for tokens in ([[V + 1]], [[-1]]):
@@ -220,6 +225,12 @@ def test_bad_calls():
             lm(torch.tensor(tokens))
     with pytest.raises(IndexError):
         lm.loss(torch.tensor([[1, V]]))
+    with pytest.raises(TypeError, match=r"tokens: expected integers, got torch.float32"):
+        lm.loss(torch.zeros(2, 3))
+    with pytest.raises(TypeError, match=r"tokens should be a Tensor, got: list"):
+        lm.loss([[1, 2]])
+    with pytest.raises(ValueError, match=r"tokens: expected 2 dimensions \(B, T\), got 1"):
+        lm.loss(torch.zeros(3, dtype=torch.long))
     with pytest.raises(
         RuntimeError, match=r"hidden: expected shape \(1, 2, 13\), got \(1, 3, 13\)"
     ):

@@ -116,6 +116,7 @@ def test_the_table_is_the_estimates():
     ("module", "T", "error", "message"),
     [
         (torch.nn.GRU(2, 2), 1, TypeError, "module should be a gru_fast.GRU, got: GRU"),
+        (gru_fast.GRU(2, 2), 1.5, TypeError, "T should be of type int, got: float"),
         (gru_fast.GRU(2, 2), -1, ValueError, "T, B: expected at least 0, got -1, 3"),
         (
             gru_fast.GRU(2, 2).half(),

@@ -330,6 +330,9 @@ def test_what_a_sampler_refuses():
     lm = language_model()
     with pytest.raises(ValueError, match=r"weights: expected one of float32, .* got 'int4'"):
         Sampler(lm, "int4")
+    for threads, error in ((-1, ValueError), ("2", TypeError)):
+        with pytest.raises(error, match="threads"):
+            Sampler(lm, threads=threads)
     with pytest.raises(RuntimeError, match=r"weights are torch.float64"):
         Sampler(language_model().double())
     sampler = Sampler(lm)

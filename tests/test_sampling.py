@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate` and `score`: one network, two ways to feed it."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -230,12 +231,22 @@ def test_bad_values(model, options, message):
 @pytest.mark.parametrize(
     "options",
     [{"max_new_tokens": 1.5}, {"top_k": 2.0}, {"input_ids": torch.zeros(2)}, {"input_ids": [1.0]},
-     {"input_ids": [1, [2]]}, {"top": 3}, {"seed": "x"}],
+     {"input_ids": [1, [2]]}, {"top": 3}, {"seed": "x"}, {"max_new_tokens": None},
+     {"temperature": "1"}, {"temperature": None}, {"top_p": "1"}, {"do_sample": "no"},
+     {"input_ids": [None]}],
     ids=str,
 )  # fmt: skip
 def test_bad_types(model, options):
-    with pytest.raises(TypeError):
+    names = "|".join(options)
+    with pytest.raises(TypeError, match=f"({names}): expected|unexpected keyword|incompatible"):
         model.generate(**{"max_new_tokens": 2, **options})
+
+
+def test_prompts_are_any_iterable_of_integers(model):
+    options = {"max_new_tokens": 2, "seed": 1}
+    expected = model.generate([1, 2], **options)
+    for prompt in (iter([1, 2]), list(np.array([1, 2])), np.array([1, 2]), (1, 2), range(1, 3)):
+        assert torch.equal(model.generate(prompt, **options), expected)
 
 
 def test_bad_logits_stop_it(model):

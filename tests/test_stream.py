@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from gru_fast import GRU, GRULanguageModel, Sampler, Stream, packed
 
@@ -137,6 +138,46 @@ def test_step_writes_the_same_tensor():
     kept = first.clone()
     second = stream.step(np.zeros(4, np.float32))
     assert first is second is stream.output and not torch.equal(kept, second)
+
+
+@pytest.mark.parametrize(
+    ("bad", "given"),
+    [
+        (np.zeros(4), "an array of float64"),
+        (torch.zeros(4, dtype=torch.float64), "an array of float64"),
+        ("abc", "str"),
+    ],
+    ids=["numpy", "torch", "text"],
+)
+def test_frames_of_another_type_are_named(bad, given):
+    stream = Stream(GRU(4, 8))
+    with pytest.raises(TypeError, match=f"frame: expected float32, got {given}"):
+        stream.step(bad)
+    with pytest.raises(TypeError, match=f"frames: expected float32, got {given}"):
+        stream.push(bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "given"),
+    [(1.5, "float"), (None, "NoneType"), ([1], "list"), (torch.tensor([1]), "an array of int64")],
+    ids=str,
+)
+def test_tokens_of_another_type_are_named(bad, given):
+    stream = Stream(GRULanguageModel(5, None, 8))
+    before = stream.state
+    with pytest.raises(TypeError, match=f"token: expected an integer, got {given}"):
+        stream.step(bad)
+    with pytest.raises(TypeError, match="tokens: expected integers, got an array of float64"):
+        stream.push(np.zeros(2))
+    assert stream.state == before
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Stream(nn.GRU(4, 8)), lambda: Stream(None), lambda: Sampler(GRU(4, 8))]
+)
+def test_models_of_another_type_are_named(make):
+    with pytest.raises(TypeError, match=r"model should be a GRULanguageModel.*, got: \w"):
+        make()
 
 
 def test_what_a_stream_refuses():
