@@ -40,6 +40,20 @@ CELLS = ("reset_after", "reset_before", "no_reset")
 _NOVELTY_ROWS = 1000
 
 
+_SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
+
+
+class _Finite(click.FloatRange):
+    """A range that neither NaN nor infinity is in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse them as what is no number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
 class _Commands(click.Group):
     """Turns what is the user's to mend into one line on stderr and exit code 2."""
 
@@ -83,18 +97,18 @@ _beside_option = click.option(
 @click.option("--layers", type=click.IntRange(1), default=1)
 @click.option("--embedding", type=click.IntRange(1), help="Size; without it inputs are one-hot.")
 @click.option("--tie", is_flag=True, help="The head uses the embedding's weights.")
-@click.option("--dropout", type=click.FloatRange(0, 1), default=0.0)
+@click.option("--dropout", type=_Finite(0, 1), default=0.0)
 @click.option("--batch", type=click.IntRange(1), help="Sequences a step.  [default: 128, text: 32]")
 @click.option("--chunk", type=click.IntRange(1), default=128, help="Steps a chunk of --text.")
 @click.option("--max-length", type=click.IntRange(1), default=256, help="Lines are cut there.")
 @click.option("--steps", type=click.IntRange(1), default=800)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=4e-3)
-@click.option("--clip", type=click.FloatRange(0, min_open=True), default=1.0)
-@click.option("--seed", type=int, default=0)
+@click.option("--lr", type=_Finite(0, min_open=True), default=4e-3)
+@click.option("--clip", type=_Finite(0, min_open=True), default=1.0)
+@click.option("--seed", type=_SEED, default=0)
 @click.option("--device", default="cpu")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
-@click.option("--save-every", type=click.FloatRange(0), default=60.0, help="Seconds.")
+@click.option("--save-every", type=_Finite(0), default=60.0, help="Seconds.")
 @_beside_option
 def _train(
     source: str,
@@ -118,6 +132,8 @@ def _train(
     """Train a model on CORPUS: a UTF-8 file, builtin:names or builtin:python."""
     if mode is None:
         mode = {"builtin:names": "lines", "builtin:python": "text"}.get(source)
+        if mode is None and source.startswith("builtin:"):
+            corpus.read_text(source)  # says which there are
         if mode is None:
             raise InputError(f"{source}: say --lines (one sequence a line) or --text (running)")
     text = corpus.read_text(source)
@@ -246,12 +262,12 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 @click.option("--num", type=click.IntRange(1), default=1, help="Sequences to print.")
 @click.option("--prompt", default="", help="Text that each begins with.")
 @click.option("--length", type=click.IntRange(1), help="Tokens at most.  [default: 100, text: 500]")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option("--temperature", type=_Finite(0, min_open=True), default=1.0)
 @click.option("--top-k", type=click.IntRange(1))
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True))
-@click.option("--min-p", type=click.FloatRange(0, 1))
+@click.option("--top-p", type=_Finite(0, 1, min_open=True))
+@click.option("--min-p", type=_Finite(0, 1))
 @click.option("--greedy", is_flag=True, help="Take the likeliest token instead of a draw.")
-@click.option("--seed", type=int, help="The same seed gives the same text.")
+@click.option("--seed", type=_SEED, help="The same seed gives the same text.")
 @click.option("--novel", is_flag=True, help="Print only lines that the corpus does not have.")
 @_beside_option
 def _sample(
@@ -334,8 +350,8 @@ def _score(run: str, file: str) -> None:
 @cli.command("trace")
 @_run_argument
 @click.argument("text")
-@click.option("--temperature", type=click.FloatRange(0, min_open=True), default=1.0)
-@click.option("--seed", type=int, default=0)
+@click.option("--temperature", type=_Finite(0, min_open=True), default=1.0)
+@click.option("--seed", type=_SEED, default=0)
 def _trace(run: str, text: str, temperature: float, seed: int) -> None:
     """Show what is fed and predicted: TEXT under teacher forcing, beside a sample."""
     loaded = load_run(run)

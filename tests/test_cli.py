@@ -247,7 +247,8 @@ def test_bad_corpora(tmp_path):
     (tmp_path / "one").write_text("one\n")
     assert "at least 2 different lines" in refused("train", tmp_path / "one", "--lines", *out)
     assert "say --lines" in refused("train", tmp_path / "one", *out)
-    assert "expected one of builtin:names" in refused("train", "builtin:x", "--text", *out)
+    for mode in ([], ["--text"]):
+        assert "expected one of builtin:names" in refused("train", "builtin:x", *mode, *out)
     assert "tie_weights: expected" in refused("train", "builtin:names", "--tie", *out)
     message = refused("train", "builtin:names", "--device", "nowhere", *out)
     assert message.startswith("gru-fast: Expected one of cpu, cuda")
@@ -261,6 +262,14 @@ def test_bad_prompts_and_options(run):
         assert refused(*arguments).startswith(message)
     assert "not in the range" in refused("sample", run, "--temperature", 0)
     assert "No such option" in refused("sample", run, "--what")
+    for option in ("--temperature", "--top-p", "--min-p"):
+        assert "is not a finite number" in refused("sample", run, option, "nan")
+    for command, option, value in (
+        ("train", "--lr", "nan"), ("train", "--clip", "inf"), ("train", "--dropout", "nan"),
+        ("trace", "--temperature", "inf"),
+    ):  # fmt: skip
+        assert "is not a finite number" in refused(command, run, option, value)
+    assert "not in the range" in refused("train", run, "--seed", 2**64)
 
 
 @pytest.mark.parametrize("file", ["config.json", "vocabulary.json", "checkpoint.safetensors"])
