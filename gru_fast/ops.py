@@ -220,11 +220,23 @@ def without_grad(op: Any, *args: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
+def unwatched(output: Tensor) -> Tensor:
+    """The output of a forward op as it is saved: that of a single step may be changed in place.
+
+    Backward reads the outputs before the last step only, as the states that were multiplied. So
+    for one step autograd need not watch it, and `h = cell(x, h); h[done] = 0` is as legal as with
+    `torch.nn.GRUCell`.
+    """
+    T = output.shape[0]
+    one = isinstance(T, int) and T == 1 and not torch._C._are_functorch_transforms_active()
+    return output.data if one else output
+
+
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for `gradient_rule` what a forward op had and gave."""
     ctx.set_materialize_grads(False)
     ctx.cell, ctx.reverse, ctx.recompute = inputs[-3:]
-    ctx.save_for_backward(*inputs[:-3], output[0], output[2])
+    ctx.save_for_backward(*inputs[:-3], unwatched(output[0]), output[2])
 
 
 def gradient_rule(
@@ -295,16 +307,6 @@ def double_backward_rule(
     return backward
 
 
-def changeable(output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The results of a forward op to save: a single step's output may be changed in place.
-
-    Backward reads the outputs before the last step only, as the states that were multiplied. So
-    for one step autograd need not watch it, and `h = cell(x, h); h[done] = 0` is as legal as with
-    `torch.nn.GRUCell`.
-    """
-    return (output[0].data, *output[1:]) if len(output[0]) == 1 else output
-
-
 class _Eager(torch.autograd.Function):
     """What `register_autograd` does, less its bookkeeping, for calls that nothing transforms."""
 
@@ -314,7 +316,7 @@ class _Eager(torch.autograd.Function):
     def forward(cls, ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         """The op, with what backward needs saved."""
         output = without_grad(cls.op, *args)
-        save(ctx, args, changeable(output))
+        save(ctx, args, output)
         return output
 
 

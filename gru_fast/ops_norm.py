@@ -136,7 +136,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mode = inputs[_INPUTS:]
     ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(*inputs[:_INPUTS], output[0], output[2], output[3])
+    ctx.save_for_backward(*inputs[:_INPUTS], ops.unwatched(output[0]), output[2], output[3])
 
 
 def _backward(
@@ -202,7 +202,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         """The op, with what backward needs saved."""
         output = ops.without_grad(norm_scan, *args)
-        _save(ctx, args, ops.changeable(output))
+        _save(ctx, args, output)
         return output
 
     backward = staticmethod(_backward)

@@ -169,3 +169,19 @@ class TestOneStepMayBeChanged:
             first.square().sum().backward()
             grads.append([first, *(p.grad for p in module.parameters())])
         torch.testing.assert_close(grads[0], grads[1])
+
+    def test_compiled(self, fresh_compiler: None) -> None:
+        cell = gru_fast.GRUCell(4, 5)
+        x, done = torch.randn(2, 3, 4), torch.tensor([[True, False, False], [False, True, False]])
+
+        def loss(x: Tensor) -> Tensor:
+            h = torch.zeros(3, 5)
+            for step in range(2):
+                h = cell(x[step], h)
+                h[done[step]] = 0
+            return h.square().sum()
+
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        (expected,) = torch.autograd.grad(loss(x), cell.weight_hh)
+        (found,) = torch.autograd.grad(compiled(x), cell.weight_hh)
+        torch.testing.assert_close(found, expected)
