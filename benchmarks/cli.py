@@ -91,7 +91,12 @@ def measure(options: argparse.Namespace) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda is not available here")
     problems = problems_of(options)
-    providers: list[Provider] = choose(all_providers(options.device), options.providers)
+    providers: list[Provider] = [
+        provider
+        for provider in choose(all_providers(options.device), options.providers)
+        # The baseline for resets is of no use, and no news, where there are none.
+        if not provider.is_baseline or any(provider.why_not(p) is None for _, p in problems)
+    ]
     run = program.Run(options, [n for n, _ in problems], probing=options.device == "cpu")
     for threads, problem in tqdm(problems, unit="case", file=sys.stderr, disable=None):
         setting = Setting(threads, run.effort, program.bound_of(run.peaks.get(threads), threads))

@@ -43,7 +43,7 @@ class Part:
 
 
 PARTS = {
-    "layers": Part("train infer --providers gru_fast.cpu,onnxruntime,openvino,jax.lax.scan", 11.5),
+    "layers": Part("train infer --providers gru_fast.cpu,onnxruntime,openvino,jax.lax.scan", 12.5),
     "peers": Part(
         "train infer --threads {cpus} "
         "--providers gru_fast.cpu,keras.torch,nn.LSTM,nn.GRUCell,nn.GRU.compile",
@@ -57,7 +57,7 @@ PARTS = {
     ),
     "step": Part("step --providers gru_fast.cpu*,nn.GRUCell,onnxruntime,openvino,jax.lax.scan", 5),
     "lm": Part("lm", 2.5),
-    "features": Part("features", 7),
+    "features": Part("features", 15),
     "layer-facts": Part("layers", 4.5),
     "sample": Part("sample", 8.5),
     "scaling": Part("scaling", 3.5),

@@ -105,7 +105,10 @@ def _main(job: dict[str, Any]) -> None:
     chosen = [p for p in providers if p.name in job["providers"]]
     for provider in chosen:
         provider.prepare(tiny, job["threads"]).call()
-    found = {p.name: cpu_footprint(p.prepare(problem, job["threads"]).call) for p in chosen}
+    found = {}
+    for provider in chosen:
+        found[provider.name] = cpu_footprint(provider.prepare(problem, job["threads"]).call)
+        time.sleep(provider.spins_s)
     print(json.dumps(found))
 
 
