@@ -11,7 +11,7 @@ import triton.language as tl
 from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
 from .generation import MOST_DRAWN_FROM, Generation, exchange_of, parameters
-from .tiling import Config
+from .tiling import AMD, Config, device_of
 
 
 @triton.jit(do_not_specialize=["layer", "position", "B", "P", "S", "V"])
@@ -147,6 +147,8 @@ def launch_generate_step(call: Generation, steps: tuple[int, int], config: Confi
         for kernel in (generate_step_layer, generate_step_head, generate_step_draw)
     )
     drawing["BLOCK_B"] = 1
+    if not drawing["WHOLE"] and device_of(call.rows.state).arch != AMD:
+        drawing["maxnreg"] = 255  # left to itself, the assembler takes 80 on sm_80 and spills
     parts = ("gates", "candidate") if call.weights.cell == "reset_before" else ("all",)
     for position in range(*steps):
         for layer in range(L):

@@ -15,12 +15,16 @@ from typing import Any
 from . import tables
 from .problem import GATES
 from .tables import (
+    A100,
     AMPERE,
     AMPERE_ONLY,
     ANY,
+    B200,
     BLACKWELL,
     HOPPER,
     HOPPER_ONLY,
+    RTX_30_40,
+    RTX_50,
     TURING_ONLY,
 )
 from .tiling import Config, Device, Sizes
@@ -187,7 +191,6 @@ def _streamed(
 NOT_OLD = (3, 9)
 IN_ONE_TILE = 1024
 NOT_BEFORE = ("reset_after", "no_reset")
-A100, RTX_30_40, B200, RTX_50 = (80, 85), (86, 89), (100, 119), (120, ANY)
 
 ROWS = (
     _cta("16", 1, 32, 128, 64, 8, 8, TURING_ONLY),

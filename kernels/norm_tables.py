@@ -13,21 +13,48 @@ from importlib import import_module
 import torch
 
 from .problem import Problem, dot_precision
-from .tables import BACKWARD, FORWARD, HOPPER_ONLY, Row, _cta, offered_of, unfit, waves
+from .tables import (
+    AMPERE,
+    AMPERE_ONLY,
+    AMPERE_TO_B200,
+    BACKWARD,
+    BLACKWELL,
+    FORWARD,
+    HOPPER,
+    HOPPER_ONLY,
+    RTX_50,
+    TURING,
+    TURING_ONLY,
+    Row,
+    _cta,
+    offered_of,
+    unfit,
+    waves,
+)
 from .tiling import Config, Device, Sizes, device_of, sizes_of
 
 ROWS = (
-    Row("norm", "16", 64, 64, _cta(8, 64, 4), HOPPER_ONLY, FORWARD),
-    Row("norm", "16", 64, 64, _cta(8, 64, 4, 3), HOPPER_ONLY, BACKWARD),
-    Row("norm", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, FORWARD),
-    Row("norm", "16", 128, 163, _cta(8, 128, 8, 2), HOPPER_ONLY, BACKWARD),
-    Row("norm", "tf32", 64, 99, _cta(8, 64, 4), HOPPER_ONLY, FORWARD),
-    Row("norm", "tf32", 64, 99, _cta(8, 64, 4, 2), HOPPER_ONLY, BACKWARD),
+    Row("norm", "16", 32, 64, _cta(8, 32, 4), TURING_ONLY),
+    Row("norm", "16", 64, 64, _cta(8, 64, 4), TURING, FORWARD),
+    Row("norm", "16", 64, 64, _cta(8, 64, 4), TURING_ONLY, BACKWARD),
+    Row("norm", "16", 64, 64, _cta(8, 64, 4, 2), AMPERE_ONLY, BACKWARD),
+    Row("norm", "16", 64, 64, _cta(8, 64, 4, 3), HOPPER, BACKWARD),
+    Row("norm", "16", 128, 163, _cta(8, 128, 4), AMPERE, FORWARD),
+    Row("norm", "16", 128, 163, _cta(8, 128, 8, 2), AMPERE, BACKWARD),
+    Row("norm", "tf32", 64, 99, _cta(8, 64, 4), AMPERE, FORWARD),
+    Row("norm", "tf32", 64, 99, _cta(8, 64, 4, 2), AMPERE_TO_B200, BACKWARD),
+    Row("norm", "tf32", 64, 99, _cta(8, 64, 4), RTX_50, BACKWARD),
     Row("norm", "tf32", 128, 227, _cta(8, 128, 8), HOPPER_ONLY, FORWARD, plain=True),
     Row("norm", "tf32", 128, 227, _cta(8, 128, 8), HOPPER_ONLY, BACKWARD),
-    Row("norm", "tf32x3", 64, 163, _cta(8, 64, 8), HOPPER_ONLY),
+    Row("norm", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE_ONLY, FORWARD),
+    Row("norm", "tf32x3", 32, 64, _cta(8, 32, 4, 3), AMPERE_ONLY, BACKWARD),
+    Row("norm", "tf32x3", 32, 64, _cta(8, 32, 4), BLACKWELL, FORWARD),
+    Row("norm", "tf32x3", 32, 64, _cta(8, 32, 4, 2), BLACKWELL, BACKWARD),
+    Row("norm", "tf32x3", 64, 163, _cta(8, 64, 8), AMPERE),
+    Row("norm", "ieee", 32, 64, _cta(8, 32, 4), TURING_ONLY),
+    Row("norm", "ieee", 64, 64, _cta(8, 64, 4), TURING_ONLY),
 )
-"""As `tables.ROWS`; compiled for sm_90 only, by Triton 3.9 and 3.6: others are offered none."""
+"""As `tables.ROWS`; compiled by Triton 3.9 and 3.6. What none holds for takes the reference."""
 
 
 @cache

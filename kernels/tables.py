@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tile sizes that were compiled for every device they are offered to: no spills, within its memory.
+"""Tile sizes that were compiled for every device they are offered to, within its memory.
 
+None spills under Triton 3.6; tests/triton_support/known_spills.py lists those that do under 3.9.
 A row holds up to some H and for the devices that have its shared memory and an architecture in its
 range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
 """
@@ -15,7 +16,9 @@ from .tiling import Config, Device, Sizes
 ANY = 10**9
 TURING, TURING_ONLY = (75, ANY), (75, 79)
 AMPERE, AMPERE_ONLY, AMPERE_TO_HOPPER = (80, ANY), (80, 89), (80, 99)
+AMPERE_TO_B200, TURING_TO_B200 = (80, 119), (75, 119)
 HOPPER, HOPPER_ONLY, BLACKWELL = (90, ANY), (90, 99), (100, ANY)
+A100, RTX_30_40, B200, RTX_50 = (80, 85), (86, 89), (100, 119), (120, ANY)
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,10 @@ def _step(device: Device, sizes: Sizes, direction: str) -> Config:
     return Config(16, 32, 64, 4, stages)
 
 
-def _cta(BLOCK_B: int, BLOCK_H: int, num_warps: int, num_stages: int = 1) -> Config:
-    return Config(BLOCK_B, BLOCK_H, 0, num_warps, num_stages)
+def _cta(
+    BLOCK_B: int, BLOCK_H: int, num_warps: int, num_stages: int = 1, maxnreg: int | None = None
+) -> Config:
+    return Config(BLOCK_B, BLOCK_H, 0, num_warps, num_stages, maxnreg=maxnreg)
 
 
 def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Config:
@@ -162,7 +167,9 @@ def _large(numbers: str, H: int, shared_kib: int) -> list[Row]:
 ROWS = (
     Row("cta", "16", 32, 64, _cta(8, 32, 4), TURING),
     Row("cta", "16", 32, 64, _cta(16, 32, 4), TURING),
-    Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING),
+    Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING, FORWARD),
+    Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING_TO_B200, BACKWARD),
+    Row("cta", "16", 64, 64, _cta(8, 64, 4, maxnreg=255), RTX_50, BACKWARD),
     Row("cta", "16", 64, 64, _cta(16, 64, 4), AMPERE),
     Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, plain=True),
     Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_TO_HOPPER),
@@ -171,11 +178,15 @@ ROWS = (
     Row("cta", "tf32", 32, 64, _cta(8, 32, 4, 3), AMPERE, BACKWARD),
     Row("cta", "tf32", 32, 64, _cta(16, 32, 4), AMPERE),
     Row("cta", "tf32", 64, 99, _cta(8, 64, 4), AMPERE, FORWARD),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE, BACKWARD),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE_TO_HOPPER, BACKWARD),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3, maxnreg=255), B200, BACKWARD),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), RTX_50, BACKWARD),
     Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
     Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER),
     Row("cta", "tf32", 128, 227, _cta(16, 128, 8), AMPERE_TO_HOPPER),
-    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE),
+    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE, FORWARD),
+    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE_TO_B200, BACKWARD),
+    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4, maxnreg=255), RTX_50, BACKWARD),
     Row("cta", "tf32x3", 64, 163, _cta(8, 64, 8), AMPERE),
     Row("cta", "ieee", 32, 64, _cta(8, 32, 4), TURING_ONLY),
     Row("cta", "ieee", 32, 64, _cta(16, 32, 4), TURING_ONLY),

@@ -68,7 +68,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Config:
-    """Compile-time sizes of one kernel; names as in the kernels."""
+    """Compile-time sizes of one kernel; names as in the kernels.
+
+    Attributes:
+        maxnreg: Registers of a thread at most; None lets the assembler choose. On Blackwell it
+            stops at 128 or 168 for some kernels and spills, where 255 are there.
+    """
 
     BLOCK_B: int
     BLOCK_H: int
@@ -76,10 +81,13 @@ class Config:
     num_warps: int
     num_stages: int = 1
     RESIDENT: bool = True
+    maxnreg: int | None = None
 
     def arguments(self, *blocks: str) -> dict[str, Any]:
         """The named blocks and the launch options, as keywords of a launch."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:  # which AMD's compiler has not
+            options["maxnreg"] = self.maxnreg
         return {name: getattr(self, name) for name in blocks} | options | {"enable_fp_fusion": True}
 
 

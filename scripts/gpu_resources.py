@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile every row of the kernels' tables for every architecture and write what it takes.
 
-`python scripts/gpu_resources.py [--arch 80 90 ...] [--markdown]`, no GPU needed. It adds what is
-missing to the snapshot of the Triton version that is imported,
+`python scripts/gpu_resources.py [--arch 80 90 ...] [--only TEXT] [--markdown]`, no GPU needed. It
+adds what is missing to the snapshot of the Triton version that is imported,
 tests/triton_support/resources-triton-*.json, which tests compare, and drops what is no row any
-more; `--markdown` compiles nothing and prints the snapshot as the tables of docs/gpu-kernels.md and
-docs/gpu-sampling.md.
-Forty minutes on one core for all.
+more; `--only` takes points whose name has the text. `--markdown` compiles nothing and prints the
+snapshot as the tables of docs/gpu-kernels.md and docs/gpu-sampling.md.
 """
 
 import argparse
@@ -27,12 +26,14 @@ def save(found: dict[str, list[int]]) -> None:
     resources.SNAPSHOT.write_text("{\n" + lines + "\n}\n")
 
 
-def write(archs: list[int], *, again: bool) -> int:
+def write(archs: list[int], only: str, *, again: bool) -> int:
     """The number of points that spill or do not fit."""
     names = {str(point) for point in resources.points()}
-    points = [point for point in resources.points() if point.arch in archs]
-    found = {} if again else resources.read()
-    found = {name: used for name, used in found.items() if name.partition(" #")[0] in names}
+    points = [p for p in resources.points() if p.arch in archs and only in str(p)]
+    found = {k: used for k, used in resources.read().items() if k.partition(" #")[0] in names}
+    if again:
+        chosen = {str(point) for point in points}
+        found = {k: used for k, used in found.items() if k.partition(" #")[0] not in chosen}
     save(found)
     wrong = 0
     for number, point in enumerate(points):
@@ -107,13 +108,14 @@ def _range(least: int, most: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=list(resources.DEVICES))
+    parser.add_argument("--only", default="", help="points whose name has this text")
     parser.add_argument("--again", action="store_true", help="compile what is in the snapshot too")
     parser.add_argument("--markdown", action="store_true")
     options = parser.parse_args()
     if options.markdown:
         print(markdown() + "\n" + generate_markdown())
         return 0
-    return 1 if write(options.arch, again=options.again) else 0
+    return 1 if write(options.arch, options.only, again=options.again) else 0
 
 
 if __name__ == "__main__":

@@ -75,6 +75,8 @@ def dry_launches(arch: int | str, device: tiling.Device | None = None) -> Iterat
     before_device = tiling.assumed
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        if amd:  # whose compiler has no such option; what AMD devices are offered asks for none
+            kwargs.pop("maxnreg", None)
         compiled = before_run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(self.__name__, compiled, kwargs, tuple(grid)))
         return compiled
@@ -94,7 +96,7 @@ def dry_launches(arch: int | str, device: tiling.Device | None = None) -> Iterat
 
 @dataclass(frozen=True)
 class Resources:
-    """What one program of a kernel takes."""
+    """What one program of a kernel takes; what does not fit its registers lies on the stack."""
 
     registers: int
     spilled_bytes: int
@@ -102,32 +104,27 @@ class Resources:
     warpgroup_products: int
 
 
-def resources(launch: Launch, arch: int) -> Resources:
-    """From the assembler's report on the PTX, and the machine code."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    with tempfile.TemporaryDirectory() as folder:
-        source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(launch.compiled.asm["ptx"])
-        name = f"--gpu-name={sm_arch_from_capability(arch)}"
-        report = subprocess.run(
-            [get_ptxas(arch).path, "-v", name, str(source), "-o", str(binary)],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-        binary.write_bytes(launch.compiled.asm["cubin"])
-        listing = subprocess.run(
-            [str(PTX_TOOLS / "nvdisasm"), "-c", str(binary)],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-
-    def number(pattern: str) -> int:
-        found = re.search(pattern, report)
-        assert found is not None, report
-        return int(found[1])
-
+def resources(launch: Launch) -> Resources:
+    """Of the binary that Triton made: it gives the assembler options of its own."""
+    said = _said_of(launch, "cuobjdump", "-res-usage")
+    found = re.search(r"\bREG:(\d+) STACK:(\d+) ", said)
+    assert found is not None, said
     return Resources(
-        number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill stores"),
+        int(found[1]),
+        int(found[2]),
         launch.compiled.metadata.shared,
-        len(re.findall(r"\b(?:HGMMA|UTCHMMA|UTCMMA)", listing)),
+        len(re.findall(r"\b(?:wgmma\.mma_async|tcgen05\.mma)\.", launch.compiled.asm["ptx"])),
     )
+
+
+def machine_code(launch: Launch) -> str:
+    """The listing of the binary; takes more than a second."""
+    return _said_of(launch, "nvdisasm", "-c")
+
+
+def _said_of(launch: Launch, tool: str, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(launch.compiled.asm["cubin"])
+        command = [str(PTX_TOOLS / tool), option, str(binary)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

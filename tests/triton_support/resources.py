@@ -50,6 +50,7 @@ class Point:
     def __str__(self) -> str:
         c = self.config
         tiles = f"B{c.BLOCK_B} H{c.BLOCK_H} K{c.BLOCK_K} w{c.num_warps}"
+        tiles += "" if c.maxnreg is None else f" r{c.maxnreg}"
         return (
             f"sm_{self.arch} {self.direction}_{self.kernel} {self.numbers} {self.cell} "
             f"{self.features} to {self.H}: {tiles}"
@@ -68,16 +69,13 @@ def _scans() -> Iterator[Point]:
         for arch in archs:
             device = DEVICES[arch]
             for direction in ("forward", "backward"):
-                for row in tables.offered(device, direction):
+                norm = norm_tables.offered(device, direction) if cell == "reset_after" else ()
+                for row in (*tables.offered(device, direction), *norm):
                     if features == "plain" or not row.plain:
                         yield Point(
                             arch, row.kernel, row.numbers, cell, features, direction,
                             min(row.H, MOST_H), row.config,
                         )  # fmt: skip
-                for row in norm_tables.offered(device, direction) if cell == "reset_after" else ():
-                    yield Point(
-                        arch, row.kernel, row.numbers, cell, features, direction, row.H, row.config
-                    )
             for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
                 sizes = tables.Sizes(2, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
                 for direction in ("forward", "backward"):
@@ -114,7 +112,7 @@ def compile_point(point: Point | GeneratePoint) -> dict[str, Resources]:
     launches = _launch_norm(point) if point.kernel == "norm" else _launch(point)
     wanted = f"{point.direction}_{point.kernel}"
     binaries = {id(x.compiled): x for x in launches if x.kernel == wanted}
-    found = [compiled.resources(launch, point.arch) for launch in binaries.values()]
+    found = [compiled.resources(launch) for launch in binaries.values()]
     return {f"{point} #{i}" if i else str(point): used for i, used in enumerate(found)}
 
 

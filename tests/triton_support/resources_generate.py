@@ -13,12 +13,8 @@ from gru_fast.kernels.tiling import Config, Sizes
 from triton_support import compiled
 from triton_support.compiled import DEVICES, Resources
 
-VARIANTS = (
-    ("reset_after", "filters", tuple(DEVICES)),
-    ("reset_before", "filters", (90, 80)),
-    ("no_reset", "filters", (90,)),
-)
-"""Cells, rules and architectures that rows are compiled for: what takes most."""
+EVERY_ROW = {"reset_after": tuple(DEVICES), "reset_before": (90, 80), "no_reset": (90,)}
+"""Cells, and the architectures that rows are compiled for them."""
 
 RULES = {"filters": {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "min_p": 0.1}, "plain": {}}
 
@@ -36,6 +32,9 @@ IN_PARTS = 50_000
 
 NOT_ALIGNED = 300
 """A hidden size whose rows begin at no multiple of 16 elements, for rows that take them."""
+
+FILTERS = "filters"
+"""The rules that take most."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,8 @@ class GeneratePoint:
     def __str__(self) -> str:
         c, row = self.config, self.row
         stages = f" s{c.num_stages}" if c.num_stages > 1 else ""
-        tiles = f"B{c.BLOCK_B} H{c.BLOCK_H} K{c.BLOCK_K} w{c.num_warps}{stages}"
+        most = "" if c.maxnreg is None else f" r{c.maxnreg}"
+        tiles = f"B{c.BLOCK_B} H{c.BLOCK_H} K{c.BLOCK_K} w{c.num_warps}{stages}{most}"
         return (
             f"sm_{self.arch} {self.kernel} {row.numbers} {self.cell} {self.rules} "
             f"L{row.L} H{row.H} V{row.V}: {tiles}"
@@ -72,37 +72,45 @@ class GeneratePoint:
 def points() -> Iterator[GeneratePoint]:
     """Every row where it may be taken, and the tiles of `step`."""
     seen = set()
-    for cell, rules, archs in VARIANTS:
+    for cell, archs in EVERY_ROW.items():
         for arch in archs:
             for row, of in (*_rows(arch, cell), *_steps(arch, cell)):
-                point = GeneratePoint(arch, row, cell, rules, of)
+                point = GeneratePoint(arch, row, cell, FILTERS, of)
                 if str(point) not in seen:
                     seen.add(str(point))
                     yield point
 
 
-def _rows(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
-    """Rows with the sizes to compile in place of their limits, and as they are."""
+def _fitting(arch: int, cell: str) -> Iterator[GenerateRow]:
     for row in generate_tables.ROWS:
         if row.fits(DEVICES[arch]) and cell in row.cells:
-            for sizes in _sizes(row, arch, cell):
-                yield replace(row, **sizes), row
+            yield row
 
 
-def _sizes(row: GenerateRow, arch: int, cell: str) -> Iterator[dict[str, int]]:
-    most = {name: min(getattr(row, name), MOST[name]) for name in MOST}
-    ends = [most]
-    if row.least_H > 1:
-        ends.append(most | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
-    yield from ends
-    if arch not in FURTHER or cell != "reset_after":
-        return
-    if row.V > IN_PARTS:
-        yield from (end | {"V": IN_PARTS} for end in ends)
-    H = min(row.H - 7, NOT_ALIGNED)
-    sizes = Sizes(1, 4, 1, H, cell, dtype_of(row.numbers, arch), row.numbers)
-    if row.holds(Model(sizes, most["L"], most["V"])):
-        yield most | {"H": H}
+def _rows(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
+    """Rows with the sizes to compile in place of their limits, and as they are."""
+    for row in _fitting(arch, cell):
+        most = {name: min(getattr(row, name), MOST[name]) for name in MOST}
+        ends = [most]
+        if row.least_H > 1:
+            ends.append(most | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
+        if cell == "reset_after" and arch in FURTHER:
+            if row.V > IN_PARTS:
+                ends += [end | {"V": IN_PARTS} for end in ends]
+            if _takes_odd(row, arch):
+                ends.append(most | {"H": _odd(row)})
+        for sizes in ends:
+            yield replace(row, **sizes), row
+
+
+def _odd(row: GenerateRow) -> int:
+    return min(row.H - 7, NOT_ALIGNED)
+
+
+def _takes_odd(row: GenerateRow, arch: int) -> bool:
+    cell = row.cells[0]
+    sizes = Sizes(1, 4, 1, _odd(row), cell, dtype_of(row.numbers, arch), row.numbers)
+    return row.holds(Model(sizes, 1, min(row.V, MOST["V"])))
 
 
 def _steps(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
@@ -113,8 +121,9 @@ def _steps(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
         config = generate_tables.config_of("step", DEVICES[arch], Model(sizes, 2, 1000))
         of = GenerateRow("step", numbers, ANY, ANY, ANY, 64, config)
         yield replace(of, L=2, H=256, V=MOST["V"]), of
-        if arch in FURTHER:
+        if arch in FURTHER or numbers == "16":  # the draw is the same for all numbers
             yield replace(of, L=2, H=256, V=IN_PARTS), of
+        if arch in FURTHER:
             yield replace(of, L=2, H=NOT_ALIGNED, V=MOST["V"]), of
 
 
@@ -157,5 +166,5 @@ def compile_point(point: GeneratePoint) -> dict[str, Resources]:
         call = generation.Generation(weights, rules, rows)
         import_module("gru_fast.kernels.generate")._launcher(row.form)(call, (0, 1), point.config)
     binaries = {id(launch.compiled): launch for launch in launches}
-    found = [compiled.resources(launch, point.arch) for launch in binaries.values()]
+    found = [compiled.resources(launch) for launch in binaries.values()]
     return {f"{point} #{i}" if i else str(point): used for i, used in enumerate(found)}
