@@ -179,7 +179,7 @@ ROWS = (
     Row("cta", "tf32", 32, 64, _cta(16, 32, 4), AMPERE),
     Row("cta", "tf32", 64, 99, _cta(8, 64, 4), AMPERE, FORWARD),
     Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE_TO_HOPPER, BACKWARD),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3, maxnreg=255), B200, BACKWARD),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 2), B200, BACKWARD),
     Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), RTX_50, BACKWARD),
     Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
     Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER),

@@ -72,7 +72,7 @@ class Config:
 
     Attributes:
         maxnreg: Registers of a thread at most; None lets the assembler choose. On Blackwell it
-            stops at 128 or 168 for some kernels and spills, where 255 are there.
+            stops at 128 for some kernels and spills, where 255 are there.
     """
 
     BLOCK_B: int
