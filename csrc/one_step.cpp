@@ -9,6 +9,9 @@
 
 #include <cstdint>
 #include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "cell_names.h"
 #include "run.h"
@@ -156,6 +159,30 @@ bool read_steps(const Arguments& a, Forward<float>* steps) {
   return true;
 }
 
+// True, False or null, as one_step().
+PyObject* run_steps(const Arguments& a) {
+  Forward<float> steps[kMaxLayers] = {};
+  if (!read_steps(a, steps)) Py_RETURN_FALSE;
+  PyObject* kind = nullptr;
+  std::string text;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    for (long k = 0; k < a.layers; ++k) run_forward_kernel(steps[k]);
+  } catch (const std::bad_alloc&) {
+    kind = PyExc_MemoryError;
+  } catch (const std::invalid_argument& error) {
+    kind = PyExc_ValueError;
+    text = error.what();
+  } catch (const std::exception& error) {
+    kind = PyExc_RuntimeError;
+    text = error.what();
+  }
+  Py_END_ALLOW_THREADS;
+  if (kind == nullptr) Py_RETURN_TRUE;
+  PyErr_SetString(kind, text.c_str());
+  return nullptr;
+}
+
 // Arguments: output, h_n or None, input, hx, list of weights, layers, cell. Without h_n it is a
 // cell: output and hx are (B, H) or (H,). With it, input has one step in either layout, and h_n and
 // hx are (layers, B, H), or (layers, H) where input is (1, I). True if the step was done; False,
@@ -170,26 +197,14 @@ PyObject* one_step(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (layers == -1 && PyErr_Occurred()) return nullptr;
   const Py_ssize_t count = PyList_GET_SIZE(args[4]);
   if (layers < 1 || layers > kMaxLayers || count > kMaxLayers * kMaxWeights) Py_RETURN_FALSE;
+  // The caller holds the other tensors; the list may change while the lock is released, which
+  // is_neg does too.
   PyObject* weights[kMaxLayers * kMaxWeights];
-  for (Py_ssize_t i = 0; i < count; ++i) weights[i] = PyList_GET_ITEM(args[4], i);
-
-  Forward<float> steps[kMaxLayers] = {};
-  if (!read_steps({args[0], args[1], args[2], args[3], weights, count, layers, args[6]}, steps)) {
-    Py_RETURN_FALSE;
-  }
-  // The caller holds the other tensors; the list may change while the lock is released.
-  for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(weights[i]);
-  bool failed = false;
-  Py_BEGIN_ALLOW_THREADS;
-  try {
-    for (long k = 0; k < layers; ++k) run_forward_kernel(steps[k]);
-  } catch (const std::exception&) {
-    failed = true;
-  }
-  Py_END_ALLOW_THREADS;
+  for (Py_ssize_t i = 0; i < count; ++i) weights[i] = Py_NewRef(PyList_GET_ITEM(args[4], i));
+  PyObject* result =
+      run_steps({args[0], args[1], args[2], args[3], weights, count, layers, args[6]});
   for (Py_ssize_t i = 0; i < count; ++i) Py_DECREF(weights[i]);
-  if (failed) return PyErr_NoMemory();
-  Py_RETURN_TRUE;
+  return result;
 }
 
 // Arguments: torch.Tensor, torch.nn.Parameter. Whether this torch has the exchange API.

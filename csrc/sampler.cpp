@@ -35,10 +35,22 @@ constexpr double kRegionProducts = 2e6;
 constexpr int64_t kSplitBytes = 48 << 10;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
 
-DrawRules rules_of(bool do_sample, double temperature, std::optional<int64_t> top_k,
-                   std::optional<double> top_p, std::optional<double> min_p) {
-  return {!do_sample, static_cast<float>(temperature), top_k.value_or(0), top_p.value_or(1.0),
-          static_cast<float>(min_p.value_or(0.0))};
+// Within these bounds the likeliest token is always left to be drawn.
+DrawRules checked_rules(bool do_sample, double temperature, std::optional<int64_t> top_k,
+                        std::optional<double> top_p, std::optional<double> min_p) {
+  const DrawRules rules = {!do_sample, static_cast<float>(temperature), top_k.value_or(0),
+                           top_p.value_or(1.0), static_cast<float>(min_p.value_or(0.0))};
+  if (do_sample && !(rules.temperature > 0 && rules.temperature < HUGE_VALF)) {
+    complain("temperature", "a float32 > 0", std::to_string(temperature));
+  }
+  if (top_k && *top_k < 1) complain("top_k", ">= 1 or None", std::to_string(*top_k));
+  if (!(rules.top_p > 0 && rules.top_p <= 1)) {
+    complain("top_p", "0 < top_p <= 1 or None", std::to_string(rules.top_p));
+  }
+  if (!(rules.min_p >= 0 && rules.min_p <= 1)) {
+    complain("min_p", "0 <= min_p <= 1 or None", std::to_string(*min_p));
+  }
+  return rules;
 }
 
 // Looks for signals on the thread that Python called, now and then.
@@ -49,9 +61,11 @@ struct Signals {
 
   bool is_mine() const { return std::this_thread::get_id() == caller; }
 
+  // False on all other threads, which may not touch what the caller's writes.
   static bool poll(void* context) {
     auto& self = *static_cast<Signals*>(context);
-    if (!self.is_mine() || self.raised) return self.raised;
+    if (!self.is_mine()) return false;
+    if (self.raised) return true;
     const auto now = std::chrono::steady_clock::now();
     if (now - self.last < kPollEvery) return false;
     self.last = now;
@@ -126,10 +140,7 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   g.eos = eos.data();
   g.eos_count = static_cast<int64_t>(eos.size());
   g.seed = seed;
-  g.rules = rules_of(do_sample, temperature, top_k, top_p, min_p);
-  if (do_sample && !(g.rules.temperature > 0 && g.rules.temperature < HUGE_VALF)) {
-    complain("temperature", "a float32 > 0", std::to_string(temperature));
-  }
+  g.rules = checked_rules(do_sample, temperature, top_k, top_p, min_p);
   g.h0 = read("h0", h0, {shape.layers, B, shape.H});
 
   Integers<int64_t> tokens({B, g.capacity}), lengths(B);
@@ -147,7 +158,8 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   GenerationState state{};
   if (B > 0) {
     const py::gil_scoped_release unlocked;
-    threads = threads_worth(stack, g, threads > 0 ? threads : pool_threads());
+    const int pool = pool_threads();
+    threads = threads_worth(stack, g, threads > 0 ? std::min(threads, pool) : pool);
     const Scratch scratch(
         static_cast<size_t>(stack.kernels().generate_scratch_bytes(shape, g, threads)));
     Team team(threads);
@@ -189,7 +201,7 @@ std::tuple<py::array, py::array> draw(const Floats& logits, uint64_t seed,
   check_shape("position", position, {n});
   check_shape("stream", stream, {n});
   const SamplerKernels& kernels = sampler_kernels();
-  const DrawRules rules = rules_of(do_sample, temperature, top_k, top_p, min_p);
+  const DrawRules rules = checked_rules(do_sample, temperature, top_k, top_p, min_p);
   const Block scratch = zeroed(kernels.draw_scratch_bytes(V));
   std::vector<float> row(static_cast<size_t>((V + 15) / 16 * 16),
                          -std::numeric_limits<float>::infinity());

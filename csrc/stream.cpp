@@ -4,9 +4,9 @@
 #include <pybind11/stl.h>
 
 #include <atomic>
+#include <bit>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -55,20 +55,25 @@ class Stream {
       if (!frame) complain_of_type("frame", "float32", input);
       // Only a complaint may allocate.
       if (frame.ndim() != 1 || frame.shape(0) != shape.I) check_shape("frame", frame, {shape.I});
+      check_finite("frame", frame);
       push_unlocked(1, nullptr, frame.data(), output_.mutable_data());
     }
     return output_;
   }
 
-  Floats push(const py::object& inputs, MaybeFloats output) {
+  Floats push(const py::object& inputs) {
     const Use use(busy_);
     const StackShape& shape = stack_->shape();
     Integers<int32_t> tokens;
     Floats frames;
     int64_t n;
     if (shape.tokens > 0) {
-      const auto wide = Integers<int64_t>::ensure(inputs);
-      if (!wide) complain_of_type("tokens", "integers", inputs);
+      const auto given = py::array::ensure(inputs);
+      if (!given) complain_of_type("tokens", "integers", inputs);
+      // NumPy would cut off the fractions of numbers in a list.
+      const bool whole = given.size() == 0 || given.dtype().kind() != 'f';
+      const auto wide = whole ? Integers<int64_t>::ensure(inputs) : Integers<int64_t>();
+      if (!whole || !wide) complain_of_type("tokens", "integers", given);
       n = wide.size();
       check_shape("tokens", wide, {n});
       tokens = Integers<int32_t>(n);
@@ -78,15 +83,12 @@ class Stream {
       if (!frames) complain_of_type("frames", "float32", inputs);
       n = frames.ndim() > 0 ? frames.shape(0) : 0;
       check_shape("frames", frames, {n, shape.I});
+      check_finite("frames", frames);
     }
-    if (output) {
-      check_shape("out", *output, {n, width_});
-    } else {
-      output = Floats({n, width_});
-    }
+    Floats output({n, width_});
     push_unlocked(n, shape.tokens > 0 ? tokens.data() : nullptr,
-                  shape.tokens > 0 ? nullptr : frames.data(), output->mutable_data());
-    return *output;
+                  shape.tokens > 0 ? nullptr : frames.data(), output.mutable_data());
+    return output;
   }
 
   const Floats& output() const { return output_; }
@@ -136,6 +138,18 @@ class Stream {
     std::atomic<bool>& busy_;
   };
 
+  // The 8 bits of a product have none for NaN and infinity: such a frame would pass for zeros.
+  void check_finite(const char* name, const Floats& values) const {
+    if (stack_->shape().weights != Weights::kInt8) return;
+    constexpr uint32_t exponent = 0x7f800000;
+    const float* value = values.data();
+    uint32_t any = 0;
+    for (int64_t i = 0; i < values.size(); ++i) {
+      any |= (std::bit_cast<uint32_t>(value[i]) & exponent) == exponent;
+    }
+    if (any) complain(name, "finite values for int8 weights", "NaN or infinity");
+  }
+
   int64_t state_size() const { return stack_->shape().layers * stack_->shape().H; }
   static int64_t as_integer(const py::object& token) {
     try {
@@ -173,7 +187,7 @@ void bind_stream(py::module_& m) {
            py::arg("stack"))
       .def_property_readonly("output", &Stream::output)
       .def("step", &Stream::step, py::arg("input"))
-      .def("push", &Stream::push, py::arg("inputs"), py::arg("out") = py::none())
+      .def("push", &Stream::push, py::arg("inputs"))
       .def("reset", &Stream::reset)
       .def_property("state", &Stream::state, &Stream::set_state);
 }

@@ -27,6 +27,7 @@ int main(int argc, char** argv) {
   const size_t input = strtoul(argv[2], NULL, 10), hidden = strtoul(argv[3], NULL, 10);
   const size_t layers = strtoul(argv[4], NULL, 10), rows = 3 * hidden;
   gru_layer* layer = calloc(layers + 1, sizeof *layer);
+  if (layer == NULL) return fprintf(stderr, "refused\n"), 1;
   for (size_t l = 0; l < layers; ++l) {
     layer[l].weight_ih = read_floats(file, rows * (l ? hidden : input));
     layer[l].weight_hh = read_floats(file, rows * hidden);
@@ -39,8 +40,8 @@ int main(int argc, char** argv) {
   if (stream == NULL || frame == NULL || state == NULL) return fprintf(stderr, "refused\n"), 1;
   while (fread(frame, sizeof *frame, input, stdin) == input) {
     gru_stream_push(stream, 1, frame, state);
-    fwrite(state, sizeof *state, hidden, stdout);
+    if (fwrite(state, sizeof *state, hidden, stdout) != hidden) break;
   }
   gru_stream_destroy(stream);
-  return 0;
+  return fflush(stdout) != 0 || ferror(stdout);
 }

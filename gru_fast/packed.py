@@ -76,7 +76,8 @@ def pack(
 
     Raises:
         RuntimeError: `why_not` has a reason.
-        ValueError: `weights` is not in `WEIGHTS`, or int8 weights with NaN or infinity.
+        ValueError: `weights` is not in `WEIGHTS`, or int8 with NaN or infinity among the weights,
+            or NaN in the table or the layers' biases: 8 bits have none, so it would pass for zero.
     """
     if weights not in WEIGHTS:
         raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
@@ -90,9 +91,13 @@ def pack(
         biases = biases or [None, None]
         layers.append((_array(weight_ih), _array(weight_hh), *map(_array, biases)))
     head_weight, head_bias = (None, None) if head is None else (head.weight, head.bias)
-    products = [*flat[0::per], *flat[1::per], *([] if head_weight is None else [head_weight])]
-    if weights == "int8" and not all(bool(torch.isfinite(w).all()) for w in products):
-        raise ValueError("weights: expected finite values for int8, got NaN or infinity")
+    if weights == "int8":
+        products = [*flat[0::per], *flat[1::per], *([] if head_weight is None else [head_weight])]
+        if not all(bool(torch.isfinite(w).all()) for w in products):
+            raise ValueError("weights: expected finite values for int8, got NaN or infinity")
+        summands = [*flat[2::per], *flat[3::per]] if gru.bias else []
+        if any(bool(w.isnan().any()) for w in [*summands, *([] if table is None else [table])]):
+            raise ValueError("weights: expected no NaN in tables and biases for int8, got NaN")
     from gru_fast import _C
 
     return _C.PackedStack(
@@ -150,7 +155,7 @@ def generate(
         top_k: >= 1 or None.
         top_p: In (0, 1] or None.
         min_p: In [0, 1] or None.
-        threads: At most so many; 0: torch's number.
+        threads: At most so many of torch's; 0: all of them.
         log_probs: False: they are not computed.
         on_tokens: Called with the (N,) tokens of each step, PADDING in ended rows, at most about
             two milliseconds, or one step, after they were drawn. The tokens are the same.

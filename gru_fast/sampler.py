@@ -34,7 +34,7 @@ class Sampler:
         weights: "float32"; "bfloat16", half the bytes; or "int8", a quarter, with one scale a row.
             States are carried and logits computed in float32; what enters a product is rounded
             as the weights are.
-        threads: At most so many threads a call; 0: torch's number.
+        threads: At most so many of torch's threads a call; 0: all of them.
 
     Raises:
         RuntimeError: The kernels cannot take the model; the text says why.
@@ -154,7 +154,8 @@ class Stream:
             x: A frame (I,) of float32, tensor or array; or a token id.
 
         Raises:
-            ValueError: The shape does not fit, or the id is outside 0 ... V.
+            ValueError: The shape does not fit, the id is outside 0 ... V, or a frame for int8
+                weights holds NaN or infinity.
             TypeError: The frame is not of float32, or the id not an integer.
             RuntimeError: Another thread is using the stream.
         """
@@ -174,7 +175,8 @@ class Stream:
             (n, H) or (n, V) outputs, a new tensor.
 
         Raises:
-            ValueError: The shape does not fit, or an id is outside 0 ... V.
+            ValueError: The shape does not fit, an id is outside 0 ... V, or frames for int8
+                weights hold NaN or infinity.
             TypeError: The frames are not of float32, or the ids not integers.
             RuntimeError: Another thread is using the stream.
         """

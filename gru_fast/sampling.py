@@ -303,7 +303,7 @@ def native_loop(
         options: See there.
         on_tokens: See there.
         stack: The packed weights; None: those of the model as it is now.
-        threads: At most so many; 0: torch's number.
+        threads: At most so many of torch's; 0: all of them.
     """
     if options.max_new_tokens == 0:
         return generate_loop(model, prompts, prompt_lengths, options, on_tokens)

@@ -324,6 +324,13 @@ def test_logits_that_allow_no_draw():
     with pytest.raises(ValueError, match="weights: expected finite values for int8"):
         lm.head.weight.data[0, 0] = torch.inf
         Sampler(lm, "int8")
+    for broken in ("embedding.weight", "gru.bias_hh_l1"):
+        lm = language_model(layers=2)
+        lm.get_parameter(broken).data[-1] = torch.nan
+        with pytest.raises(ValueError, match="logits: expected no NaN"):
+            Sampler(lm).generate([[10]], max_new_tokens=3, seed=0)
+        with pytest.raises(ValueError, match="weights: expected no NaN in tables and biases"):
+            Sampler(lm, "int8")
 
 
 def test_what_a_sampler_refuses():
@@ -335,6 +342,8 @@ def test_what_a_sampler_refuses():
             Sampler(lm, threads=threads)
     with pytest.raises(RuntimeError, match=r"weights are torch.float64"):
         Sampler(language_model().double())
+    # No more than torch has: it would need memory for each.
+    assert Sampler(lm, threads=2**31 - 1).generate(max_new_tokens=2, seed=0).shape == (1, 2)
     sampler = Sampler(lm)
     with pytest.raises(ValueError, match="input_ids: expected 0 <= id"):
         sampler.generate([[11]], max_new_tokens=3)
@@ -364,6 +373,12 @@ def test_native_arguments_never_reach_out_of_bounds():
         {"h0": np.zeros((1, 1, 18), np.float32)},
         {"temperature": 0.0},
         {"temperature": float("nan")},
+        # With these nothing was left to draw, and the token lay behind the last.
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": float("nan")},
+        {"min_p": 1.5},
+        {"top_k": 2, "min_p": float("nan")},
     ):
         with pytest.raises(ValueError, match="expected"):
             stack.generate(**{**good, **change})

@@ -193,6 +193,14 @@ def test_what_a_stream_refuses():
         stream.state = bytes(31)
     assert stream.state == state
     narrow = Stream(GRU(4, 8), "int8")
+    state = narrow.state
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        frame = torch.tensor([0, 0, 0, bad])
+        with pytest.raises(ValueError, match="frame: expected finite values for int8 weights"):
+            narrow.step(frame)
+        with pytest.raises(ValueError, match="frames: expected finite values for int8 weights"):
+            narrow.push(frame[None])
+    assert narrow.state == state
     with pytest.raises(ValueError, match="state: expected values from -1 to 1"):
         narrow.state = np.full(8, 1.5, np.float32).tobytes()
     lm = GRULanguageModel(5, None, 8)
@@ -202,6 +210,13 @@ def test_what_a_stream_refuses():
             tokens.step(bad)
         with pytest.raises(ValueError, match="token: expected 0 to 5"):
             tokens.push([0, bad])
+    for bad, kind in ((1.5, "float"), ("1", "str"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"token: expected an integer, got {kind}"):
+            tokens.step(bad)
+    for bad in ([1.5], np.ones(2), "ab"):
+        with pytest.raises(TypeError, match="tokens: expected integers, got an array of"):
+            tokens.push(bad)
+    assert tokens.push([]).shape == (0, 5)
     with pytest.raises(ValueError, match="weights: expected None with a Sampler"):
         Stream(Sampler(lm), "int8")
     with pytest.raises(RuntimeError, match="bidirectional"):

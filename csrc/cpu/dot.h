@@ -249,13 +249,14 @@ void pack_row(const float* row, int64_t K, int64_t words, uint32_t* to, int64_t 
   constexpr int pack = Dot<P>::kPack;
   float per_value = 0;
   if (P == Weights::kInt8) {
-    float most = 0;
+    float most = 0, zero = 0;  // NaN where a weight is NaN or infinite, which no byte can show
     for (int64_t k = 0; k < K; ++k) {
       const float size = row[k] < 0 ? -row[k] : row[k];
       most = size > most ? size : most;
+      zero += 0 * row[k];
     }
     // The rows that it meets are 127 times what they stand for.
-    *scale = most / kInt8Most / kInt8Most;
+    *scale = most / kInt8Most / kInt8Most + zero;
     per_value = most > 0 ? kInt8Most / most : 0;
   }
   int32_t total = 0;
@@ -266,7 +267,7 @@ void pack_row(const float* row, int64_t K, int64_t words, uint32_t* to, int64_t 
       if (P == Weights::kBFloat16) {
         bits |= bfloat16_bits(value) << (16 * i);
       } else {
-        const int32_t byte = nearest(value * per_value);
+        const int32_t byte = static_cast<int8_t>(nearest(value * per_value));
         total += byte;
         bits |= (static_cast<uint32_t>(byte) & 0xff) << (8 * i);
       }

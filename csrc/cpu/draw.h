@@ -114,7 +114,13 @@ class Draw {
       most = v > most ? v : most;
     }
 #if defined(__AVX512F__)
-    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(most));
+    // As _mm512_reduce_max_ps, which GCC 12 warns of in its own header.
+    const __m512 all = reinterpret_cast<__m512>(most);
+    const __m256 half =
+        _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 1), _mm512_castps512_ps256(all));
+    const __m128 four = _mm_max_ps(_mm256_extractf128_ps(half, 1), _mm256_castps256_ps128(half));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 #else
     float lane[W];
     store(lane, most);

@@ -3,7 +3,7 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <new>
+#include <memory>
 #include <vector>
 
 #include "sampler_problem.h"
@@ -32,7 +32,8 @@ gru_stream* gru_stream_create(int cell, int weights, int64_t input, int64_t hidd
   constexpr int64_t most = int64_t{1} << 16;
   const bool known = cell >= GRU_RESET_AFTER && cell <= GRU_NO_RESET && weights >= GRU_FLOAT32 &&
                      weights <= GRU_INT8;
-  if (!known || input < 1 || input > most || hidden < 1 || hidden > most || layers < 1) {
+  if (!known || input < 1 || input > most || hidden < 1 || hidden > most || layers < 1 ||
+      layer == nullptr) {
     return nullptr;
   }
   StackShape shape{};
@@ -43,20 +44,20 @@ gru_stream* gru_stream_create(int cell, int weights, int64_t input, int64_t hidd
   shape.I = input;
   std::vector<LayerWeights> from;
   for (int64_t l = 0; l < layers; ++l) {
+    if (layer[l].weight_ih == nullptr || layer[l].weight_hh == nullptr) return nullptr;
     from.push_back({layer[l].weight_ih, layer[l].weight_hh, layer[l].bias_ih, layer[l].bias_hh});
   }
   const SamplerKernels& kernels = sampler_kernels();
-  auto* stream = new gru_stream{kernels, zeroed(kernels.snapshot_bytes(shape)),
-                                zeroed(kernels.stream_bytes(shape))};
-  if (stream->snapshot == nullptr || stream->memory == nullptr) {
-    gru_stream_destroy(stream);
-    return nullptr;
-  }
+  std::unique_ptr<gru_stream, decltype(&gru_stream_destroy)> stream(
+      new gru_stream{kernels, zeroed(kernels.snapshot_bytes(shape)),
+                     zeroed(kernels.stream_bytes(shape))},
+      gru_stream_destroy);
+  if (stream->snapshot == nullptr || stream->memory == nullptr) return nullptr;
   kernels.pack(shape, {from.data(), nullptr, nullptr, nullptr}, stream->snapshot);
   const std::vector<float> zeros(static_cast<size_t>(layers * hidden));
-  gru_stream_set_state(stream, zeros.data());
-  return stream;
-} catch (const std::bad_alloc&) {
+  gru_stream_set_state(stream.get(), zeros.data());
+  return stream.release();
+} catch (...) {
   return nullptr;
 }
 

@@ -21,11 +21,12 @@ typedef struct {
 
 typedef struct gru_stream gru_stream;
 
-/* Copies the weights; the state is zero. Null where a size or a kind is wrong, or memory is out. */
+/* Copies the weights; the state is zero. Null where a size or a kind is wrong, a weight is missing,
+ * memory is out, or GRU_FAST_CPU_ISA names no instruction set of this processor. */
 gru_stream* gru_stream_create(int cell, int weights, int64_t input, int64_t hidden, int64_t layers,
                               const gru_layer* layer);
 /* Feeds n frames of `input` values; writes n rows of `hidden` values, the last layer's states.
- * Allocates nothing. One thread at a time. */
+ * Allocates nothing. One thread at a time. With GRU_INT8 frames must be finite. */
 void gru_stream_push(gru_stream* stream, int64_t n, const float* frames, float* states);
 /* (layers, hidden) values. With GRU_INT8 they must lie between -1 and 1. */
 void gru_stream_get_state(const gru_stream* stream, float* state);

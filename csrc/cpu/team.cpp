@@ -73,7 +73,8 @@ void Team::announce(Flag& flag, uint32_t phase) {
 
 void Team::wait_for(Flag& flag, uint32_t target) {
   for (int spins = 0; is_before(flag.phase.load(std::memory_order_acquire), target);) {
-    if (++spins < kSpinsBeforeSleep) {
+    if (spins < kSpinsBeforeSleep) {
+      ++spins;
       relax();
       continue;
     }

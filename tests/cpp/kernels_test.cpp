@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward and backward passes of layers, scans and layer-normalised scans for sanitizers: every
+// block of memory is as large as the kernels asked for, and filled with NaN. One thread and several
+// must agree in every bit. Exits non-zero on a fault.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/norm_problem.h"
+#include "cpu/problem.h"
+#include "cpu/team.h"
+
+namespace gru_fast::baseline {
+const Kernels& table();
+const NormKernels& norm_table();
+}  // namespace gru_fast::baseline
+
+using namespace gru_fast;
+
+namespace {
+
+std::mt19937 generator(1);
+
+using Values = std::vector<float>;
+
+Values normal(int64_t count) {
+  std::normal_distribution<float> draw(0, 0.4f);
+  Values values(static_cast<size_t>(count));
+  for (float& value : values) value = draw(generator);
+  return values;
+}
+
+std::vector<uint8_t> flags(int64_t count) {
+  std::vector<uint8_t> values(static_cast<size_t>(count));
+  for (uint8_t& value : values) value = generator() % 4 == 0;
+  return values;
+}
+
+struct Case {
+  Cell cell;
+  int64_t T, B, G, I, H;
+  bool projects;  // x, else gates_x
+  bool shared;    // one x for all groups
+  bool lengths, resets, scales, recompute;
+};
+
+// The tensors that a call reads.
+struct Inputs {
+  explicit Inputs(const Case& c)
+      : N(gate_count(c.cell)),
+        width(c.projects ? c.I : N * c.H),
+        x(normal(c.T * c.B * (c.shared ? 1 : c.G) * width)),
+        h0(normal(c.G * c.B * c.H)),
+        weight_ih(normal(c.G * N * c.H * c.I)),
+        weight_hh(normal(c.G * N * c.H * c.H)),
+        bias_ih(normal(c.G * N * c.H)),
+        bias_hh(normal(c.G * N * c.H)),
+        gamma(normal(c.G * N * c.H)),
+        reset_state(normal(c.G * c.B * c.H)),
+        h_scale(normal(c.B * c.G * c.H)),
+        grad_output(normal(c.T * c.B * c.G * c.H)),
+        grad_h_n(normal(c.G * c.B * c.H)),
+        reverse(static_cast<size_t>(c.G)),
+        reset_mask(flags(c.T * c.B)) {
+    reverse.back() = c.G > 1;
+    for (int64_t b = 0; b < c.B; ++b) {
+      lengths.push_back(b == 0 ? c.T : static_cast<int64_t>(generator() % (c.T + 1)));
+    }
+    order.resize(lengths.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+    alive_before.push_back(0);
+    for (int64_t t = 0; t < c.T; ++t) {
+      const auto alive = std::ranges::count_if(lengths, [&](int64_t n) { return n > t; });
+      alive_before.push_back(alive_before.back() + alive);
+    }
+  }
+
+  Problem<float> problem(const Case& c, bool ranked) const {
+    Problem<float> p{};
+    p.T = c.T;
+    p.B = c.B;
+    p.G = c.G;
+    p.I = c.projects ? c.I : 0;
+    p.H = c.H;
+    p.cell = c.cell;
+    p.reverse = reverse.data();
+    p.x = x.data();
+    p.x_stride_g = c.shared ? 0 : width;
+    p.x_stride_b = width * (c.shared ? 1 : c.G);
+    p.x_stride_t = p.x_stride_b * c.B;
+    p.x_shared = c.shared;
+    p.h0 = h0.data();
+    p.weight_hh = weight_hh.data();
+    p.bias_hh = bias_hh.data();
+    if (c.projects) {
+      p.weight_ih = weight_ih.data();
+      p.bias_ih = bias_ih.data();
+    }
+    if (c.lengths) {
+      p.lengths = lengths.data();
+      p.order = ranked ? order.data() : nullptr;
+      p.alive_before = ranked ? alive_before.data() : nullptr;
+    }
+    if (c.resets) {
+      p.reset_mask = reset_mask.data();
+      p.reset_state = reset_state.data();
+    }
+    if (c.scales) p.h_scale = h_scale.data();
+    return p;
+  }
+
+  int64_t N, width;
+  Values x, h0, weight_ih, weight_hh, bias_ih, bias_hh, gamma, reset_state, h_scale, grad_output,
+      grad_h_n;
+  std::vector<uint8_t> reverse, reset_mask;
+  std::vector<int64_t> lengths, order, alive_before;
+};
+
+// The tensors that a call writes.
+class Results {
+ public:
+  float* make(int64_t count, bool zeroed = false) {
+    all_.emplace_back(static_cast<size_t>(count));
+    if (!zeroed) std::memset(all_.back().data(), 0xff, all_.back().size() * sizeof(float));
+    return all_.back().data();
+  }
+  // NaN is not equal to NaN: what was not written shows as a fault.
+  bool operator==(const Results&) const = default;
+
+ private:
+  std::vector<Values> all_;
+};
+
+template <class Call>
+void on_team(const Call& call, int threads, int64_t (*scratch_bytes)(const Call&, int),
+             void (*kernel)(const Call&, Team&, int, int, void*)) {
+  const auto bytes = static_cast<size_t>((scratch_bytes(call, threads) + 63) / 64 * 64);
+  const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, bytes), std::free);
+  std::memset(scratch.get(), 0xff, bytes);
+  Team team(threads);
+  auto part = [&] {
+    const int member = team.join(1);
+    if (member >= 0) kernel(call, team, threads, member, scratch.get());
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(part);
+  part();
+  for (std::thread& other : others) other.join();
+}
+
+Results layer(const Case& c, const Inputs& in, int threads) {
+  const KernelTable<float>& kernels = baseline::table().f32;
+  const int64_t rows = c.T * c.B * c.G, gates = in.N * c.H, states = c.G * c.B * c.H;
+  Results results;
+  Forward<float> f{in.problem(c, true), results.make(rows * c.H), results.make(states), nullptr};
+  if (!c.recompute) f.workspace = results.make(rows * slot_count(c.cell) * c.H);
+  on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
+
+  Backward<float> b{};
+  b.in = f.in;
+  b.output = f.output;
+  b.workspace = f.workspace;
+  b.grad_output = in.grad_output.data();
+  b.grad_h_n = in.grad_h_n.data();
+  if (c.shared && c.G > 1) {
+    b.grad_shared_x = results.make(c.T * c.B * in.width, true);
+  } else {
+    b.grad_x = results.make(static_cast<int64_t>(in.x.size()));
+  }
+  b.grad_h0 = results.make(states);
+  if (c.projects) {
+    b.grad_weight_ih = results.make(c.G * gates * c.I);
+    b.grad_bias_ih = results.make(c.G * gates);
+  }
+  b.grad_weight_hh = results.make(c.G * gates * c.H);
+  b.grad_bias_hh = results.make(c.G * gates);
+  if (c.resets) b.grad_reset_state = results.make(states, true);
+  if (c.scales) b.grad_h_scale = results.make(states, true);
+  on_team(b, threads, kernels.backward_scratch_bytes, kernels.backward);
+  return results;
+}
+
+Results norm_scan(const Case& c, const Inputs& in, int threads) {
+  const NormTable<float>& kernels = baseline::norm_table().f32;
+  const int64_t rows = c.T * c.B * c.G, gates = 3 * c.H, states = c.G * c.B * c.H;
+  Results results;
+  NormForward<float> f{};
+  f.in = in.problem(c, false);
+  f.gamma = in.gamma.data();
+  f.eps = 1e-5f;
+  f.output = results.make(rows * c.H);
+  f.h_n = results.make(states);
+  if (!c.recompute) {
+    f.workspace = results.make(rows * kNormSlots * c.H);
+    f.rstd = results.make(rows);
+  }
+  on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
+
+  NormBackward<float> b{};
+  b.in = f.in;
+  b.gamma = f.gamma;
+  b.eps = f.eps;
+  b.output = f.output;
+  b.workspace = f.workspace;
+  b.rstd = f.rstd;
+  b.grad_output = in.grad_output.data();
+  b.grad_h_n = in.grad_h_n.data();
+  b.grad_gates_x = results.make(rows * gates);
+  b.grad_h0 = results.make(states);
+  b.grad_weight = results.make(c.G * gates * c.H);
+  b.grad_gamma = results.make(c.G * gates);
+  b.grad_bias = results.make(c.G * gates);
+  if (c.resets) b.grad_reset_state = results.make(states, true);
+  if (c.scales) b.grad_h_scale = results.make(states, true);
+  on_team(b, threads, kernels.backward_scratch_bytes, kernels.backward);
+  return results;
+}
+
+}  // namespace
+
+int main() {
+  constexpr int64_t kSizes[][5] = {
+      // T, B, G, I, H: one step; one row; rows left over; more than a chunk of the backward pass;
+      // more than a block of the sum
+      {1, 3, 2, 5, 7},   {1, 2, 1, 3, 19}, {9, 1, 1, 6, 33},
+      {5, 13, 2, 4, 10}, {40, 9, 1, 3, 9}, {3, 2, 1, 270, 5},
+  };
+  for (const auto& [T, B, G, I, H] : kSizes) {
+    for (int kind = 0; kind < 24; ++kind) {
+      const auto cell = static_cast<Cell>(kind % 3);
+      const bool odd = kind & 1, upper = kind & 2;
+      const Case layer_case{cell, T,   B,          G,          I,         H,
+                            true, odd, kind >= 12, kind >= 18, kind >= 6, upper};
+      const Case scan_case{cell,  T,     B,          G,          I,         H,
+                           false, false, kind >= 12, kind >= 18, kind >= 6, upper};
+      const Inputs x(layer_case), gates_x(scan_case);
+      for (int threads : {2, 5}) {
+        const bool same = layer(layer_case, x, threads) == layer(layer_case, x, 1) &&
+                          layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1);
+        const bool norm = cell == Cell::kResetAfter;
+        if (!same || (norm && !(norm_scan(scan_case, gates_x, threads) ==
+                                norm_scan(scan_case, gates_x, 1)))) {
+          std::fprintf(stderr, "fault: threads show, or a result was not written\n");
+          return 1;
+        }
+      }
+    }
+  }
+  std::puts("ok");
+}

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ code below torch: programs of its own under sanitizers, and what its objects export."""
+
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {
+    "team_test": ("team",),
+    "kernels_test": ("kernels_baseline", "norm_baseline", "team"),
+    "sampler_test": ("gru_stream", "sampler_isa", "sampler_baseline", "team"),
+}
+OBJECTS = ROOT / "build" / str(sysconfig.get_config_var("SOABI")) / "cpu"
+
+
+def run(name: str, folder: Path, *flags: str) -> None:
+    """Compile tests/cpp/`name`.cpp and run it; skips without a compiler that knows the flags."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program, empty = folder / name, folder / "empty.cpp"
+    flags = ("-std=c++20", "-O1", "-g", "-pthread", "-Wno-psabi", f"-I{ROOT / 'csrc'}", *flags)
+    empty.write_text("int main() {}\n")
+    if subprocess.run([compiler, *flags, empty, "-o", program]).returncode:
+        pytest.skip(f"the compiler does not know {' '.join(flags)}")
+    sources = [ROOT / "csrc" / "cpu" / f"{source}.cpp" for source in PROGRAMS[name]]
+    sources.append(ROOT / "tests" / "cpp" / f"{name}.cpp")
+    subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+
+
+def test_team(tmp_path: Path) -> None:
+    run("team_test", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ("address,undefined", "thread"))
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_under_sanitizers(name: str, sanitizer: str, tmp_path: Path) -> None:
+    recover = () if sanitizer == "thread" else ("-fno-sanitize-recover=undefined",)
+    run(name, tmp_path, f"-fsanitize={sanitizer}", *recover)
+
+
+def test_wide_instructions_stay_in_their_files() -> None:
+    """A weak symbol of a file with wide instructions may replace that of the others.
+
+    The linker keeps one of several definitions of an inline function, and does not know which of
+    them every processor can run.
+    """
+    objects = [path for path in OBJECTS.glob("*.o") if "_avx" in path.stem]
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no objects of an x86 build, or no nm")
+    for path in objects:
+        run = subprocess.run(
+            ["nm", "--defined-only", path], capture_output=True, text=True, check=True
+        )
+        symbols = [line.split()[-2:] for line in run.stdout.splitlines()]
+        assert len(symbols) > 0
+        assert [name for kind, name in symbols if kind in "WVu"] == [], path.name
