@@ -223,6 +223,7 @@ def test_neighbours_end_with_their_parent_however_it_died(busy, death):
     code = f"""
 import os, signal
 from benchmarks.contention import Neighbours
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 others = Neighbours(2)
 others.set(True)
 others.set({busy})
