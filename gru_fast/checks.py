@@ -247,6 +247,12 @@ def check_rows(
         raise RuntimeError(f"reset_mask: expected dtype bool, got {reset_mask.dtype}")
 
 
+def check_integers(name: str, given: Tensor) -> None:
+    """Raise a TypeError unless the tensor is of integers, which bools are not here."""
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {given.dtype}")
+
+
 def check_length_values(lengths: Tensor | None, T: int) -> None:
     """Raise RuntimeError unless 0 <= lengths <= T; reads the values, so for CPU tensors only."""
     if lengths is not None and lengths.numel() > 0:

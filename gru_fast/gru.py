@@ -21,6 +21,7 @@ from gru_fast.recurrent import (
     Recurrent,
     check_choice,
     check_flag,
+    check_int,
     check_probability,
     is_traced,
     node_of_call,
@@ -161,8 +162,7 @@ class GRU(Recurrent):
         self.backend = backend
         self.recompute = recompute
         self.recurrent_dropout = recurrent_dropout
-        if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-            raise TypeError(f"num_heads should be of type int, got: {type(num_heads).__name__}")
+        check_int("num_heads", num_heads)
         self.num_heads = num_heads
         super().__init__("GRU", *args, **kwargs)
         if self.proj_size:

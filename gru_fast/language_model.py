@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru_fast import functional, sampling
+from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 from gru_fast.sampling import PADDING, GenerateOutput, Streamer
 
@@ -270,8 +271,7 @@ class GRULanguageModel(nn.Module):
         """
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens should be a Tensor, got: {type(tokens).__name__}")
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens: expected integers, got {tokens.dtype}")
+        check_integers("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected 2 dimensions (B, T), got {tokens.dim()}")
         tokens = tokens.long()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from gru_fast.gru import GRU
+from gru_fast.recurrent import check_int
 from gru_fast.reference import GATES, SLOTS
 
 __all__ = ["MemoryEstimate", "memory_estimate"]
@@ -65,8 +66,7 @@ def memory_estimate(
     if module.num_heads > 1:
         raise ValueError(f"module: expected num_heads=1, got {module.num_heads}")
     for name, size in (("T", T), ("B", B)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        check_int(name, size)
     if T < 0 or B < 0:
         raise ValueError(f"T, B: expected at least 0, got {T}, {B}")
     dtype = module._flat_weights[0].dtype

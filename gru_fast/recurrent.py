@@ -13,6 +13,7 @@ __all__ = [
     "Recurrent",
     "check_choice",
     "check_flag",
+    "check_int",
     "check_probability",
     "is_traced",
     "node_of_call",
@@ -38,6 +39,12 @@ def check_flag(argument: str, given: object) -> None:
     """Raise a TypeError unless `given` is a bool, as torch does."""
     if not isinstance(given, bool):
         raise TypeError(f"{argument} should be of type bool, got: {type(given).__name__}")
+
+
+def check_int(argument: str, given: object) -> None:
+    """Raise a TypeError unless `given` is an int, which a bool is not here."""
+    if isinstance(given, bool) or not isinstance(given, int):
+        raise TypeError(f"{argument} should be of type int, got: {type(given).__name__}")
 
 
 def check_probability(argument: str, given: object) -> None:

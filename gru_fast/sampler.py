@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gru_fast import packed, sampling
 from gru_fast.gru import GRU
+from gru_fast.recurrent import check_int
 from gru_fast.sampling import GenerateOutput, LanguageModel
 
 __all__ = ["Sampler", "Stream"]
@@ -50,8 +51,7 @@ class Sampler:
     def __init__(self, model: LanguageModel, weights: str = "float32", *, threads: int = 0) -> None:
         """See the class."""
         _check_language_model(model)
-        if isinstance(threads, bool) or not isinstance(threads, int):
-            raise TypeError(f"threads should be of type int, got: {type(threads).__name__}")
+        check_int("threads", threads)
         if threads < 0:
             raise ValueError(f"threads: expected at least 0, got {threads}")
         self._model, self._weights, self._threads = model, weights, threads

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import gpu_sampling, packed, reference_sampling
+from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 
 __all__ = [
@@ -437,8 +438,7 @@ def _prompts(
             torch.zeros(1, dtype=torch.int64, device=device),
         )
     if isinstance(input_ids, Tensor):
-        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-            raise TypeError(f"input_ids: expected integers, got {input_ids.dtype}")
+        check_integers("input_ids", input_ids)
         ids = input_ids if input_ids.dim() != 1 else input_ids[None]
     else:
         given: list[Any] = list(input_ids)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gru_fast.checks import check_length_values
+from gru_fast.recurrent import check_int
 
 __all__ = ["Chunk", "tbptt"]
 
@@ -75,8 +76,7 @@ def tbptt(
         ...     loss.backward()
         ...     optimizer.step()
     """
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps should be of type int, got: {type(steps).__name__}")
+    check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if not isinstance(input, Tensor):
