@@ -16,7 +16,7 @@ OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6.0)
 TRITON_TESTS := tests/test_triton_interpreter.py tests/test_triton_compiled.py
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: help demo test test-all lint format bench peers wheel clean
+.PHONY: help demo test test-all lint format bench peers gpu-peers wheel clean
 
 help:
 	@echo 'make demo      train a character model on real names and sample novel ones'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-all  all tests, those of the Triton kernels also on the oldest Triton'
 	@echo 'make bench     speed beside nn.GRU and other peers on this machine, under a minute; ARGS=... for more'
 	@echo 'make peers     installs the other peers: OpenVINO, JAX, Keras'
+	@echo 'make gpu-peers installs other kernels for the GPU: torchrl, flashrnn, pararnn-torch'
 	@echo 'make lint      ruff, mypy, clang-format: check only'
 	@echo 'make format    ruff and clang-format: rewrite'
 	@echo 'make wheel     manylinux wheel in dist/, installed and tried where there is no compiler'
@@ -74,6 +75,11 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 peers: $(PEERS)
+
+# pararnn-torch asks for Triton 3.6, torch for its own.
+gpu-peers: $(STAMP)
+	$(PIP) install --no-build-isolation -e '.[dev,bench-gpu]'
+	$(PIP) install --no-deps pararnn-torch
 
 wheel: $(STAMP)
 	scripts/make_wheel.sh $(BIN)/python '$(TORCH)'

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Problem:
         device: "cpu" or "cuda".
         seed: of the draw.
         feature: the row of the features suite that this is the problem of, or None.
+        cell: as in `gru_fast.GRU`.
     """
 
     case: Case
@@ -42,6 +44,8 @@ class Problem:
     device: str
     seed: int = 0
     feature: str | None = None
+
+    cell: ClassVar[str] = "reset_after"
 
     def __post_init__(self) -> None:
         if self.case.L != 1:
@@ -111,15 +115,20 @@ class Problem:
         """Every result by the reference in float64."""
         return self.by_reference(torch.float64)
 
+    def dense(self, weight_hh: Tensor) -> Tensor:
+        """The recurrent weights as the reference takes them, (3H, H)."""
+        return weight_hh
+
     def by_reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """output, h_n and, for training, the gradient of every input."""
         inputs = {n: t.to(dtype).requires_grad_(self.training) for n, t in self.tensors.items()}
         grad_output, grad_h_n = inputs.pop("grad_output"), inputs.pop("grad_h_n")
         x, h0, *weights = inputs.values()
         with torch.set_grad_enabled(self.training):
+            weights[1] = self.dense(weights[1])
             output, h_n, _ = reference.layer(
                 x, h0, *(w.unsqueeze(0) for w in weights), None, self.reset_mask, None, None,
-                "reset_after", (False,), True,
+                self.cell, (False,), True,
             )  # fmt: skip
         results = {"output": output, "h_n": h_n}
         if self.training:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 import gru_fast
@@ -73,37 +72,6 @@ class Cell(Layer):
             return h.unsqueeze(0), h.unsqueeze(0)
 
         return module_call(forward, problem, cell, CELL_WEIGHTS)
-
-
-class Diagonal(Layer):
-    """`gru_fast.GRU` with a head for each unit: the block structure of ml-pararnn's GRU.
-
-    Not judged: it has other weights than the problem.
-    """
-
-    judged = False
-
-    def __init__(self) -> None:
-        super().__init__("auto")
-        self.name = "gru_fast.diagonal"
-
-    def why_not(self, problem: Problem) -> str | None:
-        return "it is timed without resets" if problem.case.resets else super().why_not(problem)
-
-    def prepare(self, problem: Problem, threads: int) -> Prepared:
-        case, tensors, dtype = problem.case, problem.tensors, DTYPES[problem.dtype]
-        module = gru_fast.GRU(case.I, case.H, num_heads=case.H, device=problem.device, dtype=dtype)
-        x = tensors["x"].clone().requires_grad_(problem.training)
-
-        def infer() -> Tensor:
-            with torch.no_grad():
-                return module(x)[0]
-
-        def train() -> tuple[Tensor, ...]:
-            inputs = [x, *module.parameters()]
-            return torch.autograd.grad(module(x)[0], inputs, tensors["grad_output"])
-
-        return Prepared(train if problem.training else infer, lambda _: {})
 
 
 def providers(device: str) -> list[Provider]:

@@ -162,21 +162,6 @@ class TestGate:
         assert (found.parity, found.error) == ("ok", None)
         assert "about a second" in compiled.why_not(small(suite, T=100))
 
-    @pytest.mark.parametrize("suite", ["infer", "train"])
-    def test_a_head_for_each_unit_is_there_for_scale(self, suite):
-        chosen = [providers_torch.TorchGRU("cpu"), providers_gru_fast.Diagonal()]
-        (_, found), _ = runner.run_problem(small(suite), chosen, SETTING)
-        assert (found.parity, found.error) == ("none", None) and found.median_s > 0
-
-    def test_flashrnns_order_of_gates(self):
-        """Its GPU kernels have a twin in plain torch, where the package is installed."""
-        pytest.importorskip("flashrnn")
-        peer = load("benchmarks.providers_cuda_peers").FlashRNN()
-        peer.backend = "vanilla"
-        for suite in ("infer", "train"):
-            (found,), _ = runner.run_problem(small(suite), [peer], SETTING)
-            assert (found.parity, found.error) == ("ok", None)
-
     @pytest.mark.parametrize("suite", ["train", "infer"])
     def test_providers_with_resets_are_right(self, suite):
         problem = small(suite, resets=0.4)
@@ -397,7 +382,7 @@ class TestGpuProgram:
         assert set(after.rows.values()) == {"done"} and len(after.rows) > len(before.rows)
         assert after.records[: len(before.records)] == before.records
         assert after.figures[: len(before.figures)] == before.figures
-        pairs = [(r.suite, r.provider, str(r.case)) for r in after.records]
+        pairs = [(r.suite, r.provider, r.feature, str(r.case)) for r in after.records]
         assert len(pairs) == len(set(pairs))
         assert all(r.dry and r.ratio_to_torch is None for r in after.records)
         assert {r.parity for r in after.records if r.suite != "sample"} == {"ok"}
@@ -405,7 +390,10 @@ class TestGpuProgram:
         assert all(r.median_s is not None for r in drawn.values()), drawn
         if providers_kernels.kernel_names()[0]:
             assert drawn["gru_fast.generate"].parity == "ok"
-        assert {r.suite for r in after.records} == {"infer", "train", "sample"}
+        assert {r.suite for r in after.records} == {"infer", "train", "sample", "features"}
+        solved = [r for r in after.records if r.suite == "features"]
+        assert "gru_fast.diagonal" in {r.provider for r in solved}
+        assert {r.parity for r in solved} == {"ok"}
         ours = {r.provider for r in after.records if r.provider.startswith("gru_fast.triton.")}
         assert ours == {f"gru_fast.triton.{name}" for name in providers_kernels.kernel_names()[0]}
 
@@ -448,6 +436,13 @@ class TestGpuProgram:
         plan = a_plan(tmp_path, row_limit_s=limit)
         assert reason in supervisor.watch(process, plan, time.time() + until)
         assert process.returncode == -signal.SIGKILL
+
+    def test_rows_of_other_packages_may_compile_for_longer(self, tmp_path):
+        (tmp_path / worker.RUNNING).write_text("peers/torchrl.triton/train/H128-B64-T512/tf32")
+        command = [sys.executable, "-c", "import time; time.sleep(0.6)"]
+        plan = a_plan(tmp_path, row_limit_s=0.2)
+        plan = replace(plan, row_limit_s=20 / supervisor.PEERS_TIMES)
+        assert supervisor.watch(subprocess.Popen(command), plan, time.time() + 60) is None
 
     def test_retry_forgets_failures_only(self, tmp_path):
         machine = {"cpu": "x", "versions": {}, "commit": None, "gpu": None}

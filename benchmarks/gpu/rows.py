@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import providers_cuda_peers, timing
+from benchmarks import providers_cuda_peers, providers_pararnn, timing
 from benchmarks.bound import gpu_floor
 from benchmarks.cases import RL, Case, square
+from benchmarks.diagonal import Diagonal, DiagonalProblem
 from benchmarks.gpu import micro, samplers
 from benchmarks.machine import OtherLoad
 from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_cuda import CapturedCellLoop
-from benchmarks.providers_gru_fast import Diagonal
 from benchmarks.providers_kernels import Kernel, kernel_names
 from benchmarks.providers_torch import SplitAndPad, TorchGRU
 from benchmarks.records import Record
@@ -36,6 +36,9 @@ SAMPLED, DRAWN = (64, 128, 256, 512), (1, 64, 1024, 8192)
 
 DTYPES = ("bfloat16", "tf32", "float16")
 EFFORT = timing.Effort(block_s=0.004, budget_s=0.4, least=5, most=15)
+
+PEERS = "peers/"
+"""Before the names of rows that other packages take part in, which may have to compile."""
 
 Found = tuple[list[Record], list[micro.Figure], list[str]]
 """Records, figures and notes."""
@@ -70,7 +73,9 @@ class Session:
         )
 
     def floor(self, problem: Problem) -> float | None:
-        """From the micro-figures measured so far."""
+        """From the micro-figures measured so far; of plain layers."""
+        if not problem.is_plain_layer:
+            return None
         rate = micro.value_of(self.figures, f"matmul_{problem.dtype}")
         copied = micro.value_of(self.figures, "copy")
         if rate is None or copied is None:
@@ -113,7 +118,7 @@ def _row(
     kernels: Sequence[str] = (),
     graph: bool = False,
     recompute: bool = False,
-    peers: bool = False,
+    peer: Provider | None = None,
 ) -> Row:
     """cuDNN and ours on one problem, interleaved.
 
@@ -124,7 +129,7 @@ def _row(
         kernels: ours that take part, where they can take the call.
         graph: whether the loop over nn.GRUCell in a CUDA graph takes part.
         recompute: whether ours take part without saved gates as well.
-        peers: whether other packages' kernels take part, where installed; some compile for long.
+        peer: another package's kernels. Some compile for long, so that each has rows of its own.
     """
     ours = [Kernel(name, again) for again in (False, True)[: 1 + recompute] for name in kernels]
 
@@ -135,8 +140,7 @@ def _row(
     def run(session: Session) -> Found:
         providers = [_baseline(session.device, case), *ours]
         providers += [CapturedCellLoop()] if graph else []
-        if peers:
-            providers += [*providers_cuda_peers.providers(), Diagonal()]
+        providers += [peer] if peer else []
         records, notes = run_problem(on(session), providers, session.setting())
         return records, [], notes
 
@@ -147,10 +151,23 @@ def _row(
                 kernel.prepare(short, 1).call()
 
     return Row(
-        f"{'peers/' if peers else ''}{suite}/{case}/{dtype}",
+        f"{f'{PEERS}{peer.name}/' if peer else ''}{suite}/{case}/{dtype}",
         run,
         {f"{k.kernel}/H{case.H}/{dtype}/{k.recompute}": partial(warm, kernel=k) for k in ours},
     )
+
+
+def _diagonal(case: Case, suite: str) -> Row:
+    """Diagonal recurrent matrices: ours, and solvers that are parallel in time, where installed."""
+
+    def run(session: Session) -> Found:
+        name = f"diagonal/{suite}"
+        problem = DiagonalProblem(case, suite, "float32", session.device, feature=name)
+        providers = [Diagonal(), *providers_pararnn.providers()]
+        records, notes = run_problem(problem, providers, session.setting())
+        return records, [], notes
+
+    return Row(f"{PEERS}diagonal/{suite}/{case}", run)
 
 
 def _sampler(case: Case, dtype: str) -> Row:
@@ -220,6 +237,7 @@ def dry_rows() -> list[Row]:
         rows.append(_micro("barrier-1", lambda d, e: micro.barrier(d, e, 1, 3)))
     rows += _both(small, "float32", kernel_names()[0])
     rows += _both(resets, "float32")
+    rows += [_diagonal(small, suite) for suite in ("infer", "train")]
     return [*rows, _sampler(Case(16, 16, 3, 4, V=9), "float32")]
 
 
@@ -260,12 +278,14 @@ def gpu_rows() -> list[Row]:
         rows += _both(square(H, B, 512), "float32", scans)
     for H, B in CORE:
         rows.append(_row(square(H, B, 256), "infer", "bfloat16", kernels, graph=True))
-    for case in (square(128, 64, 512), square(512, 64, 512), RL[2]):
-        for dtype, suite in product(("tf32", "bfloat16"), ("infer", "train")):
-            rows.append(_row(case, suite, dtype, scans, peers=True))
     # Where a solver that is parallel in time should win.
     for T, suite in product((4096, 32768, 131072), ("infer", "train")):
-        rows.append(_row(square(128, 1, T), suite, "float32", scans, peers=True))
+        rows.append(_diagonal(square(128, 1, T), suite))
+    for peer, case in product(
+        providers_cuda_peers.providers(), (square(128, 64, 512), square(512, 64, 512), RL[2])
+    ):
+        for dtype, suite in product(("tf32", "bfloat16"), ("infer", "train")):
+            rows.append(_row(case, suite, dtype, scans, peer=peer))
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row.name, row)

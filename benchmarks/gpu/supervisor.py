@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT
+from benchmarks.gpu.rows import PEERS
 from benchmarks.gpu.worker import RESULTS, RUNNING
 from benchmarks.records import Results, read
 
 BUILD_SHARE, WARM_SHARE = 0.4, 0.25
 """Of the budget, at most."""
+
+PEERS_TIMES = 5
+"""flashrnn compiles with nvcc, torchrl tries out sixteen configurations."""
 
 BUILD = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
 
@@ -30,7 +34,8 @@ class Plan:
     Attributes:
         out: folder of the results and logs.
         budget_s: for everything.
-        row_limit_s: for one row, after which its process is killed.
+        row_limit_s: for one row, after which its process is killed; for a row of another package,
+            which may have to compile, `PEERS_TIMES` as long.
         dry: on the CPU, tiny sizes.
     """
 
@@ -107,8 +112,9 @@ def watch(process: subprocess.Popen[bytes], plan: Plan, until: float) -> str | N
         current = running.read_text() if running.exists() else ""
         if current != name:
             name, since = current, now
-        if now - since > plan.row_limit_s:
-            reason = f"no answer within {plan.row_limit_s:.0f} s"
+        limit = plan.row_limit_s * (PEERS_TIMES if name.startswith(PEERS) else 1)
+        if now - since > limit:
+            reason = f"no answer within {limit:.0f} s"
         elif now > until + 10:
             reason = "cut off by the budget"
         else:

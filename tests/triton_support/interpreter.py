@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton's interpreter lacks: bfloat16, TF32 products, programs that run side by side.
+"""What Triton's interpreter lacks: bfloat16, TF32, libdevice, programs that run side by side.
 
-The interpreter does arithmetic on the raw bits of bfloat16, ignores `input_precision`, and runs the
-programs of a launch one after the other, so that a barrier between them never opens. Import this
+The interpreter does arithmetic on the raw bits of bfloat16, ignores `input_precision`, refuses
+functions of libdevice, and runs the programs of a launch one after the other, so that a barrier
+between them never opens. Import this
 with TRITON_INTERPRET=1 set, before the kernels. Works on Triton 3.6 and 3.9.
 """
 
@@ -111,6 +112,15 @@ def install_numerics() -> None:
     """From now on bfloat16 and TF32 round as on a GPU."""
     for name, function in _MENDED.items():
         setattr(_Builder, name, function)
+
+
+def install_tanh() -> None:
+    """From now on libdevice's tanh is NumPy's, which kernels of other packages call."""
+
+    def tanh(x: Any) -> Any:
+        return tl.tensor(_Handle(np.tanh(x.handle.data), x.handle.dtype), x.type)
+
+    tl.extra.cuda.libdevice.tanh = tanh
 
 
 @contextmanager
