@@ -36,15 +36,27 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=f"gru_fast beside its peers, in one run.\n\n{suites}\n\n"
         "train, infer and step can be given together and take the options below; the others stand\n"
-        "alone and have --help. Without a suite: train, infer and step, --quick",
+        "alone and have --help. Without a suite: train, infer and step, --quick.\n\n"
+        f"{report.LEGEND}",
+        epilog="docs/benchmarks.md tells how each is measured.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("suites", nargs="*", type=_suite, metavar="SUITE")
-    found.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    found.add_argument("--dtype", default="float32", help=f"list of {', '.join(cases.DTYPES)}")
+    found.add_argument(
+        "suites", nargs="*", type=_suite, metavar="SUITE", help=", ".join(cases.SUITES)
+    )
+    found.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s"
+    )
+    found.add_argument(
+        "--dtype",
+        default="float32",
+        help=f"list of {', '.join(cases.DTYPES)} (tf32 on cuda only); default: %(default)s",
+    )
     found.add_argument("--threads", help="list, for example 1,2; default: 1 and all")
     found.add_argument(
-        "--shapes", help=f"list of {', '.join(cases.PRESETS)} or shapes like H64-B1-T256"
+        "--shapes",
+        help=f"list of {', '.join(cases.PRESETS)} or shapes like H64-B1-T256; default: table, "
+        "with --quick quick, for step steps",
     )
     found.add_argument("--providers", help="list of names or patterns; nn.GRU always takes part")
     program.add_common(found)
@@ -77,6 +89,8 @@ def problems_of(options: argparse.Namespace) -> list[tuple[int, Problem]]:
     if options.device == "cpu" or options.threads:
         threads = program.threads_of(options.threads, options.quick)
     dtypes = program.some_of("dtype", options.dtype, cases.DTYPES)
+    if options.device == "cpu" and "tf32" in dtypes:
+        raise ValueError("dtype: tf32 needs --device cuda, a CPU would compute in float32")
     return [
         (n, Problem(case, suite, dtype, options.device))
         for suite in options.suites
@@ -98,11 +112,14 @@ def measure(options: argparse.Namespace) -> int:
         if not provider.is_baseline or any(provider.why_not(p) is None for _, p in problems)
     ]
     run = program.Run(options, [n for n, _ in problems], probing=options.device == "cpu")
+    run.say(f"\n{report.LEGEND}")
     for threads, problem in tqdm(problems, unit="case", file=sys.stderr, disable=None):
         setting = Setting(threads, run.effort, program.bound_of(run.peaks.get(threads), threads))
         records, notes = run_problem(problem, providers, setting)
-        run.results.notes += [note for note in notes if note not in run.results.notes]
         run.add(records, report.table(records))
+        asked = options.providers is not None
+        for note in notes:
+            run.note(note) if asked else run.keep(note)
     return run.finish()
 
 

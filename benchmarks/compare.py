@@ -59,7 +59,10 @@ def old_run(path: str) -> Results:
     try:
         return read(Path(path))
     except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"expected results of an earlier run: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(
+            f"expected what --json wrote in an earlier run, got {path}: {why}"
+        ) from error
 
 
 def key(r: Record) -> Key:

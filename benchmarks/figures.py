@@ -159,10 +159,12 @@ def main(command: str, arguments: list[str]) -> int:
     parser.parse_args(arguments)
     from benchmarks import plots
 
-    measured.PATH.write_text(measured.source(RESULTS), "utf-8")
-    for page in PAGES:
-        page.write_text(with_figures(page.read_text("utf-8")), "utf-8")
-    REPORT.write_text(report(), "utf-8")
+    texts = {measured.PATH: measured.source(RESULTS)}
+    texts |= {page: with_figures(page.read_text("utf-8")) for page in PAGES}
+    texts[REPORT] = report()
+    for path, text in texts.items():
+        path.write_text(text, "utf-8")
+        print(path.relative_to(ROOT))
     if find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (the extra `bench` or `plot`)")
         return 1

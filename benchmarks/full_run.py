@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks all`: every committed result of a CPU, file by file.
+"""`python -m benchmarks all`: Every committed result of a CPU, file by file.
 
 Each file is made by a command of its own in a fresh process and takes its place when that command
 has ended: what fails or is interrupted costs no other file, and leaves FILE.part.

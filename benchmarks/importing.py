@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks import`: what comes before the first result.
+"""`python -m benchmarks import`: What comes before the first result.
 
 In fresh processes: importing torch, then gru_fast; the first call of a GRU, then the second. And
 building a wheel from a copy of the tracked files, with all processors: its time and its size.
@@ -120,5 +120,5 @@ def main(suite: str, arguments: list[str]) -> int:
             run.note(f"no wheel: {error}")
             failed = True
     for found in run.results.figures:
-        run.say(f"{found['name']:<26}{found['value']:>14,.6g} {found['unit']}")
+        run.say(f"{found['name']:<26}{found['value']:>14,.3g} {found['unit']}")
     return run.finish() or int(failed)

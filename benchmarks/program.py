@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from benchmarks import compare, machine, probe, timing
 from benchmarks.bound import lower_bound
-from benchmarks.cases import SUITES
+from benchmarks.cases import SUITES, Case
 from benchmarks.problem import Problem
 from benchmarks.records import Record, Results
 
@@ -30,13 +30,21 @@ def parser(suite: str, description: str) -> argparse.ArgumentParser:
 def add_common(found: argparse.ArgumentParser) -> None:
     """--quick, --json and --compare."""
     found.add_argument("--quick", action="store_true", help="small sizes, seconds")
-    found.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    found.add_argument("--json", type=new_file, metavar="FILE", help="write the records there")
     found.add_argument(
         "--compare",
         type=compare.old_run,
         metavar="OLD.json",
         help="tell what changed beyond noise since that run; exit code 1 on a regression of ours",
     )
+
+
+def new_file(path: str) -> Path:
+    """The file that --json names, refused before anything is measured if it cannot be written."""
+    found = Path(path)
+    if found.is_dir() or not os.access(found.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file in a folder to write in, got {path!r}")
+    return found
 
 
 def threads_of(given: str | None, quick: bool) -> list[int]:
@@ -135,10 +143,16 @@ class Run:
         """Print, beside a bar of progress."""
         tqdm.write(text)
 
+    def keep(self, note: str) -> bool:
+        """Keep, once; whether it is new."""
+        new = note not in self.results.notes
+        if new:
+            self.results.notes.append(note)
+        return new
+
     def note(self, text: str) -> None:
         """Keep and print, once."""
-        if text not in self.results.notes:
-            self.results.notes.append(text)
+        if self.keep(text):
             self.say(text)
 
     def add(self, records: Sequence[Record], text: str, *, write: bool = True) -> None:
@@ -163,7 +177,7 @@ class Run:
         self.write()
         broken = [record for record in self.results.records if record.median_s is None]
         for record in broken:
-            what = record.feature or record.case
+            what = record.feature or f"{record.suite} {Case(**record.case)} {record.dtype}"
             print(f"no figure: {record.provider} {what}: {record.error}", file=sys.stderr)
         regressions = 0
         if self._old is not None:

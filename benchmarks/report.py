@@ -13,6 +13,11 @@ COLUMNS = "{:<24}{:>11}{:>19}{:>9}{:>8}{:>11}{:>10}  {}"
 HEADER = COLUMNS.format(
     "provider", "median", "p20 .. p80", "ratio", "share", "first", "peak", "parity"
 )
+LEGEND = """\
+ratio: the baseline's time / this one's, above 1 is faster; share: of the least time that the
+processor's peaks allow (bound); first: the first call in a fresh process, and peak: the memory
+that it adds; parity: the gate before the timing, "none" for what computes another function"""
+"""What the columns of a table are."""
 
 
 def seconds(value: float | None) -> str:

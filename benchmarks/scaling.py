@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks scaling`: one size varied at a time, and how the time grows with it.
+"""`python -m benchmarks scaling`: One size varied at a time, and how the time grows with it.
 
 Around H = 128, B = 16, T = 128: T, B, H, then the threads. The slope of log time over log size,
 fitted to the larger half of the sizes, is 1 where time is proportional.
@@ -112,7 +112,8 @@ def main(suite: str, arguments: list[str]) -> int:
 def _keep(run: program.Run, found: list[dict[str, Any]]) -> None:
     run.results.figures += found
     for figure in found:
-        threads = "" if not figure["threads"] else f", {figure['threads']} threads"
+        count = figure["threads"]
+        threads = f", {report.many_threads(count)}" if count else ""
         run.say(
             f"{figure['name']} {figure['suite']} {figure['provider']}{threads}: "
             f"{figure['value']:.2f}"

@@ -326,11 +326,31 @@ class TestCommandLine:
         assert all(r.share_of_bound == r.bound_s / r.median_s for r in found.records)
         assert "gru_fast.reference" in done.stdout and "train I3-H8-B2-T4" in done.stdout
 
+    def test_who_was_asked_for_and_takes_no_part_is_named(self, capsys):
+        arguments = ["train", "--quick", "--shapes", "H8-B1-T2", "--providers", "nn.GRUCell"]
+        assert cli.main([*arguments[:-1], "gru_fast.cpu.cell"]) == 0
+        assert "gru_fast.cpu.cell on train H8-B1-T2: a cell takes" in capsys.readouterr().out
+        assert cli.main(arguments) == 0
+        shown = capsys.readouterr().out
+        assert " on train " not in shown and "ratio: the baseline" in shown
+
+    def test_what_cannot_be_written_or_read_is_said_before_measuring(self, tmp_path, capsys):
+        for option, path, message in (
+            ("--json", tmp_path / "no folder" / "x.json", "a folder to write in"),
+            ("--json", tmp_path, "a folder to write in"),
+            ("--compare", tmp_path / "nothing.json", "No such file"),
+            ("--compare", ROOT / "README.md", "README.md"),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                cli.main(["train", option, str(path)])
+            assert message in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["train", "--shapes", "nope"], "shapes: expected"),
             (["infer", "--dtype", "float8"], "got 'float8'"),
+            (["infer", "--dtype", "tf32"], "tf32 needs --device cuda"),
             (["infer", "--threads", "0"], "threads: expected a list of numbers from 1"),
             (["infer", "--providers", "nobody"], "got 'nobody'"),
         ],

@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from benchmarks.gpu import supervisor
 from benchmarks.gpu.supervisor import Plan
 
@@ -37,6 +39,8 @@ def main(arguments: list[str]) -> int:
     """0 if every row was measured; 1 if some failed; 2 for what cannot run at all."""
     options = parser().parse_args(arguments)
 
+    if not options.dry and not torch.cuda.is_available():
+        return _complain("there is no GPU here; --dry runs the same program on the CPU")
     start = time.time()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -52,21 +56,21 @@ def main(arguments: list[str]) -> int:
     try:
         return _measure(plan, until, options)
     except ValueError as error:
-        print(f"python -m benchmarks gpu: {error}", file=sys.stderr)
-        return 2
+        return _complain(str(error))
+
+
+def _complain(text: str) -> int:
+    print(f"python -m benchmarks gpu: {text}", file=sys.stderr)
+    return 2
 
 
 def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
-    import torch
-
     from benchmarks import machine
     from benchmarks.gpu.rows import all_rows
     from benchmarks.gpu.worker import RESULTS
     from benchmarks.providers_kernels import kernel_names
     from benchmarks.records import read
 
-    if not options.dry and not torch.cuda.is_available():
-        raise ValueError("there is no GPU here; --dry runs the same program on the CPU")
     line = {**machine.describe(), "dry": options.dry}
     path = plan.out / RESULTS
     supervisor.keep_copy(path)

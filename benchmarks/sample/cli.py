@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks sample`: tokens drawn one after the other, and figures of the samplers."""
+"""`python -m benchmarks sample`: Tokens drawn one after the other, and figures of the samplers."""
 
 from __future__ import annotations
 
