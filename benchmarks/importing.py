@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT, program, timing
+from benchmarks import ROOT, program, report, timing
 
 IMPORTS = """
 import json, sys, time
@@ -120,5 +120,7 @@ def main(suite: str, arguments: list[str]) -> int:
             run.note(f"no wheel: {error}")
             failed = True
     for found in run.results.figures:
-        run.say(f"{found['name']:<26}{found['value']:>14,.3g} {found['unit']}")
+        value, unit = found["value"], found["unit"]
+        shown = report.seconds(value) if unit == "s" else f"{value:,.6g} {unit}"
+        run.say(f"{found['name']:<26}{shown:>14}")
     return run.finish() or int(failed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from itertools import product
 
-from benchmarks import cases, program, timing
+from benchmarks import cases, program, report, timing
 from benchmarks.problem import Problem
 from benchmarks.providers_gru_fast import Layer
 from benchmarks.providers_torch import TorchGRU
@@ -54,7 +54,11 @@ def main(suite: str, arguments: list[str]) -> int:
             records, notes = run_problem(Problem(case, mode, dtype, "cpu"), providers, setting)
             for note in notes:
                 run.note(note)
-            run.add(records, line(f"{mode} {case} {dtype}, {n} threads", records), write=False)
+            run.add(
+                records,
+                line(f"{mode} {case} {dtype}, {report.many_threads(n)}", records),
+                write=False,
+            )
         run.write()
     if left:
         run.note(f"budget of {options.budget:g} s used up: {left} cells not measured")

@@ -26,7 +26,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--budget", type=float, default=540, help="seconds for everything")
     found.add_argument("--resume", action="store_true", help="go on with DIR/gpu.json")
     found.add_argument("--retry", action="store_true", help="resume, failed rows once more too")
-    found.add_argument("--row-limit", type=float, default=60, help="seconds for one row")
+    found.add_argument(
+        "--row-limit",
+        type=float,
+        default=60,
+        help="seconds for one row; five times as many for peers/*",
+    )
     found.add_argument("--no-build", action="store_true", help="gru_fast is installed already")
     found.add_argument("--note", action="append", default=[], help=argparse.SUPPRESS)
     found.add_argument(
@@ -84,6 +89,7 @@ def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
     def left() -> list[str]:
         return [row.name for row in all_rows(options.dry) if row.name not in results.rows]
 
+    print(f"a line for each row: {plan.out / 'rows.log'}", flush=True)
     notes = []
     if names and left():
         processes = 1 if options.dry else min(16, os.cpu_count() or 1)
