@@ -45,7 +45,8 @@ X86_KERNELS = {
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
 }
 PYBIND11 = {"module.cpp", "sampler.cpp", "stream.cpp"}
-DLPACK = {"one_step.cpp"}
+DLPACK = {"direct.cpp"}
+PYTHON = {"prepack.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),
@@ -90,6 +91,8 @@ def flags_of(source: Path, torch: Path) -> list[str]:
         import pybind11
 
         return system(pybind11.get_include(), python)
+    if source.name in PYTHON:
+        return system(python)
     if source.name in DLPACK:
         return system(python, torch_headers)
     if source.parent.name == "csrc":

@@ -88,7 +88,7 @@ def claims_of(results: Results, parts: Sequence[str]) -> Iterator[Claim]:
     if "train" in parts:
         pairs += [(suite, {"gru_fast.cpu": "nn.GRU"}) for suite in figures_cpu.LAYERS]
     if "infer" in parts:
-        pairs += [("infer", {"gru_fast.cpu": "onnxruntime"})]
+        pairs += [("infer", figures_cpu.INFER_PEERS)]
     if "step" in parts:
         pairs += [("step", figures_cpu.STEP_PEERS)]
     for suite, peers in pairs:

@@ -13,7 +13,9 @@ from benchmarks.records import Record, Results
 from benchmarks.report import many_threads, seconds, threads
 
 LAYERS = ("train", "infer")
-STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell"}
+PREPACKED = "gru_fast.cpu.prepacked"
+STEP_PEERS = {"gru_fast.cpu": "nn.GRU", "gru_fast.cpu.cell": "nn.GRUCell", PREPACKED: "nn.GRU"}
+INFER_PEERS = {"gru_fast.cpu": "onnxruntime", PREPACKED: "onnxruntime"}
 OURS = "gru_fast."
 ISA = "gru_fast.cpu."
 ISA_ROWS = "isa/"
@@ -30,10 +32,17 @@ def layers(results: Results) -> str:
     return pivot("I = H, B, T", ((sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen))
 
 
+def ours(record: Record) -> str:
+    """What a column calls one of our providers."""
+    return "ours, prepacked" if record.provider == PREPACKED else "ours"
+
+
 def beside_onnx(results: Results) -> str:
-    found = beside(results, "infer", {"gru_fast.cpu": "onnxruntime"})
-    found.sort(key=lambda pair: pair[0].threads)
-    return pivot("I = H, B, T", ((sizes(r), f"infer, {threads(r)}", times(v)) for r, v in found))
+    found = beside(results, "infer", INFER_PEERS)
+    found.sort(key=lambda pair: (pair[0].provider, pair[0].threads))
+    return pivot(
+        "I = H, B, T", ((sizes(r), f"{ours(r)}, {threads(r)}", times(v)) for r, v in found)
+    )
 
 
 def steps(results: Results) -> str:
@@ -42,7 +51,7 @@ def steps(results: Results) -> str:
         (
             (
                 f"{r.case['H']}, {r.case['B']}",
-                f"`{STEP_PEERS[r.provider]}` / ours, {threads(r)}",
+                f"`{STEP_PEERS[r.provider]}` / {ours(r)}, {threads(r)}",
                 f"{times(value)}, {seconds(r.median_s)}",
             )
             for r, value in beside(results, "step", STEP_PEERS)
@@ -100,21 +109,27 @@ def peers(results: Results) -> str:
 
 
 def lost(results: Results) -> str:
-    """The rows in which a peer that computes the same is faster, the worst first."""
-    found: list[tuple[float, str, str]] = []
+    """The rows in which a peer that computes the same is faster, the worst first.
+
+    Beside them what is left of it with weights that are packed beforehand, where that was measured.
+    """
+    found: list[tuple[float, str, str, str]] = []
     for r in results.records:
         if r.parity != "ok" or r.provider.startswith(OURS):
             continue
-        for ours, value in beside(results, r.suite, {"gru_fast.cpu": r.provider}):
-            same = (ours.case, ours.threads, ours.dtype) == (r.case, r.threads, r.dtype)
-            if same and value < 1:
-                row = f"{r.suite} {sizes(ours)}, {ours.dtype}, {threads(ours)}"
-                found.append((value, row, r.provider))
+        same = (r.case, r.threads, r.dtype)
+        pairs = beside(results, r.suite, {"gru_fast.cpu": r.provider, PREPACKED: r.provider})
+        values = {o.provider: v for o, v in pairs if (o.case, o.threads, o.dtype) == same}
+        if values.get("gru_fast.cpu", 1) < 1:
+            row = f"{r.suite} {sizes(r)}, {r.dtype}, {threads(r)}, beside `{r.provider}`"
+            packed = times(values[PREPACKED]) if PREPACKED in values else ""
+            found.append((values["gru_fast.cpu"], row, times(values["gru_fast.cpu"]), packed))
     if not found:
         return "None."
     cells = []
-    for value, row, provider in sorted(found):
-        cells += [(f"{row}, beside `{provider}`", "peer's time / ours", times(value))]
+    for _, row, value, packed in sorted(found):
+        cells += [(row, "peer's time / ours", value)]
+        cells += [(row, "/ ours, prepacked", packed)] if packed else []
     return pivot("I = H, B, T", cells)
 
 

@@ -43,7 +43,11 @@ class Part:
 
 
 PARTS = {
-    "layers": Part("train infer --providers gru_fast.cpu,onnxruntime,openvino,jax.lax.scan", 12.5),
+    "layers": Part(
+        "train infer --providers "
+        "gru_fast.cpu,gru_fast.cpu.prepacked,onnxruntime,openvino,jax.lax.scan",
+        12.5,
+    ),
     "peers": Part(
         "train infer --threads {cpus} "
         "--providers gru_fast.cpu,keras.torch,nn.LSTM,nn.GRUCell,nn.GRU.compile",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -74,8 +75,31 @@ class Cell(Layer):
         return module_call(forward, problem, cell, CELL_WEIGHTS)
 
 
+class Prepacked(Layer):
+    """`gru_fast.GRU` inside of `gru_fast.prepacked`, for as long as the call is kept."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.name = "gru_fast.cpu.prepacked"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.training or problem.case.resets or problem.dtype != "float32":
+            return "weights are packed beforehand for float32, without gradients or resets"
+        return super().why_not(problem)
+
+    def prepare(self, problem: Problem, threads: int) -> Prepared:
+        module = gru_fast.GRU(problem.case.I, problem.case.H, backend=self.backend)
+        block = gru_fast.prepacked(module)
+        block.__enter__()
+
+        def forward(x: Tensor, h0: Tensor, block: Any = block) -> tuple[Tensor, Tensor]:
+            return module(x, h0)
+
+        return module_call(forward, problem, module)
+
+
 def providers(device: str) -> list[Provider]:
-    """The layer and the cell on every backend that can run on the device."""
+    """The layer, the cell and what else there is on every backend that can run on the device."""
     dtype = DTYPES["float32"]
     reasons: Mapping[str, str] = backends.why_not(device, dtype)
     names = [n for n in backends.NAMES if n not in reasons and n not in ("auto", "cudnn")]
@@ -83,4 +107,5 @@ def providers(device: str) -> list[Provider]:
     found: list[Provider] = []
     for name in names:
         found += [Layer(name)] if name == "reference" else [Layer(name), Cell(name)]
+        found += [Prepacked()] if name == "cpu" else []
     return found

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// gru_fast._C: what is not a tensor op. Tensors cross through torch.ops (ops.cpp), but for single
-// steps (one_step.cpp); everything else crosses here. Importing the module registers the ops.
+// gru_fast._C: what is not a tensor op. Tensors cross through torch.ops (ops.cpp), but for the
+// calls that direct.cpp takes; everything else crosses here. Importing the module registers the
+// ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "cpu/stats.h"
-#include "one_step.h"
+#include "direct.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -42,5 +43,5 @@ PYBIND11_MODULE(_C, m) {
       "Compiler, C++ standard and instruction sets this module was built with.");
   gru_fast::bind_sampler(m);
   gru_fast::bind_stream(m);
-  if (gru_fast::add_one_step(m.ptr()) != 0) throw py::error_already_set();
+  if (gru_fast::add_direct(m.ptr()) != 0) throw py::error_already_set();
 }

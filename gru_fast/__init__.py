@@ -14,6 +14,7 @@ from gru_fast.language_model import GRULanguageModel
 from gru_fast.layer_norm_gru import LayerNormGRU
 from gru_fast.memory import MemoryEstimate, memory_estimate
 from gru_fast.patch import patch, patched, unpatch
+from gru_fast.prepack import prepacked
 from gru_fast.sampler import Sampler, Stream
 from gru_fast.tbptt import tbptt
 
@@ -38,6 +39,7 @@ __all__ = [
     "memory_estimate",
     "patch",
     "patched",
+    "prepacked",
     "revert",
     "tbptt",
     "unpatch",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast import heads, one_step
+from gru_fast import direct, heads
 from gru_fast.checks import check_rows
 from gru_fast.dropout import Dropout, PackedDropout, state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
@@ -54,7 +54,7 @@ def gru_cell(
         ValueError: input or hx is neither 1-D nor 2-D, or a dtype differs from the weights'.
         RuntimeError: sizes that do not fit, or a named backend that cannot take the call.
     """
-    h = one_step.gru_cell(input, hx, [weight_ih, weight_hh, bias_ih, bias_hh], cell, backend)
+    h = direct.gru_cell(input, hx, [weight_ih, weight_hh, bias_ih, bias_hh], cell, backend)
     if h is not None:
         return h
     if input.dim() not in (1, 2):
@@ -226,7 +226,7 @@ def gru(
     plain = not (bidirectional or return_gates or (training and (dropout or recurrent_dropout)))
     plain = plain and num_heads == 1
     if plain and lengths is reset_mask is reset_state is h_scale is None:
-        done = one_step.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
+        done = direct.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
         if done is not None:
             return done
     _check_params(params, 4 if bias else 2, num_layers, bias, bidirectional)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from gru_fast import one_step, ops
-from one_step_spy import Spy
+from direct_spy import Spy
+from gru_fast import direct, ops
 from repository_tools import load
 
 if ops.HAS_CPU_KERNELS:
@@ -86,9 +86,9 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     """Counts the steps that go past the dispatcher."""
-    assert one_step._native is not None, "this torch has no exchange API, or there are no kernels"
-    spy = Spy(one_step._native)
-    monkeypatch.setattr(one_step, "_native", spy)
+    assert direct._native is not None, "this torch has no exchange API, or there are no kernels"
+    spy = Spy(direct._native)
+    monkeypatch.setattr(direct, "_native", spy)
     return spy
 
 

@@ -76,6 +76,7 @@ def test_every_public_name_exists_and_is_documented():
         "init",
         "patch",
         "patched",
+        "prepacked",
         "revert",
         "tbptt",
         "unpatch",

@@ -35,12 +35,13 @@ LAYERS = [
         "notations",
         "init",
         "patch",
+        "prepack",
         "tbptt",
         "memory",
         "onnx_*",
     ],
     ["recurrent"],
-    ["functional", "heads", "recurrence", "recurrence_*", "one_step", "dropout", "gates"],
+    ["functional", "heads", "recurrence", "recurrence_*", "direct", "dropout", "gates"],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
     ["autocast", "checks", "errors", "measured", "reference", "reference_*", "kernels"],
@@ -152,7 +153,7 @@ def test_torch_and_pybind11_meet_only_above_the_kernels(path):
     foreign = {header.split("/")[0] for header in headers} & {"torch", "ATen", "c10", "pybind11"}
     if path.name in BINDINGS:
         assert foreign == {"pybind11"}
-    elif path.name == "one_step.cpp":
+    elif path.name == "direct.cpp":
         assert [h for h in headers if h.startswith("ATen/")] == ["ATen/dlpack.h"]
         assert foreign == {"ATen"}
     else:

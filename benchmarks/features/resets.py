@@ -21,7 +21,7 @@ def _row(suite: str) -> Row:
         problem,
         [SplitAndPad("cpu"), CellLoop(), Layer("cpu")],
         quick=Case(5, 8, 3, 9, resets=0.2),
-        more=[square(256, 64, 64, resets=0.02)],
+        more=[square(64, 4, 128, resets=0.02), square(256, 64, 64, resets=0.02)],
     )
 
 

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "dot_pairs.h"
-#include "in_place.h"
+#include "gate_panels.h"
 #include "schedule.h"
 #include "team.h"
 
@@ -17,81 +17,6 @@ namespace {
 constexpr int64_t kProjectRows = 64;
 constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
 constexpr int kMaxAbreastVectors = 12;
-
-// Which weight rows form the panels of the first and second product of a step.
-struct GatePlan {
-  int first[3];
-  int first_count;
-  int second;  // reset_before: the candidate's rows, which need r of every unit first
-};
-
-constexpr GatePlan gate_plan(Cell cell) {
-  return cell == Cell::kResetAfter    ? GatePlan{{0, 1, 2}, 3, -1}
-         : cell == Cell::kResetBefore ? GatePlan{{0, 1, 0}, 2, 2}
-                                      : GatePlan{{0, 1, 0}, 2, -1};
-}
-
-// The weights of all groups, packed once a call by the whole team. Where each panel is used once
-// (by a single step, or by one product with all rows of a short sequence) few rows are taken to the
-// weights where they lie, and for many they are packed tile by tile.
-template <class Real>
-struct GatePanels {
-  int64_t H, K, tiles;
-  int gates[3];
-  int count;
-  Real* packed;        // (G, tiles) panels, or null: on the fly
-  Real* on_the_fly;    // of this member
-  const Real* weight;  // (G, N*H, K)
-  int64_t group_stride;
-
-  GRU_MEMBER int64_t panel_size() const { return packed_k<Real>(K) * count * kLanes<Real>; }
-  GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
-    if (packed != nullptr) return packed + (g * tiles + tile) * panel_size();
-    for (int i = 0; i < abreast; ++i) {
-      pack_gates(weight + g * group_stride, H, K, gates, count, tile + i,
-                 on_the_fly + i * panel_size());
-    }
-    return on_the_fly;
-  }
-  // Multiplies rows by the tiles of a group: see sweep() in tile.h.
-  template <class Epilogue>
-  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
-                           Epilogue epilogue) const {
-    if (packed == nullptr && rows <= kMaxRowsInPlace) {
-      sweep_in_place<Real>(
-          a, rows, K, count, range.begin, range.end,
-          [&](int64_t tile, int v) {
-            return weight + g * group_stride + (gates[v] * H + tile * kLanes<Real>)*K;
-          },
-          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
-      return;
-    }
-    sweep<Real>(
-        a, rows, K, count, range.begin, range.end,
-        [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
-  }
-  // Of one group, packed, as the products of the samplers have them.
-  GRU_MEMBER Panels panels(int64_t g) const {
-    return {reinterpret_cast<uint32_t*>(packed + g * tiles * panel_size()),
-            nullptr,
-            nullptr,
-            packed_k<Real>(K) / kPack<Real>,
-            tiles,
-            count};
-  }
-  GRU_MEMBER void pack(Range range) const {
-    if (packed == nullptr) return;
-    for (int64_t i = range.begin; i < range.end; ++i) {
-      pack_gates(weight + i / tiles * group_stride, H, K, gates, count, i % tiles,
-                 packed + i * panel_size());
-    }
-  }
-};
-
-template <class Real>
-constexpr Weights weights_of() {
-  return std::is_same_v<Real, BFloat16> ? Weights::kBFloat16 : Weights::kFloat32;
-}
 
 template <class Real>
 class ForwardScan {
@@ -104,7 +29,6 @@ class ForwardScan {
       : f_(f),
         p_(f.in),
         rows_{f.in},
-        plan_(gate_plan(f.in.cell)),
         gates_(gate_count(f.in.cell)),
         slots_(slot_count(f.in.cell)),
         tiles_(tiles_of<Real>(f.in.H)),
@@ -118,8 +42,8 @@ class ForwardScan {
     state_ = layout.take<Number>(2 * states);
     if constexpr (std::is_same_v<Real, Number>) operand_ = state_;
     if (multiplies_copy()) operand_ = layout.take<Real>(2 * states);
-    gated_ = plan_.second >= 0 ? layout.take<Real>(states) : nullptr;
-    update_ = plan_.second >= 0 ? layout.take<Number>(states) : nullptr;
+    gated_ = has_second_product(p_.cell) ? layout.take<Real>(states) : nullptr;
+    update_ = has_second_product(p_.cell) ? layout.take<Number>(states) : nullptr;
     gates_x_ = layout.take<Number>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
     const bool gathers = p_.order != nullptr && p_.weight_ih != nullptr;
     gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
@@ -127,18 +51,24 @@ class ForwardScan {
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     const int64_t panel = kMaxAbreastVectors * W * packed_k<Real>(most);
     Real* mine = layout.take<Real>(input_once ? threads * panel : 0) + member * panel;
-    auto panels = [&](const int* gates, int count, const Real* weight, int64_t K, bool on_the_fly) {
-      GatePanels<Real> made{
-          p_.H, K,      tiles_,           {gates[0], count > 1 ? gates[1] : 0, 0}, count, nullptr,
-          mine, weight, gates_ * p_.H * K};
-      if (count > 2) made.gates[2] = gates[2];
-      if (!on_the_fly) made.packed = layout.take<Real>(p_.G * tiles_ * made.panel_size());
+    auto panels = [&](int gate, int count, const Real* weight, int64_t K, bool on_the_fly,
+                      const Real* given) {
+      GatePanels<Real> made{p_.H, K,     tiles_, count, weight + gate * p_.H * K, gates_ * p_.H * K,
+                            mine, given, nullptr};
+      if (!on_the_fly && given == nullptr) {
+        made.packed = made.own = layout.take<Real>(p_.G * made.size());
+      }
       return made;
     };
-    const int all[3] = {0, 1, 2};
-    first_ = panels(plan_.first, plan_.first_count, p_.weight_hh, p_.H, once);
-    if (plan_.second >= 0) second_ = panels(&plan_.second, 1, p_.weight_hh, p_.H, once);
-    if (p_.weight_ih != nullptr) input_ = panels(all, gates_, p_.weight_ih, p_.I, input_once);
+    const int first = first_gates(p_.cell);
+    first_ = panels(0, first, p_.weight_hh, p_.H, once, f.packed_hh);
+    if (has_second_product(p_.cell)) {
+      const Real* given = f.packed_hh ? f.packed_hh + first_.size() : nullptr;
+      second_ = panels(first, 1, p_.weight_hh, p_.H, once, given);
+    }
+    if (p_.weight_ih != nullptr) {
+      input_ = panels(0, gates_, p_.weight_ih, p_.I, input_once, f.packed_ih);
+    }
     scratch_bytes_ = layout.used();
   }
 
@@ -158,7 +88,7 @@ class ForwardScan {
       for (int64_t step = begin; step < end; ++step) {
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
           if (p_.cell == Cell::kResetAfter) {
-            if (first_.packed != nullptr && alive(g, step) == 1) {
+            if (first_.packed != nullptr && alive(rows_.time(g, step)) == 1) {
               step_one_row(g, step, step - begin);
             } else {
               step_reset_after(g, step, step - begin);
@@ -170,7 +100,7 @@ class ForwardScan {
           }
         }
         if (share_.waits) team.barrier(member);
-        if (plan_.second < 0) continue;
+        if (!has_second_product(p_.cell)) continue;
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
           step_candidate(g, step, step - begin);
         }
@@ -195,10 +125,8 @@ class ForwardScan {
     return B * T <= rows ? T : B >= rows ? 1 : rows / B;
   }
 
-  // How many of this member's rows have a valid step.
-  GRU_MEMBER int64_t alive(int64_t g, int64_t step) const {
-    return share_.ranks.below(rows_.alive(rows_.time(g, step)));
-  }
+  // How many of this member's rows have a valid step at t.
+  GRU_MEMBER int64_t alive(int64_t t) const { return share_.ranks.below(rows_.alive(t)); }
 
   // Whether the product reads a copy of the state: scaled, or rounded.
   GRU_MEMBER bool multiplies_copy() const { return kPack<Real> > 1 || p_.h_scale != nullptr; }
@@ -260,7 +188,7 @@ class ForwardScan {
     };
     if (p_.weight_ih == nullptr) {
       for (int64_t step = begin; step < end; ++step) {
-        const int64_t t = rows_.time(g, step), rows = share_.ranks.below(rows_.alive(t));
+        const int64_t t = rows_.time(g, step), rows = alive(t);
         for (int64_t i = 0; i < rows; ++i) {
           const int64_t rank = share_.ranks[i];
           const Real* row = rows_.input_row(g, t, rows_.row(rank));
@@ -292,7 +220,7 @@ class ForwardScan {
         count = 0;
       };
       for (int64_t step = begin; step < end; ++step) {
-        const int64_t t = rows_.time(g, step), mine = share_.ranks.below(rows_.alive(t));
+        const int64_t t = rows_.time(g, step), mine = alive(t);
         for (int64_t i = 0; i < mine; ++i) {
           const int64_t rank = share_.ranks[i];
           std::memcpy(gathered_ + count * p_.I, rows_.input_row(g, t, rows_.row(rank)),
@@ -345,10 +273,9 @@ class ForwardScan {
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
                            int64_t t, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
-    panels.multiply({operand + ranks.first * ld_, ranks.stride * ld_}, ranks.below(rows_.alive(t)),
-                    g, share_.tiles, [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                      epilogue(ranks[i], tile, sums);
-                    });
+    panels.multiply({operand + ranks.first * ld_, ranks.stride * ld_}, alive(t), g, share_.tiles,
+                    [&](int64_t i, int64_t tile, const V* sums)
+                        GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
   }
 
   void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
@@ -472,7 +399,6 @@ class ForwardScan {
   const Forward<Real>& f_;
   const Problem<Real>& p_;
   const Schedule<Real> rows_;
-  const GatePlan plan_;
   const int gates_, slots_;
   const int64_t tiles_, ld_, chunk_;
   Number *state_, *update_, *gates_x_;

@@ -83,8 +83,8 @@ class NormForwardScan {
     const bool on_the_fly = p_.T == 1;
     const int64_t per_member = kMaxAbreastVectors * W * p_.H;
     Real* mine = layout.take<Real>(on_the_fly ? threads * per_member : 0) + member * per_member;
-    panels_ = {p_.H, p_.H, tiles_, {0, 1, 2}, 3, nullptr, mine, p_.weight_hh, 3 * p_.H * p_.H};
-    if (!on_the_fly) panels_.packed = layout.take<Real>(p_.G * tiles_ * panels_.panel_size());
+    panels_ = {p_.H, p_.H, tiles_, 3, p_.weight_hh, 3 * p_.H * p_.H, mine, nullptr, nullptr};
+    if (!on_the_fly) panels_.packed = panels_.own = layout.take<Real>(p_.G * panels_.size());
     scratch_bytes_ = layout.used();
   }
 
@@ -93,7 +93,7 @@ class NormForwardScan {
   void run(Team& team, int member) {
     share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, false);
     batch_ = rows_of(share_, p_.B);
-    if (panels_.packed != nullptr) panels_.pack(part_of(p_.G * tiles_, member, team.size()));
+    panels_.pack(part_of(p_.G * tiles_, member, team.size()));
     start();
     team.barrier(member);
     for (int64_t step = 0; step < p_.T; ++step) {

@@ -59,6 +59,16 @@ struct Forward {
   Real* output;     // (T, B, G*H)
   Real* h_n;        // (G, B, H)
   Real* workspace;  // (T, B, G, S*H), or null: not saved
+  // What KernelTable::pack made of the weights of the only group, or null: packed by the call.
+  const Real* packed_ih;
+  const Real* packed_hh;
+};
+
+// A weight of shape (N*H, K) to be packed for many calls.
+struct PackedWeight {
+  Cell cell;
+  int64_t H, K;
+  bool recurrent;  // weight_hh
 };
 
 // A null gradient pointer means: not asked for. Those that several steps add to in the result
@@ -93,6 +103,8 @@ struct KernelTable {
   void (*forward)(const Forward<Real>&, Team&, int threads, int member, void* scratch);
   int64_t (*backward_scratch_bytes)(const Backward<Real>&, int threads);
   void (*backward)(const Backward<Real>&, Team&, int threads, int member, void* scratch);
+  int64_t (*packed_weight_size)(const PackedWeight&);  // elements, aligned to 64 bytes
+  void (*pack_weight)(const PackedWeight&, const Real* weight, Real* to);
 };
 
 struct Kernels {

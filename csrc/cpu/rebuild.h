@@ -71,7 +71,7 @@ class Rebuild {
     step.reset_mask = nullptr;
     step.reset_state = nullptr;
     step.h_scale = nullptr;
-    return {step, discarded_, discarded_, c_.rebuilt(g, 0)};
+    return {step, discarded_, discarded_, c_.rebuilt(g, 0), nullptr, nullptr};
   }
 
   const Problem<Real>& p_;

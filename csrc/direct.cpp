@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// One time step of float32 layers, called from Python without torch's dispatcher, which costs more
-// than a small step. Tensors are read through the C exchange API that DLPack 1.3 defines and
-// torch.Tensor offers: a stable ABI, as the ops' is. Plain C functions, not pybind11's, whose
-// conversion of the arguments would cost as much as the rest of a small step.
-#include "one_step.h"
+// Float32 layers called from Python without torch's dispatcher, which costs more than a few small
+// steps. Tensors are read through the C exchange API that DLPack 1.3 defines and torch.Tensor
+// offers: a stable ABI, as the ops' is. Plain C functions, not pybind11's, whose conversion of the
+// arguments would cost as much as the rest of a small step.
+#include "direct.h"
 
 #include <ATen/dlpack.h>
 
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 
 #include "cell_names.h"
+#include "cpu/huge_pages.h"
+#include "prepack.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -108,12 +111,32 @@ struct Arguments {
   PyObject* const* weights;
   Py_ssize_t weight_count;
   long layers;
+  bool batch_first;
   PyObject* cell;
 };
 
-// The steps of all layers, each of which reads what the one before it writes; false if anything is
-// not plain or does not fit.
-bool read_steps(const Arguments& a, Forward<float>* steps) {
+// A layer and what it borrows from the list of packed weights.
+struct Layer {
+  Forward<float> forward{};
+  Panels32 packed_ih, packed_hh;
+
+  void find_packed() {
+    const Problem<float>& p = forward.in;
+    packed_ih = find_prepacked(p.weight_ih, {p.cell, p.H, p.I, false});
+    packed_hh = find_prepacked(p.weight_hh, {p.cell, p.H, p.H, true});
+    forward.packed_ih = packed_ih.get();
+    forward.packed_hh = packed_hh.get();
+  }
+};
+
+struct Stack {
+  Layer layers[kMaxLayers];
+  std::unique_ptr<float[]> between;  // outputs of two layers, where there are steps to be kept
+};
+
+// The layers, each of which reads what the one before it writes; false if anything is not plain or
+// does not fit.
+bool read_stack(const Arguments& a, Stack& stack) {
   static constexpr uint8_t forward_only[1] = {0};
   Cell cell;
   Dense output, h_n, input, hx;
@@ -122,7 +145,9 @@ bool read_steps(const Arguments& a, Forward<float>* steps) {
     return false;
   }
   const bool stacked = a.h_n != Py_None;
-  const int64_t B = input.rows(), H = hx.width();
+  const bool batch_first = a.batch_first && input.ndim == 3;
+  const int64_t T = stacked ? input.shape[batch_first ? 1 : 0] : 1;
+  const int64_t B = input.rows() / T, H = hx.width();
   if (stacked) {
     if (input.ndim != 2 && input.ndim != 3) return false;
     if (!read(a.h_n, h_n) || h_n.rows() != a.layers * B || h_n.width() != H) return false;
@@ -130,15 +155,19 @@ bool read_steps(const Arguments& a, Forward<float>* steps) {
   } else if (input.ndim > 2 || a.layers != 1) {
     return false;
   }
-  if (hx.rows() != a.layers * B || output.rows() != B || output.width() != H) return false;
+  if (hx.rows() != a.layers * B || output.rows() != T * B || output.width() != H) return false;
   const Py_ssize_t per_layer = a.weight_count / a.layers;
   if (a.weight_count % a.layers != 0 || (per_layer != 2 && per_layer != kMaxWeights)) return false;
+  if (T > 1 && a.layers > 1) {
+    stack.between.reset(new float[static_cast<size_t>(2 * T * B * H)]);
+  }
 
   const float* x = input.data;
-  int64_t width = input.width();
+  int64_t width = input.width(), stride_t = batch_first ? width : B * width;
+  int64_t stride_b = batch_first ? T * width : width;
   for (long k = 0; k < a.layers; ++k) {
-    Forward<float>& f = steps[k];
-    f.in.T = 1;
+    Forward<float>& f = stack.layers[k].forward;
+    f.in.T = T;
     f.in.B = B;
     f.in.G = 1;
     f.in.I = width;
@@ -146,71 +175,106 @@ bool read_steps(const Arguments& a, Forward<float>* steps) {
     f.in.cell = cell;
     f.in.reverse = forward_only;
     f.in.x = x;
-    f.in.x_stride_t = B * width;
-    f.in.x_stride_b = width;
+    f.in.x_stride_t = stride_t;
+    f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
     f.in.h0 = hx.data + k * B * H;
     if (!read_weights(a.weights + k * per_layer, per_layer, !stacked, f.in)) return false;
     f.h_n = stacked ? h_n.data + k * B * H : output.data;
-    f.output = k + 1 == a.layers ? output.data : f.h_n;
+    f.output = k + 1 == a.layers ? output.data
+               : T == 1          ? f.h_n
+                                 : stack.between.get() + k % 2 * T * B * H;
     x = f.output;
-    width = H;
+    width = stride_b = H;
+    stride_t = B * H;
   }
+  for (long k = 0; k < a.layers; ++k) stack.layers[k].find_packed();
+  prefer_huge_pages(output.data, static_cast<size_t>(T * B * H) * sizeof(float));
   return true;
 }
 
-// True, False or null, as one_step().
-PyObject* run_steps(const Arguments& a) {
-  Forward<float> steps[kMaxLayers] = {};
-  if (!read_steps(a, steps)) Py_RETURN_FALSE;
+// True, False or null, as run_direct().
+PyObject* run_stack(const Arguments& a) {
+  Stack stack;
   PyObject* kind = nullptr;
   std::string text;
-  Py_BEGIN_ALLOW_THREADS;
-  try {
-    for (long k = 0; k < a.layers; ++k) run_forward_kernel(steps[k]);
-  } catch (const std::bad_alloc&) {
-    kind = PyExc_MemoryError;
-  } catch (const std::invalid_argument& error) {
-    kind = PyExc_ValueError;
-    text = error.what();
-  } catch (const std::exception& error) {
-    kind = PyExc_RuntimeError;
-    text = error.what();
+  auto guarded = [&](auto&& body) {
+    try {
+      return body();
+    } catch (const std::bad_alloc&) {
+      kind = PyExc_MemoryError;
+    } catch (const std::invalid_argument& error) {
+      kind = PyExc_ValueError;
+      text = error.what();
+    } catch (const std::exception& error) {
+      kind = PyExc_RuntimeError;
+      text = error.what();
+    }
+    return false;
+  };
+  bool done = guarded([&] { return read_stack(a, stack); });
+  if (done) {
+    Py_BEGIN_ALLOW_THREADS;
+    done = guarded([&] {
+      for (long k = 0; k < a.layers; ++k) run_forward_kernel(stack.layers[k].forward);
+      return true;
+    });
+    Py_END_ALLOW_THREADS;
   }
-  Py_END_ALLOW_THREADS;
-  if (kind == nullptr) Py_RETURN_TRUE;
+  if (kind == nullptr) return PyBool_FromLong(done);
   PyErr_SetString(kind, text.c_str());
   return nullptr;
 }
 
-// Arguments: output, h_n or None, input, hx, list of weights, layers, cell. Without h_n it is a
-// cell: output and hx are (B, H) or (H,). With it, input has one step in either layout, and h_n and
-// hx are (layers, B, H), or (layers, H) where input is (1, I). True if the step was done; False,
-// with nothing written, if it is not a plain one.
-PyObject* one_step(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 7) {
-    PyErr_Format(PyExc_TypeError, "one_step: expected 7 arguments, got %zd", nargs);
+// Arguments: output, h_n or None, input, hx, list of weights, layers, batch_first, cell. Without
+// h_n it is a cell: output and hx are (B, H) or (H,). With it, h_n and hx are (layers, B, H), or
+// (layers, H) where input is (T, I); output is (T, B, H) in either layout of input. True if the
+// call was done; False, with nothing written, if it is not a plain one, or has several steps and
+// weights that are not prepacked.
+PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 8) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 8 arguments, got %zd", nargs);
     return nullptr;
   }
   if (read_tensor == nullptr || !PyList_CheckExact(args[4])) Py_RETURN_FALSE;
   const long layers = PyLong_AsLong(args[5]);
   if (layers == -1 && PyErr_Occurred()) return nullptr;
+  const int batch_first = PyObject_IsTrue(args[6]);
+  if (batch_first < 0) return nullptr;
   const Py_ssize_t count = PyList_GET_SIZE(args[4]);
   if (layers < 1 || layers > kMaxLayers || count > kMaxLayers * kMaxWeights) Py_RETURN_FALSE;
   // The caller holds the other tensors; the list may change while the lock is released, which
   // is_neg does too.
   PyObject* weights[kMaxLayers * kMaxWeights];
   for (Py_ssize_t i = 0; i < count; ++i) weights[i] = Py_NewRef(PyList_GET_ITEM(args[4], i));
-  PyObject* result =
-      run_steps({args[0], args[1], args[2], args[3], weights, count, layers, args[6]});
+  PyObject* result = run_stack(
+      {args[0], args[1], args[2], args[3], weights, count, layers, batch_first != 0, args[7]});
   for (Py_ssize_t i = 0; i < count; ++i) Py_DECREF(weights[i]);
   return result;
 }
 
+// Arguments: weight, cell, whether it is a weight_hh. A capsule, during whose life run_direct() has
+// the weight packed; None if it is not a plain matrix of whole gates.
+PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  if (nargs != 3) {
+    PyErr_Format(PyExc_TypeError, "prepack: expected 3 arguments, got %zd", nargs);
+    return nullptr;
+  }
+  Cell cell;
+  Dense weight;
+  const int recurrent = PyObject_IsTrue(args[2]);
+  if (recurrent < 0) return nullptr;
+  if (read_tensor == nullptr || !read_cell(args[1], cell) || !read(args[0], weight)) Py_RETURN_NONE;
+  if (weight.ndim != 2 || weight.shape[0] % gate_count(cell) != 0) Py_RETURN_NONE;
+  const int64_t H = weight.shape[0] / gate_count(cell), K = weight.width();
+  if (recurrent && K != H) Py_RETURN_NONE;
+  return prepack(args[0], weight.data, {cell, H, K, recurrent != 0});
+}
+
 // Arguments: torch.Tensor, torch.nn.Parameter. Whether this torch has the exchange API.
-PyObject* enable_one_step(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+PyObject* enable_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs != 2 || !PyType_Check(args[0]) || !PyType_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "enable_one_step: expected the types Tensor and Parameter");
+    PyErr_SetString(PyExc_TypeError, "enable_direct: expected the types Tensor and Parameter");
     return nullptr;
   }
   if (read_tensor != nullptr) Py_RETURN_TRUE;
@@ -239,12 +303,14 @@ PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssiz
 
 }  // namespace
 
-int add_one_step(PyObject* module) {
+int add_direct(PyObject* module) {
   static PyMethodDef methods[] = {
-      {"enable_one_step", as_method(&enable_one_step), METH_FASTCALL,
+      {"enable_direct", as_method(&enable_direct), METH_FASTCALL,
        "Learn torch's types; whether this torch can be read without its dispatcher."},
-      {"one_step", as_method(&one_step), METH_FASTCALL,
-       "One float32 step into output and h_n; False, with nothing written, if it is not plain."},
+      {"run_direct", as_method(&run_direct), METH_FASTCALL,
+       "Float32 layers into output and h_n; False, with nothing written, if it is not plain."},
+      {"prepack", as_method(&prepack_weight), METH_FASTCALL,
+       "A capsule during whose life run_direct has a weight packed; None if it is not plain."},
       {nullptr, nullptr, 0, nullptr},
   };
   return PyModule_AddFunctions(module, methods);

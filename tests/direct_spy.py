@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which single steps go past the dispatcher, and what they would be without that."""
+"""Which calls go past the dispatcher, and what they would be without that."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from gru_fast import one_step
+from gru_fast import direct
 
 
 class Spy:
@@ -27,11 +27,11 @@ class Spy:
 
 @contextmanager
 def ops_only() -> Iterator[None]:
-    native, one_step._native = one_step._native, None
+    native, direct._native = direct._native, None
     try:
         yield
     finally:
-        one_step._native = native
+        direct._native = native
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Tensor, ...] | tuple[type[Exception], str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One float32 time step on the CPU past the dispatcher, which costs more than a small step does.
+"""Float32 on the CPU past the dispatcher, which costs more than a few small steps do.
 
 The kernels are those of the ops, and so are the results, to the bit. A call goes this way only
 where no part of PyTorch would miss the operator: no gradients, and no compiler, tracer, transform,
@@ -9,7 +9,8 @@ the ops take it or say what is wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ _WATCHERS = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tra
 if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
     from gru_fast import _C
 
-    if hasattr(torch.autograd, "_profiler_enabled") and _C.enable_one_step(Tensor, nn.Parameter):
-        _native = _C.one_step
+    if hasattr(torch.autograd, "_profiler_enabled") and _C.enable_direct(Tensor, nn.Parameter):
+        _native = _C.run_direct
 
 _BACKENDS = ("auto", "cpu")
 _PLAIN = (Tensor, nn.Parameter)
@@ -72,7 +73,7 @@ def gru_cell(
     if hx is None or not _is_plain(hx) or backend not in _BACKENDS:
         return None
     output = torch.empty_like(hx)
-    return output if _native(output, None, input, hx, weights, 1, cell) else None
+    return output if _native(output, None, input, hx, weights, 1, False, cell) else None
 
 
 def gru(
@@ -85,22 +86,49 @@ def gru(
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """`functional.gru` in one direction, or None where the call is not plain or has more steps."""
+    """`functional.gru` in one direction, or None where the call is not plain."""
     if _native is None or torch.is_grad_enabled() or not _is_unobserved():
         return None
-    if hx is None or not _is_plain(hx) or not isinstance(input, Tensor) or not _is_plain(input):
-        return None
-    shape = input.shape
-    if len(shape) not in (2, 3) or shape[1 if batch_first and len(shape) == 3 else 0] != 1:
-        return None
-    if hx.dim() != len(shape):
+    if not isinstance(input, Tensor) or not _is_plain(input):
         return None
     if backend not in _BACKENDS or len(params) != num_layers * (4 if bias else 2):
         return None
+    shape = input.shape
+    if len(shape) not in (2, 3):
+        return None
+    by_row = batch_first and len(shape) == 3
+    if hx is None:
+        if not _is_plain(params[1]):
+            return None
+        rows = shape[:1] if by_row else shape[1:-1]
+        hx = input.new_zeros((num_layers, *rows, params[1].shape[-1]))
+    elif not _is_plain(hx) or hx.dim() != len(shape):
+        return None
     h_n = torch.empty_like(hx)
-    if num_layers == 1 and not batch_first:
+    steps, hidden = shape[1 if by_row else 0], hx.shape[-1]
+    if by_row and steps != 1:
+        output = hx.new_empty((steps, shape[0], hidden))
+    elif num_layers == 1 and steps == 1 and not by_row:
         output = torch.empty_like(hx)
     else:
-        output = hx.new_empty((*shape[:-1], hx.shape[-1]))
-    done = _native(output, h_n, input, hx, list(params), num_layers, cell)
-    return (output, h_n) if done else None
+        output = hx.new_empty((*shape[:-1], hidden))
+    if not _native(output, h_n, input, hx, list(params), num_layers, by_row, cell):
+        return None
+    return (output.transpose(0, 1) if by_row and steps != 1 else output), h_n
+
+
+@contextmanager
+def prepacked(weights: Iterable[tuple[Tensor, str, bool]]) -> Iterator[None]:
+    """Within it, calls that go this way find these weights packed.
+
+    Args:
+        weights: a weight, the cell that it belongs to, and whether it is a weight_hh. Those that no
+            call could bring here are ignored.
+    """
+    held = []
+    if _native is not None:
+        held = [_C.prepack(weight.detach(), cell, recurrent) for weight, cell, recurrent in weights]
+    try:
+        yield
+    finally:
+        held.clear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step past the dispatcher: taken where it is plain and nobody looks, with the ops' bits."""
+"""Calls past the dispatcher: taken where they are plain and nobody looks, with the ops' bits."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gru_fast
 from cases import CELLS
-from one_step_spy import Spy, assert_as_by_ops, assert_same
+from direct_spy import Spy, assert_as_by_ops, assert_same
 
 pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
@@ -39,25 +39,27 @@ def test_cell_is_bitwise_the_op(
     assert spy.taken == 1
 
 
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_gru_is_bitwise_the_op(
-    spy: Spy, isa: str, cell: str, batch_first: bool, batch: int | None, bias: bool, layers: int
+    spy: Spy, isa: str, cell: str, batch_first: bool, batch: int | None, layers: int, steps: int
 ) -> None:
-    module = gru_fast.GRU(I, H, layers, bias, batch_first, cell=cell)
     rows = () if batch is None else (batch,)
-    x = torch.randn(*((*rows[:1], 1, I) if batch_first else (1, *rows, I)))
+    x = torch.randn(*((*rows[:1], steps, I) if batch_first else (steps, *rows, I)))
     h = torch.randn(layers, *rows, H)
-    with torch.no_grad():
-        assert_as_by_ops(lambda: module(x, h))
-        h_before = h.clone()
-        output, h_n = module(x, h)
-    assert spy.taken == 2
-    assert torch.equal(h, h_before)
-    assert output.data_ptr() != h_n.data_ptr()
+    for bias in (True, False):
+        module = gru_fast.GRU(I, H, layers, bias, batch_first, cell=cell)
+        with torch.no_grad():
+            assert_as_by_ops(lambda module=module: module(x, h))
+            assert_as_by_ops(lambda module=module: module(x))
+            x_before, h_before = x.clone(), h.clone()
+            output, h_n = module(x, h)
+        assert torch.equal(x, x_before) and torch.equal(h, h_before)
+        assert output.data_ptr() != h_n.data_ptr()
+    assert spy.taken == 6
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -81,7 +83,7 @@ def test_stepping_is_bitwise_the_whole_sequence_and_any_batch(
         assert torch.equal(some[0], output[0, :1])
     finally:
         torch.set_num_threads(before)
-    assert spy.taken == 7
+    assert spy.taken == 8
 
 
 class SeesOps(TorchDispatchMode):
@@ -243,10 +245,11 @@ def test_without_the_exchange_api_the_ops_take_it() -> None:
         import torch
         del torch.Tensor.__dlpack_c_exchange_api__
         import gru_fast
-        from gru_fast import _C, one_step
-        assert one_step._native is None
-        args = (torch.zeros(2, 4), None, torch.zeros(2, 3), torch.zeros(2, 4), [], 1, "reset_after")
-        assert _C.one_step(*args) is False
+        from gru_fast import _C, direct
+        assert direct._native is None
+        x, h = torch.zeros(2, 3), torch.zeros(2, 4)
+        assert _C.run_direct(h.clone(), None, x, h, [], 1, False, "reset_after") is False
+        assert _C.prepack(torch.zeros(12, 4), "reset_after", True) is None
         with torch.no_grad():
             print(gru_fast.GRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4)).shape)
     """

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// A layer's weights as the products of the forward scan read them: packed by the call, on the fly
+// where each panel is used once, or packed for many calls before.
+#pragma once
+#include <type_traits>
+
+#include "dot.h"
+#include "in_place.h"
+#include "schedule.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+// How many gates the first recurrent product of a step has. reset_before has a second one, for the
+// candidate, which needs r of every unit first.
+constexpr int first_gates(Cell cell) { return cell == Cell::kResetAfter ? 3 : 2; }
+constexpr bool has_second_product(Cell cell) { return cell == Cell::kResetBefore; }
+
+template <class Real>
+constexpr Weights weights_of() {
+  return std::is_same_v<Real, BFloat16> ? Weights::kBFloat16 : Weights::kFloat32;
+}
+
+// The weights of some gates of all groups. Where they are not packed, few rows are taken to where
+// they lie, and for many they are packed tile by tile.
+template <class Real>
+struct GatePanels {
+  int64_t H, K, tiles;
+  int count;
+  const Real* weight;  // (G, N*H, K), from the first of the gates on
+  int64_t group_stride;
+  Real* on_the_fly;    // of this member
+  const Real* packed;  // (G, tiles) panels, or null: on the fly
+  Real* own;           // where this call packs them, or null
+
+  GRU_MEMBER int64_t panel_size() const { return packed_k<Real>(K) * count * kLanes<Real>; }
+  GRU_MEMBER int64_t size() const { return tiles * panel_size(); }  // of a group
+  GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
+    if (packed != nullptr) return packed + (g * tiles + tile) * panel_size();
+    for (int i = 0; i < abreast; ++i) {
+      pack_gates(weight + g * group_stride, H, K, count, tile + i, on_the_fly + i * panel_size());
+    }
+    return on_the_fly;
+  }
+  // Multiplies rows by the tiles of a group: see sweep() in tile.h.
+  template <class Epilogue>
+  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
+                           Epilogue epilogue) const {
+    if (packed == nullptr && rows <= kMaxRowsInPlace) {
+      sweep_in_place<Real>(
+          a, rows, K, count, range.begin, range.end,
+          [&](int64_t tile, int v) {
+            return weight + g * group_stride + (v * H + tile * kLanes<Real>)*K;
+          },
+          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
+      return;
+    }
+    sweep<Real>(
+        a, rows, K, count, range.begin, range.end,
+        [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
+  }
+  // Of one group, packed, as the products of the samplers have them.
+  GRU_MEMBER Panels panels(int64_t g) const {
+    return {reinterpret_cast<uint32_t*>(const_cast<Real*>(packed + g * size())),  // read only
+            nullptr,
+            nullptr,
+            packed_k<Real>(K) / kPack<Real>,
+            tiles,
+            count};
+  }
+  // Packs some of the G * tiles panels, if this call has to.
+  GRU_MEMBER void pack(Range range) const {
+    if (own == nullptr) return;
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      pack_gates(weight + i / tiles * group_stride, H, K, count, i % tiles, own + i * panel_size());
+    }
+  }
+};
+
+// The panels of weight_ih, or of weight_hh: those of the first product, then those of the second.
+template <class Real>
+int64_t packed_weight_size(const PackedWeight& w) {
+  return tiles_of<Real>(w.H) * gate_count(w.cell) * packed_k<Real>(w.K) * kLanes<Real>;
+}
+template <class Real>
+void pack_weight(const PackedWeight& w, const Real* weight, Real* to) {
+  const int64_t tiles = tiles_of<Real>(w.H);
+  const int first = w.recurrent ? first_gates(w.cell) : gate_count(w.cell);
+  auto pack = [&](int gate, int count) {
+    const GatePanels<Real> panels{w.H, w.K,     tiles,   count, weight + gate * w.H * w.K,
+                                  0,   nullptr, nullptr, to};
+    panels.pack({0, tiles});
+    to += panels.size();
+  };
+  pack(0, first);
+  if (first < gate_count(w.cell)) pack(first, 1);
+}
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast

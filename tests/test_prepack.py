@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prepacked`: the same bits, packed once, and again when a weight has changed."""
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gru_fast
+from cases import CELLS
+from direct_spy import Spy
+
+pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+
+I, H = 5, 19  # noqa: E741
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def users(weight: Tensor) -> int:
+    """How many tensors share the memory of one."""
+    count: Any = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+    return count(weight.untyped_storage()._cdata) - 1  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("cell", CELLS)
+def test_same_bits(
+    spy: Spy, isa: str, cell: str, layers: int, batch: int | None, steps: int
+) -> None:
+    for bias, batch_first in ((True, False), (False, True)):
+        module = gru_fast.GRU(I, H, layers, bias, batch_first, cell=cell)
+        rows = () if batch is None else (batch,)
+        x = torch.randn(*((*rows, steps, I) if batch_first else (steps, *rows, I)))
+        h = torch.randn(layers, *rows, H)
+        expected = module(x, h)
+        before, x_before, h_before = spy.taken, x.clone(), h.clone()
+        with gru_fast.prepacked(module):
+            first, again = module(x, h), module(x, h)
+        assert spy.taken == before + 2
+        for results in (first, again):
+            for given, wanted in zip(results, expected, strict=True):
+                assert torch.equal(given, wanted) and given.stride() == wanted.stride()
+        assert torch.equal(x, x_before) and torch.equal(h, h_before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_same_bits_where_units_and_threads_are_many(batch: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for cell in CELLS:
+            module = gru_fast.GRU(300, 530, 2, cell=cell)
+            x, h = torch.randn(7, batch, 300), torch.randn(2, batch, 530)
+            output, h_n = module(x, h)
+            state = h
+            with gru_fast.prepacked(module):
+                for given, wanted in zip(module(x, h), (output, h_n), strict=True):
+                    assert torch.equal(given, wanted)
+                for t in range(7):
+                    step, state = module(x[t, None], state)
+                    assert torch.equal(step[0], output[t])
+            assert torch.equal(state, h_n)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
+@pytest.mark.parametrize("cell", CELLS)
+def test_cells(spy: Spy, isa: str, cell: str, batch: int | None) -> None:
+    module = gru_fast.GRUCell(I, H, cell=cell)
+    rows = () if batch is None else (batch,)
+    x, h = torch.randn(*rows, I), torch.randn(*rows, H)
+    expected = module(x, h)
+    with gru_fast.prepacked(module):
+        assert torch.equal(module(x, h), expected)
+    assert spy.taken == 2
+
+
+def test_every_layer_inside_a_module() -> None:
+    model = nn.Sequential(nn.ModuleDict({"a": gru_fast.GRU(I, H), "b": gru_fast.GRUCell(I, H)}))
+    with gru_fast.prepacked(model):
+        for name, weight in model.named_parameters():
+            assert users(weight) == (2 if "weight" in name else 1)
+    assert all(users(weight) == 1 for weight in model.parameters())
+
+
+class Stepper:
+    """A layer, and what it gives with the weights that it has now."""
+
+    def __init__(self) -> None:
+        self.module = gru_fast.GRU(I, H)
+        self.x, self.h = torch.randn(1, 2, I), torch.randn(1, 2, H)
+
+    def __call__(self) -> Tensor:
+        return self.module(self.x, self.h)[0]
+
+    def expected(self) -> Tensor:
+        return copy.deepcopy(self.module)(self.x, self.h)[0]
+
+
+CHANGES = {
+    "in place": lambda m: m.weight_hh_l0.mul_(2),
+    "an element": lambda m: m.weight_ih_l0[3, 2].add_(1),
+    "load_state_dict": lambda m: m.load_state_dict(gru_fast.GRU(I, H).state_dict()),
+    "a new Parameter": lambda m: setattr(m, "weight_hh_l0", nn.Parameter(m.weight_hh_l0 * 2)),
+    "other memory": lambda m: setattr(m.weight_ih_l0, "data", m.weight_ih_l0 * 2),
+    "bias": lambda m: m.bias_hh_l0.data.add_(1),
+    "reset_parameters": lambda m: m.reset_parameters(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changes_are_seen(change: Any) -> None:
+    step = Stepper()
+    with gru_fast.prepacked(step.module):
+        before = step()
+        for _ in range(2):
+            change(step.module)
+            after = step()
+            assert not torch.equal(after, before) and torch.equal(after, step.expected())
+            before = after
+
+
+def test_an_optimisers_step_is_seen() -> None:
+    step = Stepper()
+    optimiser = torch.optim.SGD(step.module.parameters(), 0.1)
+    with gru_fast.prepacked(step.module):
+        before = step()
+        with torch.enable_grad():
+            step().square().mean().backward()
+        optimiser.step()
+        after = step()
+    assert not torch.equal(after, before) and torch.equal(after, step())
+
+
+def test_what_nobody_counts_is_used_after_the_block_only() -> None:
+    """As documented; and it shows that nothing is packed twice."""
+    step = Stepper()
+    with gru_fast.prepacked(step.module):
+        before = step()
+        step.module.weight_hh_l0.data.mul_(2)
+        assert torch.equal(step(), before)
+    assert torch.equal(step(), step.expected()) and not torch.equal(step(), before)
+
+
+def test_a_smaller_instruction_set_inside() -> None:
+    from gru_fast import _C
+
+    step, best = Stepper(), _C.cpu_isa()
+    try:
+        with gru_fast.prepacked(step.module):
+            for isa in (*_C.cpu_isas(), best):
+                _C.set_cpu_isa(isa)
+                assert torch.equal(step(), step.expected())
+    finally:
+        _C.set_cpu_isa(best)
+
+
+def test_nested_and_ended_in_any_order() -> None:
+    step = Stepper()
+    before = step()
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(gru_fast.prepacked(step.module))
+    second.enter_context(gru_fast.prepacked(nn.Sequential(step.module)))
+    step()
+    step.module.weight_hh_l0.data.mul_(2)  # not counted: shows what is packed
+    first.close()
+    assert torch.equal(step(), before)
+    second.close()
+    assert torch.equal(step(), step.expected())
+
+
+def test_ends_after_an_exception_and_keeps_nothing_alive() -> None:
+    step = Stepper()
+    weight = step.module.weight_hh_l0
+    with pytest.raises(KeyError), gru_fast.prepacked(step.module):
+        step()
+        assert users(weight) == 2
+        raise KeyError
+    assert users(weight) == 1
+
+
+def test_memory_that_is_given_up_is_kept_so_that_no_other_tensor_gets_its_address() -> None:
+    step = Stepper()
+    with gru_fast.prepacked(step.module):
+        step()
+        address = step.module.weight_hh_l0.data_ptr()
+        step.module.weight_hh_l0 = nn.Parameter(torch.zeros(3 * H, H))
+        gc.collect()
+        others = [torch.empty(3 * H, H) for _ in range(100)]
+        assert address not in [t.data_ptr() for t in others]
+        assert torch.equal(step(), step.expected())
+
+
+def test_copies_made_inside_are_plain() -> None:
+    step = Stepper()
+    with gru_fast.prepacked(step.module):
+        step()
+        copies = [copy.deepcopy(step.module), pickle.loads(pickle.dumps(step.module))]
+        for module in copies:
+            assert users(module.weight_hh_l0) == 1
+            assert torch.equal(module(step.x, step.h)[0], step())
+
+
+def test_threads_that_step_while_a_block_opens_and_closes() -> None:
+    step = Stepper()
+    expected, wrong, stop = step(), [], threading.Event()
+
+    def run() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                if not torch.equal(step(), expected):
+                    wrong.append(1)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(300):
+        with gru_fast.prepacked(step.module):
+            step()
+            step.module.weight_hh_l0.mul_(1)  # counted: packed again
+            step()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "options", [{"bidirectional": True}, {"num_heads": 2}, {"dtype": torch.float64}], ids=str
+)
+def test_what_is_not_served_is_as_outside(options: dict[str, Any]) -> None:
+    module = gru_fast.GRU(I, 2 * H, **options)
+    dtype = options.get("dtype", torch.float32)
+    x = torch.randn(3, 2, I, dtype=dtype)
+    h = torch.randn(2 if module.bidirectional else 1, 2, 2 * H, dtype=dtype)
+    expected = module(x, h)
+    with gru_fast.prepacked(module):
+        assert torch.equal(module(x, h)[0], expected[0])
+
+
+def test_with_gradients_it_is_as_outside(spy: Spy) -> None:
+    step = Stepper()
+    with torch.enable_grad():
+        expected = torch.autograd.grad(step().sum(), list(step.module.parameters()))
+        with gru_fast.prepacked(step.module):
+            given = torch.autograd.grad(step().sum(), list(step.module.parameters()))
+    assert all(map(torch.equal, given, expected))
+    assert spy.taken == 0
+
+
+def test_sequences_that_are_not_plain_go_by_the_ops(spy: Spy) -> None:
+    module = gru_fast.GRU(I, H, 2)
+    x, h = torch.randn(2, 4, I).transpose(0, 1), torch.randn(2, 2, H)
+    lengths = torch.tensor([4, 2])
+    expected = module(x, h), module(x, h, lengths=lengths)
+    with gru_fast.prepacked(module):
+        given = module(x, h), module(x, h, lengths=lengths)
+    assert spy.taken == 0
+    for results, wanted in zip(given, expected, strict=True):
+        assert all(map(torch.equal, results, wanted))
+
+
+def test_layers_of_which_some_are_not_packed(spy: Spy) -> None:
+    module = gru_fast.GRU(I, H, 2)
+    one, several, h = torch.randn(1, 2, I), torch.randn(3, 2, I), torch.randn(2, 2, H)
+    expected = module(one, h), module(several, h)
+    spy.taken = 0
+    with gru_fast.prepacked(module):
+        module.weight_hh_l1 = nn.Parameter(module.weight_hh_l1.clone())
+        given = module(one, h), module(several, h)
+    assert spy.taken == 2
+    for results, wanted in zip(given, expected, strict=True):
+        assert all(map(torch.equal, results, wanted))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match=r"module: expected an nn.Module, got function"):
+        with gru_fast.prepacked(lambda x: x):  # type: ignore[arg-type]
+            pass
+    with torch.inference_mode():
+        cell = gru_fast.GRUCell(I, H)
+    with pytest.raises(RuntimeError, match=r"0.weight_ih: expected a tensor made outside of"):
+        with gru_fast.prepacked(nn.Sequential(cell)):
+            pass
+
+
+def test_the_native_function_checks_what_it_is_given() -> None:
+    from gru_fast import _C
+
+    weight = torch.zeros(3 * H, H)
+    for bad in (
+        (None, "reset_after", True),
+        (weight, "lstm", True),
+        (weight[:-1], "reset_after", True),
+        (weight[:, :-1], "reset_after", False),
+        (weight.double(), "reset_after", False),
+        (torch.zeros(3 * H, H + 1), "reset_after", True),
+        (torch.zeros(3 * H), "reset_after", False),
+        (torch.zeros(0, H), "reset_after", False),
+        (weight.to("meta"), "reset_after", False),
+        (weight.to_sparse(), "reset_after", False),
+    ):
+        assert _C.prepack(*bad) is None
+    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+        _C.prepack(weight)  # type: ignore[call-arg]
+    assert _C.prepack(weight, "reset_after", True) is not None
