@@ -35,8 +35,13 @@ def complaint() -> str | None:
     if origin != ROOT / "gru_fast":
         return f"gru_fast is not this checkout's but {origin}; run this {needs}"
     # The checkout hides a package that was installed without -e: it has kernels/ elsewhere.
-    if find_spec("gru_fast.kernels") is None:
+    kernels = find_spec("gru_fast.kernels")
+    if kernels is None or kernels.origin is None:
         return f"gru_fast is not installed editable, as the benchmarks need it; run this {needs}"
+    # It hides the Python code only of another checkout that this environment is for.
+    home = Path(kernels.origin).resolve().parents[1]
+    if home != ROOT.resolve():
+        return f"the kernels measured would be those of {home}; run this {needs}"
     return None
 
 

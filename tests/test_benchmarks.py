@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,17 @@ class TestCommandLine:
         every = providers.all_providers("cpu")
         chosen = providers.choose(every, "*reference")
         assert [p.name for p in chosen] == ["nn.GRU", "nn.GRU.split_pad", "gru_fast.reference"]
+
+    def test_the_kernels_of_another_checkout_are_not_measured(self, tmp_path):
+        """Here the environment of this one runs the benchmarks of a copy."""
+        for folder in ("benchmarks", "gru_fast"):
+            leave = shutil.ignore_patterns("__pycache__", "results", "*.so")
+            shutil.copytree(ROOT / folder, tmp_path / folder, ignore=leave)
+        command = [sys.executable, "-m", "benchmarks", "infer", "--quick"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2, done.stdout
+        assert f"the kernels measured would be those of {ROOT.resolve()}" in done.stderr
+        assert f"run this from {tmp_path}" in done.stderr
 
     def test_a_plain_installation_is_told_the_command(self):
         """-S leaves out the .pth files, so nothing is editable; the packages are still there."""
