@@ -131,7 +131,7 @@ struct Layer {
 
 struct Stack {
   Layer layers[kMaxLayers];
-  std::unique_ptr<float[]> between;  // outputs of two layers, where there are steps to be kept
+  std::unique_ptr<float[]> between;  // outputs of inner layers, where T > 1
 };
 
 // The layers, each of which reads what the one before it writes; false if anything is not plain or
@@ -159,7 +159,7 @@ bool read_stack(const Arguments& a, Stack& stack) {
   const Py_ssize_t per_layer = a.weight_count / a.layers;
   if (a.weight_count % a.layers != 0 || (per_layer != 2 && per_layer != kMaxWeights)) return false;
   if (T > 1 && a.layers > 1) {
-    stack.between.reset(new float[static_cast<size_t>(2 * T * B * H)]);
+    stack.between.reset(new float[static_cast<size_t>((a.layers > 2 ? 2 : 1) * T * B * H)]);
   }
 
   const float* x = input.data;
@@ -229,8 +229,7 @@ PyObject* run_stack(const Arguments& a) {
 // Arguments: output, h_n or None, input, hx, list of weights, layers, batch_first, cell. Without
 // h_n it is a cell: output and hx are (B, H) or (H,). With it, h_n and hx are (layers, B, H), or
 // (layers, H) where input is (T, I); output is (T, B, H) in either layout of input. True if the
-// call was done; False, with nothing written, if it is not a plain one, or has several steps and
-// weights that are not prepacked.
+// call was done; False, with nothing written, if it is not a plain one.
 PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (nargs != 8) {
     PyErr_Format(PyExc_TypeError, "run_direct: expected 8 arguments, got %zd", nargs);
