@@ -13,8 +13,8 @@ int threads_worth(const Problem<Real>& p, int passes, int available) {
   if (available <= 1) return 1;
   // Orders of magnitude of one core: what a step takes is bound by arithmetic or by reading
   // weights.
-  constexpr double kFlopsPerNs = sizeof(Real) == 2 ? 160 : 80, kBytesPerNs = 80;
-  constexpr double kRegionNs = 25'000, kBarrierNs = 1'500;
+  constexpr double kFlopsPerNs = sizeof(Real) == 2 ? 200 : 100, kBytesPerNs = 80;
+  constexpr double kRegionNs = 18'000, kBarrierNs = 1'500;
   const double products = static_cast<double>(gate_count(p.cell)) * p.H * p.G;
   auto step_ns = [&](double inner) {
     const double arithmetic = 2 * products * inner * p.B / kFlopsPerNs;
