@@ -15,8 +15,10 @@ import triton.language as tl
 
 from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
+from .generate_tables import computed_anew
 from .generation import LOGITS_IN_PART, Generation, exchange_of
 from .grid import arrive, load_panels, wait
+from .tile import anew, anew_in_a_row
 from .tiling import Config, device_of
 
 
@@ -92,44 +94,58 @@ def generate_grid(
     WHOLE: tl.constexpr,
     DRAW_B: tl.constexpr,
     RESIDENT: tl.constexpr,
+    ANEW: tl.constexpr,  # as `generate_tables.computed_anew` says
     SAMPLE: tl.constexpr,
     SHAPED: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    lane = tl.arange(0, BLOCK_B)
     programs = tl.num_programs(1)
     counter_ptr = counters_ptr + tl.program_id(0)
-    units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    first_row = (first_tile + tl.program_id(0)).to(tl.int64) * BLOCK_B
-    row = first_row + lane
-    in_rows = row < B
+    tile = first_tile + tl.program_id(0)
+    lanes = tl.arange(0, BLOCK_B)
+    begin = tile.to(tl.int64) * BLOCK_B
+    rows = begin + lanes
+    in_tile = rows < B
+    own_units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    # Of the rows of the tile those that this program draws for.
+    own_lanes = tl.program_id(1) * DRAW_B + tl.arange(0, DRAW_B)
+    in_own = (own_lanes < BLOCK_B) & (begin + own_lanes < B)
     panels_hh = ()
     panels_ih = ()
     for layer in tl.static_range(L):
-        panels_hh += (load_gate_panels(weight_hh_ptr, layer, units, CELL, H, BLOCK_K, RESIDENT),)
+        panels_hh += (
+            load_gate_panels(weight_hh_ptr, layer, own_units, CELL, H, BLOCK_K, RESIDENT),
+        )
         if layer > 0:
             panels_ih += (
-                load_gate_panels(weight_ih_ptr, layer - 1, units, CELL, H, BLOCK_K, RESIDENT),
+                load_gate_panels(weight_ih_ptr, layer - 1, own_units, CELL, H, BLOCK_K, RESIDENT),
             )
         else:
             # Stands for the panels of the layer that is entered through the table.
             panels_ih += (panels_hh[0],)
 
-    length = tl.load(lengths_ptr + row, mask=in_rows, other=0).to(tl.int32)
-    status = tl.load(status_ptr + row, mask=in_rows, other=1)
-    shortest = tl.min(tl.where(in_rows, length, 2147483647), 0)
-    # The rows of the tile that this program draws for.
-    mine = tl.program_id(1) * DRAW_B + tl.arange(0, DRAW_B)
-    in_mine = (mine < BLOCK_B) & (first_row + mine < B)
+    length = tl.load(lengths_ptr + rows, mask=in_tile, other=0).to(tl.int32)
+    status = tl.load(status_ptr + rows, mask=in_tile, other=1)
+    shortest = tl.min(tl.where(in_tile, length, 2147483647), 0)
     # Every program finds the same: a store would be seen by some of them too early.
-    refused = lane * 0
+    refused = lanes * 0
     arrivals = step_begin * 0
     going = tl.sum((status == 0).to(tl.int32), 0)
-    for position in range(step_begin, step_end):
+    for position in tl.range(step_begin, step_end, disable_licm=ANEW != "nothing"):
         # A loop that ended early would be `while`: weights would be kept in registers through it.
         if going > 0:
+            if ANEW == "tiles":
+                batch, first_row = anew(B), anew(tile).to(tl.int64) * BLOCK_B
+                lane, units = anew_in_a_row(lanes), anew_in_a_row(own_units)
+                mine = anew_in_a_row(own_lanes)
+                row = first_row + lane
+                in_rows = row < batch
+                in_mine = (mine < BLOCK_B) & (first_row + mine < batch)
+            else:
+                batch, first_row, row, in_rows, in_mine = B, begin, rows, in_tile, in_own
+                lane, units, mine = lanes, own_units, own_lanes
             alive = (status == 0) & (refused == 0)
             drawn = last_drawn(tokens_ptr, row, position, length, in_rows, S)
             token, unknown = next_input(prompts_ptr, row, position, length, drawn, alive, P, V)
@@ -141,7 +157,7 @@ def generate_grid(
                         layer, position, token, alive, table_ptr, weight_ih_ptr, weight_hh_ptr,
                         bias_ih_ptr, bias_hh_ptr, state_ptr, operand_ptr, gated_ptr, update_ptr,
                         panels_ih[layer], panels_hh[layer], counter_ptr, arrivals, units, first_row,
-                        lane, in_rows, B, layer == 0, "gates", CELL, L, H, BLOCK_H, BLOCK_B,
+                        lane, in_rows, batch, layer == 0, "gates", CELL, L, H, BLOCK_H, BLOCK_B,
                         BLOCK_K, RESIDENT, PRECISION,
                     )  # fmt: skip
                     arrive(counter_ptr)
@@ -150,8 +166,9 @@ def generate_grid(
                     layer, position, token, alive, table_ptr, weight_ih_ptr, weight_hh_ptr,
                     bias_ih_ptr, bias_hh_ptr, state_ptr, operand_ptr, gated_ptr, update_ptr,
                     panels_ih[layer], panels_hh[layer], counter_ptr, arrivals, units, first_row,
-                    lane, in_rows, B, layer == 0, "candidate" if CELL == "reset_before" else "all",
-                    CELL, L, H, BLOCK_H, BLOCK_B, BLOCK_K, RESIDENT, PRECISION,
+                    lane, in_rows, batch, layer == 0,
+                    "candidate" if CELL == "reset_before" else "all", CELL, L, H, BLOCK_H, BLOCK_B,
+                    BLOCK_K, RESIDENT, PRECISION,
                 )  # fmt: skip
                 arrive(counter_ptr)
                 arrivals += programs
@@ -159,7 +176,7 @@ def generate_grid(
             if position >= shortest:
                 run_head(
                     head_ptr, head_bias_ptr, operand_ptr, logits_ptr, position, tl.program_id(1),
-                    programs, first_row, lane, in_rows, B, V, L, H, BLOCK_T, BLOCK_B, BLOCK_K,
+                    programs, first_row, lane, in_rows, batch, V, L, H, BLOCK_T, BLOCK_B, BLOCK_K,
                     PRECISION,
                 )  # fmt: skip
                 arrive(counter_ptr)
@@ -177,12 +194,12 @@ def generate_grid(
                 status = tl.load(status_ptr + row, mask=in_rows, other=1, cache_modifier=".cg")
             going = tl.sum(((status == 0) & (refused == 0)).to(tl.int32), 0)
     status = tl.where(refused > 0, refused, status)
-    tl.store(status_ptr + row, status, mask=in_rows & (lane * 0 + tl.program_id(1) == 0))
+    tl.store(status_ptr + rows, status, mask=in_tile & (lanes * 0 + tl.program_id(1) == 0))
 
 
 def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive; each launch fits."""
-    B, H = call.rows.B, call.weights.H
+    B, H, device = call.rows.B, call.weights.H, device_of(call.rows.state)
     unit_tiles, batch_tiles = triton.cdiv(H, config.BLOCK_H), triton.cdiv(B, config.BLOCK_B)
     DRAW_B = triton.next_power_of_2(triton.cdiv(config.BLOCK_B, unit_tiles))
     known = (
@@ -191,7 +208,7 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
         | config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K", "RESIDENT")
     )
     counters = torch.zeros(batch_tiles, dtype=torch.int32, device=call.rows.state.device)
-    most = max(1, device_of(call.rows.state).processors // unit_tiles)
+    most = max(1, device.processors // unit_tiles)
     for first_tile in range(0, batch_tiles, most):
         tiles = min(most, batch_tiles - first_tile)
         generate_grid[(tiles, unit_tiles)](
@@ -201,5 +218,6 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
             step_end=steps[1],
             first_tile=first_tile,
             DRAW_B=DRAW_B,
+            ANEW=computed_anew(device, call.weights.numbers, config),
             launch_cooperative_grid=True,
         )

@@ -36,6 +36,28 @@ def _reciprocal(a):
 
 
 @triton.jit
+def anew(number):
+    """The same int32, or tile of them, of which the compiler knows nothing.
+
+    At the head of a loop's body it keeps there what follows from it, which otherwise is computed
+    before the loop and holds registers through all of it.
+    """
+    if INTERPRETED or not is_cuda():
+        return number
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def anew_in_a_row(numbers):
+    """`anew` of N int32s in a row from a multiple of N on; else loads would go one by one."""
+    N: tl.constexpr = numbers.shape[0]
+    return tl.max_contiguous(tl.multiple_of(anew(numbers), N), N)
+
+
+@triton.jit
 def sigmoid(a):
     return _reciprocal(1.0 + _exp2(-1.4426950408889634 * a))
 
