@@ -4,6 +4,10 @@
 import triton
 
 BY_VERSION: dict[str, dict[str, int]] = {
+    "3.6.0": {
+        "sm_80 generate_grid tf32 reset_before filters L2 H1024 V1000: B8 H32 K32 w8": 8,
+        "sm_90 generate_grid 16 reset_after filters L1 H512 V50000: B8 H32 K128 w8": 8,
+    },
     "3.9.0": {
         "sm_100 generate_cta 16 reset_after filters L1 H64 V128: B16 H64 K0 w8": 80,
         "sm_100 generate_step tf32x3 reset_after filters L2 H256 V1000: B16 H32 K32 w4 s2 #1": 8,
@@ -17,7 +21,7 @@ BY_VERSION: dict[str, dict[str, int]] = {
         "sm_90 forward_grid tf32 reset_after everything to 256: B8 H64 K64 w4": 16,
         "sm_90 generate_cta 16 reset_before filters L1 H128 V128: B16 H128 K0 w8": 8,
         "sm_90 generate_step tf32 reset_after filters L2 H300 V1000: B16 H32 K32 w4 s3 #2": 8,
-    }
+    },
 }
 
 BYTES = BY_VERSION.get(triton.__version__, {})
