@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and backward passes of layers, scans and layer-normalised scans for sanitizers: every
-// block of memory is as large as the kernels asked for, and filled with NaN. One thread and several
-// must agree in every bit. Exits non-zero on a fault.
+// block of memory is as large as the kernels asked for, and filled with NaN. One thread and
+// several, and weights packed before and by the call, must agree in every bit. Exits non-zero on a
+// fault.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -156,12 +157,36 @@ void on_team(const Call& call, int threads, int64_t (*scratch_bytes)(const Call&
   for (std::thread& other : others) other.join();
 }
 
-Results layer(const Case& c, const Inputs& in, int threads) {
+struct Free {
+  void operator()(float* memory) const { std::free(memory); }
+};
+using Panels = std::unique_ptr<float, Free>;
+
+Panels packed(const PackedWeight& weight, const Values& values) {
+  const KernelTable<float>& kernels = baseline::table().f32;
+  const size_t bytes = static_cast<size_t>(kernels.packed_weight_size(weight)) * sizeof(float);
+  Panels panels(static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64)));
+  std::memset(panels.get(), 0xff, bytes);
+  kernels.pack_weight(weight, values.data(), panels.get());
+  return panels;
+}
+
+Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = false) {
   const KernelTable<float>& kernels = baseline::table().f32;
   const int64_t rows = c.T * c.B * c.G, gates = in.N * c.H, states = c.G * c.B * c.H;
   Results results;
-  Forward<float> f{in.problem(c, true), results.make(rows * c.H), results.make(states), nullptr};
+  Forward<float> f{};
+  f.in = in.problem(c, true);
+  f.output = results.make(rows * c.H);
+  f.h_n = results.make(states);
   if (!c.recompute) f.workspace = results.make(rows * slot_count(c.cell) * c.H);
+  Panels packed_ih, packed_hh;
+  if (prepacked) {
+    packed_ih = packed({c.cell, c.H, c.I, false}, in.weight_ih);
+    packed_hh = packed({c.cell, c.H, c.H, true}, in.weight_hh);
+    f.packed_ih = packed_ih.get();
+    f.packed_hh = packed_hh.get();
+  }
   on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
 
   Backward<float> b{};
@@ -245,9 +270,12 @@ int main() {
       for (int threads : {2, 5}) {
         const bool same = layer(layer_case, x, threads) == layer(layer_case, x, 1) &&
                           layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1);
+        const bool packed_alike =
+            G > 1 || layer(layer_case, x, threads, true) == layer(layer_case, x, 1);
         const bool norm = cell == Cell::kResetAfter;
-        if (!same || (norm && !(norm_scan(scan_case, gates_x, threads) ==
-                                norm_scan(scan_case, gates_x, 1)))) {
+        if (!same || !packed_alike ||
+            (norm &&
+             !(norm_scan(scan_case, gates_x, threads) == norm_scan(scan_case, gates_x, 1)))) {
           std::fprintf(stderr, "fault: threads show, or a result was not written\n");
           return 1;
         }
