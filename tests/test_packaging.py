@@ -51,7 +51,7 @@ def test_installed_metadata():
     assert info["Requires-Python"] == ">=3.10"
     core = [line for line in metadata.requires("gru_fast") or [] if "extra ==" not in line]
     assert sorted(core) == ["numpy", "torch>=2.11"]
-    extras = {"triton", "train", "plot", "bench", "onnx", "dev", "docs"}
+    extras = {"triton", "train", "plot", "bench", "bench-gpu", "onnx", "dev", "docs"}
     assert set(info.get_all("Provides-Extra")) == extras
 
 
