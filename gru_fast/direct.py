@@ -106,7 +106,8 @@ def gru(
         return None
     h_n = torch.empty_like(hx)
     steps, hidden = shape[1 if by_row else 0], hx.shape[-1]
-    if by_row and steps != 1:
+    turned = by_row and steps != 1
+    if turned:
         output = hx.new_empty((steps, shape[0], hidden))
     elif num_layers == 1 and steps == 1 and not by_row:
         output = torch.empty_like(hx)
@@ -114,7 +115,7 @@ def gru(
         output = hx.new_empty((*shape[:-1], hidden))
     if not _native(output, h_n, input, hx, list(params), num_layers, by_row, cell):
         return None
-    return (output.transpose(0, 1) if by_row and steps != 1 else output), h_n
+    return (output.transpose(0, 1) if turned else output), h_n
 
 
 @contextmanager

@@ -24,8 +24,8 @@ def prepacked(module: nn.Module) -> Iterator[None]:
     is for programs that call a layer often with few steps: acting, serving, streaming.
 
     It serves calls without gradients in float32 on the CPU, in one direction and with `num_heads`
-    of 1, without `lengths`, `reset_mask` or `return_gates`. Every other call,
-    also on other devices, is as outside. Meanwhile each weight that is used stands in memory twice.
+    of 1, without `lengths`, `reset_mask` or `return_gates`. Every other call, also on other
+    devices, is as outside. Meanwhile each weight that is used stands in memory twice.
 
     PyTorch counts changes in place: an optimiser's step, `load_state_dict`, `copy_` under
     `torch.no_grad()`. Another `Parameter`, or other memory by `.data = tensor`, is used where it

@@ -108,3 +108,12 @@ def quick_results(tmp_path_factory):
         arguments = ["--quick", *more, "--json", str(folder / f"cpu-{suite}.json")]
         assert load(module).main(suite, arguments) == 0
     return folder
+
+
+@pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Each number of threads in turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

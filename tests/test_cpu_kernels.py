@@ -4,7 +4,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -19,14 +19,6 @@ from helpers import assert_parity
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-
-
-@pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def forward(inputs: LayerInputs, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
