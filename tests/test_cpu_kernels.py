@@ -88,9 +88,9 @@ class TestOrderOfSummation:
             assert_same_bits("h_n", some_h_n, h_n[:, begin:end])
             assert_same_bits("workspace", some_workspace, workspace[:, begin:end])
 
-    @pytest.mark.parametrize("B", (1, 3, 40))
-    def test_threads(self, isa: str, cell: str, dtype: torch.dtype, B: int) -> None:
-        inputs = layer_inputs(Case(cell, reverse=(False, True), T=12, B=B, **WIDE), dtype)
+    @pytest.mark.parametrize("T, B", ((12, 1), (12, 3), (12, 40), (1, 3), (1, 40)))
+    def test_threads(self, isa: str, cell: str, dtype: torch.dtype, T: int, B: int) -> None:
+        inputs = layer_inputs(Case(cell, reverse=(False, True), T=T, B=B, **WIDE), dtype)
         before = torch.get_num_threads()
         results = []
         try:
@@ -104,8 +104,19 @@ class TestOrderOfSummation:
             for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
                 assert_same_bits(f"result {i}", a, b)
 
-    def test_gradients_of_batch_slices(self, isa: str, cell: str, dtype: torch.dtype) -> None:
-        inputs = layer_inputs(Case(cell, T=40, B=9, I=6, H=21), dtype)
+    # A single step of up to 16 rows reads weights where they lie; of more it packs them.
+    @pytest.mark.parametrize(
+        "case, cuts",
+        (
+            (Case(T=40, B=9, I=6, H=21), (0, 1, 9)),
+            (Case(T=1, B=37, **WIDE), (0, 1, 4, 20, 37)),
+        ),
+        ids=("steps", "step"),
+    )
+    def test_gradients_of_batch_slices(
+        self, isa: str, cell: str, dtype: torch.dtype, case: Case, cuts: tuple[int, ...]
+    ) -> None:
+        inputs = layer_inputs(replace(case, cell=cell), dtype)
         output, _, workspace = forward(inputs)
         ones = torch.ones_like(output)
 
@@ -120,7 +131,7 @@ class TestOrderOfSummation:
 
         grad_x, grad_h0 = grads(inputs, output, workspace)
         assert grad_x.shape == inputs.x.shape and ones.shape == output.shape
-        for rows in (slice(0, 1), slice(1, 9)):
+        for rows in map(slice, cuts, cuts[1:]):
             some_x, some_h0 = grads(rows_of(inputs, rows), output[:, rows], workspace[:, rows])
             assert_same_bits("grad_x", some_x, grad_x[:, rows])
             assert_same_bits("grad_h0", some_h0, grad_h0[:, rows])

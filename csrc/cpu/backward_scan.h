@@ -39,7 +39,8 @@ class BackwardScan {
 
   // Packs W_hh and starts the carry from grad_h_n.
   void begin(int members, int member) {
-    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, panels_.K(), p_.order != nullptr);
+    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, panels_.K(), panels_.packed == nullptr,
+                      p_.order != nullptr);
     panels_.pack(p_.G, members, member);
     if (p_.cell == Cell::kResetBefore) candidate_panels_.pack(p_.G, members, member);
     each_own_tile(0, p_.B, [&](int64_t g, int64_t rank, int64_t tile) {

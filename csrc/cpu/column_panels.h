@@ -57,7 +57,7 @@ struct ColumnPanels {
   template <class Epilogue>
   GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
                            Epilogue epilogue) const {
-    if (packed == nullptr && rows <= kMaxRowsInPlace) {
+    if (packed == nullptr && rows <= kMaxRowsByColumns) {
       // A tile that ends beyond the rows of the weights has no register to be read into.
       const int64_t whole = columns / W < range.end ? columns / W : range.end;
       const Real* blocks[3];

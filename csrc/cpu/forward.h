@@ -75,7 +75,8 @@ class ForwardScan {
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, p_.order != nullptr);
+    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, first_.packed == nullptr,
+                      p_.order != nullptr);
     const Range panels = part_of(p_.G * tiles_, member, team.size());
     first_.pack(panels);
     second_.pack(panels);

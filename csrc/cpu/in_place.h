@@ -86,21 +86,20 @@ struct ColumnSizes {
   int64_t H, units, columns;
 };
 
-// Adds DEPTH words of rows to the sums of `tiles` tiles, in order: sum[i][tile] +=
-// sum_j a[i * row_stride + j] * rows[j * columns + tile * W]. `left` rows exist.
-template <class Real, int ROWS, int DEPTH>
-GRU_INLINE void add_rows(const Real* a, int64_t row_stride, const Real* rows, int64_t columns,
-                         int64_t left, int64_t tiles, Vec<Real>* sum) {
+// Adds DEPTH words of weight rows to the sums of `tiles` tiles, in order: sum[i][tile] +=
+// sum_j a[i * row_stride + j] * weight[j * columns + tile * W]. `left` weight rows exist.
+template <class Real, int DEPTH>
+GRU_INLINE void add_rows(const Real* a, int64_t rows, int64_t row_stride, const Real* weight_rows,
+                         int64_t columns, int64_t left, int64_t tiles, Vec<Real>* sum) {
   constexpr int W = kLanes<Real>;
   constexpr int P = kPack<Real>;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     Vec<Real> weight[DEPTH];
 #pragma GCC unroll 8
     for (int j = 0; j < DEPTH; ++j) {
-      weight[j] = row_words(rows + j * P * columns + tile * W, columns, left - j * P);
+      weight[j] = row_words(weight_rows + j * P * columns + tile * W, columns, left - j * P);
     }
-#pragma GCC unroll 2
-    for (int i = 0; i < ROWS; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       Vec<Real> total = sum[i * tiles + tile];
 #pragma GCC unroll 8
       for (int j = 0; j < DEPTH; ++j) {
@@ -111,22 +110,29 @@ GRU_INLINE void add_rows(const Real* a, int64_t row_stride, const Real* rows, in
   }
 }
 
-constexpr int64_t kTilesByColumns = 64;
+// As many sums as stay in the first level of the cache.
+constexpr int64_t kSumsByColumns = 256;
+constexpr int64_t kMaxTilesByColumns = 64;
+constexpr int64_t kMaxRowsByColumns = 16;
 
 // As sweep(), weights read along their rows; `blocks` has the first row of each slot. Padding of
 // the operand multiplies nothing: it is zero, and no block of the sum begins within it.
-template <class Real, int ROWS, class Epilogue>
-void sweep_by_columns(Operand<Real> operand, const Real* const* blocks, int64_t slots,
-                      ColumnSizes size, int64_t tile_begin, int64_t tile_end, Epilogue epilogue) {
+template <class Real, class Epilogue>
+GRU_INLINE void sweep_by_columns(Operand<Real> operand, int64_t rows, const Real* const* blocks,
+                                 int64_t slots, ColumnSizes size, int64_t tile_begin,
+                                 int64_t tile_end, Epilogue epilogue) {
   static_assert(kSumBlock % kUnitPad == 0);
   constexpr int W = kLanes<Real>;
   constexpr int P = kPack<Real>;
-  constexpr int kDepth = 4;
-  constexpr int64_t N = kTilesByColumns;
+  constexpr int kDepth = 8;
+  if (rows <= 0) return;
   const int64_t H = size.H, units = size.units, columns = size.columns;
-  Vec<Real> block[ROWS * N], total[ROWS * N];
-  for (int64_t tile = tile_begin; tile < tile_end; tile += N) {
-    const int64_t tiles = tile_end - tile < N ? tile_end - tile : N, sums = ROWS * tiles;
+  const int64_t room = kSumsByColumns / rows;
+  const int64_t abreast = room < kMaxTilesByColumns ? room : kMaxTilesByColumns;
+  Vec<Real> block[kSumsByColumns], total[kSumsByColumns];
+  for (int64_t tile = tile_begin; tile < tile_end; tile += abreast) {
+    const int64_t tiles = tile_end - tile < abreast ? tile_end - tile : abreast;
+    const int64_t sums = rows * tiles;
     bool first = true;
     auto begin_block = [&]() GRU_MEMBER_LAMBDA {
       for (int64_t i = 0; i < sums; ++i) block[i] = Vec<Real>{};
@@ -137,7 +143,7 @@ void sweep_by_columns(Operand<Real> operand, const Real* const* blocks, int64_t 
     };
     begin_block();
     for (int64_t slot = 0; slot < slots; ++slot) {
-      const Real* rows = blocks[slot] + tile * W;
+      const Real* weight_rows = blocks[slot] + tile * W;
       const Real* a = operand.a + slot * units;
       for (int64_t j = 0; j < H;) {
         const int64_t k = slot * units + j, in_block = kSumBlock - k % kSumBlock;
@@ -147,8 +153,8 @@ void sweep_by_columns(Operand<Real> operand, const Real* const* blocks, int64_t 
         }
         const int64_t stop = H - j < in_block ? H : j + in_block;
         auto add = [&]<int DEPTH>(std::integral_constant<int, DEPTH>) GRU_MEMBER_LAMBDA {
-          add_rows<Real, ROWS, DEPTH>(a + j, operand.row_stride, rows + j * columns, columns,
-                                      stop - j, tiles, block);
+          add_rows<Real, DEPTH>(a + j, rows, operand.row_stride, weight_rows + j * columns, columns,
+                                stop - j, tiles, block);
           j += DEPTH * P;
         };
         while (j + kDepth * P <= stop) add(std::integral_constant<int, kDepth>{});
@@ -156,21 +162,9 @@ void sweep_by_columns(Operand<Real> operand, const Real* const* blocks, int64_t 
       }
     }
     end_block();
-    for (int64_t i = 0; i < ROWS; ++i) {
+    for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < tiles; ++j) epilogue(i, tile + j, total + i * tiles + j);
     }
-  }
-}
-
-template <class Real, class Epilogue>
-GRU_INLINE void sweep_by_columns(Operand<Real> a, int64_t rows, const Real* const* blocks,
-                                 int64_t slots, ColumnSizes size, int64_t tile_begin,
-                                 int64_t tile_end, Epilogue epilogue) {
-  static_assert(kMaxRowsInPlace == 2);
-  if (rows == 2) {
-    sweep_by_columns<Real, 2>(a, blocks, slots, size, tile_begin, tile_end, epilogue);
-  } else if (rows == 1) {
-    sweep_by_columns<Real, 1>(a, blocks, slots, size, tile_begin, tile_end, epilogue);
   }
 }
 

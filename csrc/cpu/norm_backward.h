@@ -26,7 +26,8 @@ class NormBackwardScan {
 
   // Packs W_hh by columns and starts the carry from grad_h_n.
   void begin(int members, int member) {
-    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, 3 * c_.units, false);
+    share_ = share_of(member, members, p_.G, p_.B, c_.tiles, 3 * c_.units,
+                      panels_.packed == nullptr, false);
     batch_ = rows_of(share_, p_.B);
     panels_.pack(p_.G, members, member);
     each_own_tile([&](int64_t g, int64_t b, int64_t tile) {

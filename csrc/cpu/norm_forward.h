@@ -91,7 +91,8 @@ class NormForwardScan {
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, false);
+    share_ =
+        share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, panels_.packed == nullptr, false);
     batch_ = rows_of(share_, p_.B);
     panels_.pack(part_of(p_.G * tiles_, member, team.size()));
     start();

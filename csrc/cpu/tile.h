@@ -11,8 +11,10 @@ namespace GRU_FAST_ISA {
 namespace {
 
 constexpr int64_t kSumBlock = 256;
-// Sums over T * B rows are compared with torch's, which adds one short product per step.
-constexpr int64_t kGradSumBlock = 32;
+// Sums over T * B rows are compared with torch's, which adds one short product per step; those that
+// end up in bfloat16 lose more digits there than any order could.
+template <class Real>
+constexpr int64_t kGradSumBlock = kPack<Real> > 1 ? kSumBlock : 32;
 constexpr int kMaxTileVectors = 24;
 
 // The left operand: rows of `a`. Rows may have any stride, and so may the words of a row, each of

@@ -36,7 +36,7 @@ struct ChunkSum {
 };
 
 constexpr int64_t kFewRows = 2;
-static_assert(kFewRows <= kGradSumBlock);
+static_assert(kFewRows <= kGradSumBlock<float>);
 
 // As sweep() with one vector a tile, for so few k that nothing is gained by many sums at a time:
 // the results are written row after row.
@@ -232,7 +232,7 @@ class WeightGrads {
         const int64_t at = (first_row + i) * columns + tile * W;
         if (i < valid) grad.add(at, *sum, lanes_of<Real>(tile, columns), first, last);
       };
-      const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock};
+      const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock<Real>};
       if (padded <= kFewRows) {
         outer_product(operand, kRowBlock, panels, padded, tiles_of<Real>(columns), add);
       } else {
