@@ -16,8 +16,10 @@ import pytest
 import gru_fast
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["gru_fast", "kernels", "csrc", "tests", "examples"]
-FILES = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"]
+SOURCES = ["gru_fast", "kernels", "csrc"]
+FOLDERS = [*SOURCES, "tests", "examples", "benchmarks", "docs", "scripts"]
+METADATA = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
+FILES = [*METADATA, "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", ".clang-format"]
 BUILT = shutil.ignore_patterns("*.so", "__pycache__")
 PYTHON_FILES = {
     *(f"gru_fast/{path.name}" for path in (ROOT / "gru_fast").glob("*.py*")),
@@ -29,9 +31,10 @@ PYTHON_FILES = {
 def build(tmp_path: Path, kind: str, **environment: str) -> Path:
     """Build a 'wheel' or 'sdist' from a copy of the sources; returns the file."""
     tree, out = tmp_path / "tree", tmp_path / "out"
-    for folder in FOLDERS:
+    whole = kind == "sdist"
+    for folder in FOLDERS if whole else SOURCES:
         shutil.copytree(ROOT / folder, tree / folder, ignore=BUILT)
-    for file in FILES:
+    for file in FILES if whole else METADATA:
         shutil.copy(ROOT / file, tree)
     command = [sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, tree]
     run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
@@ -51,7 +54,7 @@ def test_installed_metadata():
     assert info["Requires-Python"] == ">=3.10"
     core = [line for line in metadata.requires("gru_fast") or [] if "extra ==" not in line]
     assert sorted(core) == ["numpy", "torch>=2.11"]
-    extras = {"triton", "train", "plot", "bench", "bench-gpu", "onnx", "dev", "docs"}
+    extras = {"triton", "train", "plot", "bench", "bench-gpu", "onnx", "dev"}
     assert set(info.get_all("Provides-Extra")) == extras
 
 
@@ -62,16 +65,19 @@ def test_changelog_names_the_version():
 
 
 def test_sdist_holds_every_source(tmp_path):
+    """Whoever builds from it can also run the tests, the benchmarks and the Makefile."""
     with tarfile.open(build(tmp_path, "sdist")) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = {
+        members = archive.getmembers()
+    names = {member.name.partition("/")[2] for member in members if member.isfile()}
+    here = {
         str(path.relative_to(ROOT))
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in {".py", ".pyi", ".cpp", ".h", ".typed"}
+        if path.is_file() and path.suffix not in {".so", ".pyc"}
     }
-    assert sources | {"LICENSE", "pyproject.toml", "setup.py"} <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+    written = {"PKG-INFO", "setup.cfg"}
+    egg_info = {name for name in names if name.startswith("gru_fast.egg-info/")}
+    assert names - written - egg_info == here | set(FILES)
 
 
 def test_pure_python_wheel(tmp_path):

@@ -1,30 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python blocks of pages run as they stand, each page's in order."""
+"""The Python blocks of the README and of the pages run as they stand, each page's in order."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-DOCS = Path(__file__).parents[1] / "docs"
-NEEDS = {
-    "onnx.md": ("onnx", "onnxruntime", "onnxscript"),
-    "patch.md": (),
-    "initialisation.md": (),
-    "ensembles-and-heads.md": (),
-}
+import gru_fast
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = [
+    page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if BLOCK.search(page.read_text("utf-8"))
+]  # fmt: skip
+NEEDS = {"onnx.md": ("onnx", "onnxruntime", "onnxscript")}
+
+
+@pytest.fixture(autouse=True)
+def no_patch_is_left():
+    yield
+    gru_fast.unpatch()
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
-@pytest.mark.parametrize("page", NEEDS)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_blocks_run(page, tmp_path, monkeypatch):
-    for package in NEEDS[page]:
+    for package in NEEDS.get(page.name, ()):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    text = (DOCS / page).read_text("utf-8")
-    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    assert blocks
-    namespace = {"__name__": page}
+    text = page.read_text("utf-8")
+    blocks = list(BLOCK.finditer(text))
+    namespace = {"__name__": page.name}
+    if page.name == "README.md":
+        del blocks[0]  # test_readme.py runs it
+        # What the page names as the reader's own.
+        namespace |= {
+            "torch": torch,
+            "model": torch.nn.Sequential(torch.nn.GRU(64, 128)),
+            "x": torch.randn(3, 7, 64),
+            "tokens": torch.randint(28, (4, 9)),
+        }
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * line + block[1], str(DOCS / page), "exec"), namespace)
+        exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
