@@ -120,6 +120,7 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-peers.json": ("Other peers", ["peers", "lost"]),
     "cpu-bfloat16.json": ("Layers in bfloat16", ["train"]),
     "cpu-step.json": ("Single steps", ["step", "peers", "lost"]),
+    "cpu-step-bfloat16.json": ("Single steps in bfloat16", ["step"]),
     "cpu-sweep.json": ("The grid", ["sweep"]),
     "cpu-scaling.json": ("How time grows", ["scaling"]),
     "cpu-features.json": ("Features", ["features"]),

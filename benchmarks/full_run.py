@@ -60,6 +60,9 @@ PARTS = {
         "H256-B1-T256,H256-B32-T128,H512-B64-T64,H1024-B64-T32",
     ),
     "step": Part("step --providers gru_fast.cpu*,nn.GRUCell,onnxruntime,openvino,jax.lax.scan", 5),
+    "step-bfloat16": Part(
+        "step --dtype bfloat16 --providers gru_fast.cpu,gru_fast.cpu.prepacked,nn.GRUCell", 3
+    ),
     "lm": Part("lm", 2.5),
     "features": Part("features", 15),
     "layer-facts": Part("layers", 4.5),
@@ -132,12 +135,13 @@ def main(suite: str, arguments: list[str]) -> int:
         names = list(PARTS) if not options.only else program.some_of("only", options.only, PARTS)
         if options.out is None and not options.plan:
             raise ValueError("out: expected a folder (or --plan)")
+        if not options.plan:
+            program.make_folder(options.out)
     except ValueError as error:
         return program.complain(suite, error)
     print(plan(names, options.quick), flush=True)
     if options.plan:
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
     print(f"commit {machine.git_commit()}")
     lines, left, start = [], list(names), time.monotonic()
     try:

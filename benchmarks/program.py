@@ -47,6 +47,20 @@ def new_file(path: str) -> Path:
     return found
 
 
+def make_folder(path: Path) -> None:
+    """The folder that --out names.
+
+    Raises:
+        ValueError: it cannot be made, or not written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: expected a folder, got '{path}': {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"out: expected a folder to write in, got '{path}'")
+
+
 def threads_of(given: str | None, quick: bool) -> list[int]:
     """The numbers of threads to run with.
 

@@ -83,12 +83,16 @@ class Prepacked(Layer):
         self.name = "gru_fast.cpu.prepacked"
 
     def why_not(self, problem: Problem) -> str | None:
-        if problem.training or problem.case.resets or problem.dtype != "float32":
-            return "weights are packed beforehand for float32, without gradients or resets"
+        if problem.dtype not in ("float32", "bfloat16"):
+            return "weights are packed beforehand in float32 and bfloat16"
+        if problem.training or problem.case.resets:
+            return "weights are packed beforehand for calls without gradients or resets"
         return super().why_not(problem)
 
     def prepare(self, problem: Problem, threads: int) -> Prepared:
-        module = gru_fast.GRU(problem.case.I, problem.case.H, backend=self.backend)
+        module = gru_fast.GRU(
+            problem.case.I, problem.case.H, backend=self.backend, dtype=DTYPES[problem.dtype]
+        )
         block = gru_fast.prepacked(module)
         block.__enter__()
 

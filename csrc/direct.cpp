@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Float32 layers called from Python without torch's dispatcher, which costs more than a few small
-// steps. Tensors are read through the C exchange API that DLPack 1.3 defines and torch.Tensor
-// offers: a stable ABI, as the ops' is. Plain C functions, not pybind11's, whose conversion of the
-// arguments would cost as much as the rest of a small step.
+// Layers in float32 and bfloat16 called from Python without torch's dispatcher, which costs more
+// than a few small steps. Tensors are read through the C exchange API that DLPack 1.3 defines and
+// torch.Tensor offers: a stable ABI, as the ops' is. Plain C functions, not pybind11's, whose
+// conversion of the arguments would cost as much as the rest of a small step.
 #include "direct.h"
 
 #include <ATen/dlpack.h>
@@ -16,6 +16,7 @@
 
 #include "cell_names.h"
 #include "cpu/huge_pages.h"
+#include "cpu/isa.h"
 #include "prepack.h"
 #include "run.h"
 
@@ -30,10 +31,16 @@ PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
 constexpr int kMaxLayers = 8;
 constexpr int kMaxWeights = 4;
 
-// A contiguous float32 tensor with elements, on the CPU. Borrowed from the tensor, so what is read
-// of it must be used before Python code can run.
+template <class Real>
+constexpr DLDataType kNumber = {kDLFloat, 32, 1};
+template <>
+constexpr DLDataType kNumber<BFloat16> = {kDLBfloat, 16, 1};
+
+// A contiguous tensor of such numbers with elements, on the CPU. Borrowed from the tensor, so what
+// is read of it must be used before Python code can run.
+template <class Real>
 struct Dense {
-  float* data = nullptr;
+  Real* data = nullptr;
   int ndim = 0;
   const int64_t* shape = nullptr;
 
@@ -49,7 +56,8 @@ struct Dense {
 };
 
 // False if the object is anything else.
-bool read(PyObject* object, Dense& dense) {
+template <class Real>
+bool read(PyObject* object, Dense<Real>& dense) {
   if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
   DLTensor t;
   // Fails for what has no memory of its own: sparse, nested, meta, wrapped by a transform.
@@ -57,8 +65,10 @@ bool read(PyObject* object, Dense& dense) {
     PyErr_Clear();
     return false;
   }
-  if (t.device.device_type != kDLCPU || t.dtype.code != kDLFloat || t.dtype.bits != 32 ||
-      t.dtype.lanes != 1 || t.ndim < 1 || t.data == nullptr || t.strides == nullptr) {
+  constexpr DLDataType number = kNumber<Real>;
+  if (t.device.device_type != kDLCPU || t.dtype.code != number.code ||
+      t.dtype.bits != number.bits || t.dtype.lanes != number.lanes || t.ndim < 1 ||
+      t.data == nullptr || t.strides == nullptr) {
     return false;
   }
   int64_t count = 1;
@@ -73,7 +83,7 @@ bool read(PyObject* object, Dense& dense) {
     PyErr_Clear();
     return false;
   }
-  dense = {reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape};
+  dense = {reinterpret_cast<Real*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape};
   return true;
 }
 
@@ -89,17 +99,18 @@ bool read_cell(PyObject* given, Cell& cell) {
 }
 
 // weight_ih, weight_hh and, of four, bias_ih and bias_hh; a cell may lack one of them.
-bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Problem<float>& p) {
+template <class Real>
+bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Problem<Real>& p) {
   const int64_t rows = gate_count(p.cell) * p.H;
-  Dense w_ih, w_hh;
+  Dense<Real> w_ih, w_hh;
   if (!read(weights[0], w_ih) || !w_ih.is(rows, p.I)) return false;
   if (!read(weights[1], w_hh) || !w_hh.is(rows, p.H)) return false;
   p.weight_ih = w_ih.data;
   p.weight_hh = w_hh.data;
-  const float** biases[] = {&p.bias_ih, &p.bias_hh};
+  const Real** biases[] = {&p.bias_ih, &p.bias_hh};
   for (Py_ssize_t i = 2; i < count; ++i) {
     if (optional && weights[i] == Py_None) continue;
-    Dense bias;
+    Dense<Real> bias;
     if (!read(weights[i], bias) || bias.ndim != 1 || bias.width() != rows) return false;
     *biases[i - 2] = bias.data;
   }
@@ -116,30 +127,33 @@ struct Arguments {
 };
 
 // A layer and what it borrows from the list of packed weights.
+template <class Real>
 struct Layer {
-  Forward<float> forward{};
-  Panels32 packed_ih, packed_hh;
+  Forward<Real> forward{};
+  std::shared_ptr<const Real> packed_ih, packed_hh;
 
-  void find_packed() {
-    const Problem<float>& p = forward.in;
-    packed_ih = find_prepacked(p.weight_ih, {p.cell, p.H, p.I, false});
-    packed_hh = find_prepacked(p.weight_hh, {p.cell, p.H, p.H, true});
+  void find_packed(const KernelTable<Real>& table) {
+    const Problem<Real>& p = forward.in;
+    packed_ih = find_prepacked(table, p.weight_ih, {p.cell, p.H, p.I, false});
+    packed_hh = find_prepacked(table, p.weight_hh, {p.cell, p.H, p.H, true});
     forward.packed_ih = packed_ih.get();
     forward.packed_hh = packed_hh.get();
   }
 };
 
+template <class Real>
 struct Stack {
-  Layer layers[kMaxLayers];
-  std::unique_ptr<float[]> between;  // outputs of inner layers, where T > 1
+  Layer<Real> layers[kMaxLayers];
+  std::unique_ptr<Real[]> between;  // outputs of inner layers, where T > 1
 };
 
 // The layers, each of which reads what the one before it writes; false if anything is not plain or
 // does not fit.
-bool read_stack(const Arguments& a, Stack& stack) {
+template <class Real>
+bool read_stack(const Arguments& a, const KernelTable<Real>& table, Stack<Real>& stack) {
   static constexpr uint8_t forward_only[1] = {0};
   Cell cell;
-  Dense output, h_n, input, hx;
+  Dense<Real> output, h_n, input, hx;
   if (!read_cell(a.cell, cell) || !read(a.output, output) || !read(a.input, input) ||
       !read(a.hx, hx) || hx.ndim != input.ndim) {
     return false;
@@ -159,14 +173,14 @@ bool read_stack(const Arguments& a, Stack& stack) {
   const Py_ssize_t per_layer = a.weight_count / a.layers;
   if (a.weight_count % a.layers != 0 || (per_layer != 2 && per_layer != kMaxWeights)) return false;
   if (T > 1 && a.layers > 1) {
-    stack.between.reset(new float[static_cast<size_t>((a.layers > 2 ? 2 : 1) * T * B * H)]);
+    stack.between.reset(new Real[static_cast<size_t>((a.layers > 2 ? 2 : 1) * T * B * H)]);
   }
 
-  const float* x = input.data;
+  const Real* x = input.data;
   int64_t width = input.width(), stride_t = batch_first ? width : B * width;
   int64_t stride_b = batch_first ? T * width : width;
   for (long k = 0; k < a.layers; ++k) {
-    Forward<float>& f = stack.layers[k].forward;
+    Forward<Real>& f = stack.layers[k].forward;
     f.in.T = T;
     f.in.B = B;
     f.in.G = 1;
@@ -188,14 +202,15 @@ bool read_stack(const Arguments& a, Stack& stack) {
     width = stride_b = H;
     stride_t = B * H;
   }
-  for (long k = 0; k < a.layers; ++k) stack.layers[k].find_packed();
-  prefer_huge_pages(output.data, static_cast<size_t>(T * B * H) * sizeof(float));
+  for (long k = 0; k < a.layers; ++k) stack.layers[k].find_packed(table);
+  prefer_huge_pages(output.data, static_cast<size_t>(T * B * H) * sizeof(Real));
   return true;
 }
 
 // True, False or null, as run_direct().
-PyObject* run_stack(const Arguments& a) {
-  Stack stack;
+template <class Real>
+PyObject* run_stack(const Arguments& a, const KernelTable<Real>& table) {
+  Stack<Real> stack;
   PyObject* kind = nullptr;
   std::string text;
   auto guarded = [&](auto&& body) {
@@ -212,11 +227,11 @@ PyObject* run_stack(const Arguments& a) {
     }
     return false;
   };
-  bool done = guarded([&] { return read_stack(a, stack); });
+  bool done = guarded([&] { return read_stack(a, table, stack); });
   if (done) {
     Py_BEGIN_ALLOW_THREADS;
     done = guarded([&] {
-      for (long k = 0; k < a.layers; ++k) run_forward_kernel(stack.layers[k].forward);
+      for (long k = 0; k < a.layers; ++k) run_forward_kernel(table, stack.layers[k].forward);
       return true;
     });
     Py_END_ALLOW_THREADS;
@@ -246,10 +261,27 @@ PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   // is_neg does too.
   PyObject* weights[kMaxLayers * kMaxWeights];
   for (Py_ssize_t i = 0; i < count; ++i) weights[i] = Py_NewRef(PyList_GET_ITEM(args[4], i));
-  PyObject* result = run_stack(
-      {args[0], args[1], args[2], args[3], weights, count, layers, batch_first != 0, args[7]});
+  const Arguments given{args[0], args[1], args[2],          args[3], weights,
+                        count,   layers,  batch_first != 0, args[7]};
+  PyObject* result = run_stack(given, *kernel_table<float>());
+  const KernelTable<BFloat16>* table = kernel_table<BFloat16>();
+  if (result == Py_False && table != nullptr) {
+    Py_DECREF(result);
+    result = run_stack(given, *table);
+  }
   for (Py_ssize_t i = 0; i < count; ++i) Py_DECREF(weights[i]);
   return result;
+}
+
+// Where a weight lies, or null; its sizes go into `shape`.
+template <class Real>
+const void* read_weight(PyObject* object, PackedWeight& shape) {
+  Dense<Real> weight;
+  if (!read(object, weight) || weight.ndim != 2) return nullptr;
+  if (weight.shape[0] % gate_count(shape.cell) != 0) return nullptr;
+  shape.H = weight.shape[0] / gate_count(shape.cell);
+  shape.K = weight.width();
+  return shape.recurrent && shape.K != shape.H ? nullptr : weight.data;
 }
 
 // Arguments: weight, cell, whether it is a weight_hh. A capsule, during whose life run_direct() has
@@ -259,15 +291,14 @@ PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     PyErr_Format(PyExc_TypeError, "prepack: expected 3 arguments, got %zd", nargs);
     return nullptr;
   }
-  Cell cell;
-  Dense weight;
-  const int recurrent = PyObject_IsTrue(args[2]);
-  if (recurrent < 0) return nullptr;
-  if (read_tensor == nullptr || !read_cell(args[1], cell) || !read(args[0], weight)) Py_RETURN_NONE;
-  if (weight.ndim != 2 || weight.shape[0] % gate_count(cell) != 0) Py_RETURN_NONE;
-  const int64_t H = weight.shape[0] / gate_count(cell), K = weight.width();
-  if (recurrent && K != H) Py_RETURN_NONE;
-  return prepack(args[0], weight.data, {cell, H, K, recurrent != 0});
+  PackedWeight shape{};
+  shape.recurrent = PyObject_IsTrue(args[2]) == 1;
+  if (PyErr_Occurred()) return nullptr;
+  if (read_tensor == nullptr || !read_cell(args[1], shape.cell)) Py_RETURN_NONE;
+  const void* data = read_weight<float>(args[0], shape);
+  if (data == nullptr) data = read_weight<BFloat16>(args[0], shape);
+  if (data == nullptr) Py_RETURN_NONE;
+  return prepack(args[0], data, shape);
 }
 
 // Arguments: torch.Tensor, torch.nn.Parameter. Whether this torch has the exchange API.
@@ -307,7 +338,7 @@ int add_direct(PyObject* module) {
       {"enable_direct", as_method(&enable_direct), METH_FASTCALL,
        "Learn torch's types; whether this torch can be read without its dispatcher."},
       {"run_direct", as_method(&run_direct), METH_FASTCALL,
-       "Float32 layers into output and h_n; False, with nothing written, if it is not plain."},
+       "Layers into output and h_n; False, with nothing written, if it is not plain."},
       {"prepack", as_method(&prepack_weight), METH_FASTCALL,
        "A capsule during whose life run_direct has a weight packed; None if it is not plain."},
       {nullptr, nullptr, 0, nullptr},

@@ -20,7 +20,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_isa", &gru_fast::set_isa, py::arg("name"),
         "Use another instruction set from now on. ValueError if this CPU cannot run it.");
   m.def(
-      "multiplies_bfloat16", [] { return gru_fast::bfloat16_kernels() != nullptr; },
+      "multiplies_bfloat16", [] { return gru_fast::kernel_table<gru_fast::BFloat16>() != nullptr; },
       "Whether layers multiply bfloat16 as it is; else they compute in float32.");
   m.def(
       "launches", [] { return gru_fast::launches.load(); },

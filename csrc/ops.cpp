@@ -16,39 +16,29 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 using LayerGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using ScanGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class Real>
-const KernelTable<Real>& kernel_table() {
-  if constexpr (std::is_same_v<Real, BFloat16>) {
-    return *bfloat16_kernels();
-  } else if constexpr (std::is_same_v<Real, double>) {
-    return kernels().f64;
-  } else {
-    return kernels().f32;
-  }
-}
-
-// As with_compute_type(), where bfloat16 may be multiplied as such.
+// Calls body() with the kernels for tensors of this dtype.
 template <class Body>
-auto with_kernel_type(const char* name, const Tensor& tensor, Body body) {
-  if (tensor.scalar_type() == ScalarType::BFloat16 && bfloat16_kernels() != nullptr) {
-    return body(BFloat16{});
+auto with_kernels(const char* name, const Tensor& tensor, Body body) {
+  if (tensor.scalar_type() == ScalarType::BFloat16) {
+    if (const auto* table = kernel_table<BFloat16>()) return body(*table);
   }
-  return with_compute_type(name, tensor, body);
+  return with_compute_type(name, tensor,
+                           [&](auto real) { return body(*kernel_table<decltype(real)>()); });
 }
 
 }  // namespace
 
 template <class Real>
-void run_forward_kernel(const Forward<Real>& f) {
-  const KernelTable<Real>& table = kernel_table<Real>();
+void run_forward_kernel(const KernelTable<Real>& table, const Forward<Real>& f) {
   run_on_team(f, 1, table.forward_scratch_bytes, table.forward);
 }
-template void run_forward_kernel<float>(const Forward<float>&);
+template void run_forward_kernel(const KernelTable<float>&, const Forward<float>&);
+template void run_forward_kernel(const KernelTable<BFloat16>&, const Forward<BFloat16>&);
 
 namespace {
 
 template <class Real>
-ForwardResult run_forward(const Arguments& a, bool recompute) {
+ForwardResult run_forward(const KernelTable<Real>& table, const Arguments& a, bool recompute) {
   Marshal<Real> m(a.x);
   Forward<Real> f{};
   f.in = read_problem(m, a);
@@ -64,7 +54,7 @@ ForwardResult run_forward(const Arguments& a, bool recompute) {
     f.output = mutable_data_of<Real>(output);
     f.h_n = mutable_data_of<Real>(h_n);
     f.workspace = recompute ? nullptr : mutable_data_of<Real>(workspace);
-    run_forward_kernel(f);
+    run_forward_kernel(table, f);
   }
   return {m.give_back(output), m.give_back(h_n), m.give_back(workspace)};
 }
@@ -81,7 +71,7 @@ struct BackwardArguments {
 };
 
 template <class Real>
-LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
+LayerGrads run_backward(const KernelTable<Real>& table, const Arguments& a, BackwardArguments b) {
   Marshal<Real> m(a.x);
   Backward<Real> f{};
   f.in = read_problem(m, a);
@@ -131,7 +121,6 @@ LayerGrads run_backward(const Arguments& a, BackwardArguments b) {
   grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
 
   if (!empty) {
-    const KernelTable<Real>& table = kernel_table<Real>();
     run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
   } else if (b.wanted[1] && b.grad_h_n.has_value()) {
     torch::stable::copy_(results[1], *b.grad_h_n);
@@ -152,8 +141,7 @@ ForwardResult layer(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, May
   const Arguments a{
       x,          h0,          &weight_ih, weight_hh,        &bias_ih,          bias_hh, lengths,
       reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
-  return with_kernel_type("x", x,
-                          [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
+  return with_kernels("x", x, [&](const auto& table) { return run_forward(table, a, recompute); });
 }
 
 ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
@@ -163,8 +151,8 @@ ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias
   const Arguments a{
       gates_x,    h0,          nullptr, weight_hh,        nullptr,           bias_hh,  lengths,
       reset_mask, reset_state, h_scale, parse_cell(cell), bytes_of(reverse), "gates_x"};
-  return with_kernel_type("gates_x", gates_x,
-                          [&](auto real) { return run_forward<decltype(real)>(a, recompute); });
+  return with_kernels("gates_x", gates_x,
+                      [&](const auto& table) { return run_forward(table, a, recompute); });
 }
 
 void check_output_mask(const std::vector<bool>& output_mask, size_t expected) {
@@ -185,7 +173,7 @@ LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTe
       reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
   const BackwardArguments b{grad_output, grad_h_n,  grad_workspace, output,
                             workspace,   recompute, output_mask};
-  return with_kernel_type("x", x, [&](auto real) { return run_backward<decltype(real)>(a, b); });
+  return with_kernels("x", x, [&](const auto& table) { return run_backward(table, a, b); });
 }
 
 ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_workspace,
@@ -205,8 +193,8 @@ ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTens
                             workspace,
                             recompute,
                             {want[0], want[1], false, want[2], false, want[3], want[4], want[5]}};
-  auto grads = with_kernel_type("gates_x", gates_x,
-                                [&](auto real) { return run_backward<decltype(real)>(a, b); });
+  auto grads = with_kernels("gates_x", gates_x,
+                            [&](const auto& table) { return run_backward(table, a, b); });
   return {std::get<0>(grads), std::get<1>(grads), std::get<3>(grads),
           std::get<5>(grads), std::get<6>(grads), std::get<7>(grads)};
 }

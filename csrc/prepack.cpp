@@ -5,8 +5,6 @@
 #include <new>
 #include <unordered_map>
 
-#include "cpu/isa.h"
-
 namespace gru_fast {
 namespace {
 
@@ -17,12 +15,12 @@ struct Entry {
   PyObject* weight;
   PackedWeight shape;
   int users = 0;
-  Panels32 panels;
-  const Kernels* kernels = nullptr;  // that the panels are for
-  long version = 0;                  // of the weight when it was packed
+  std::shared_ptr<const void> panels;
+  const void* table = nullptr;  // of the kernels that the panels are for
+  long version = 0;             // of the weight when it was packed
 };
 
-using List = std::unordered_map<const float*, Entry>;
+using List = std::unordered_map<const void*, Entry>;
 
 // Never destroyed: capsules may die after it would have been.
 List& list() {
@@ -38,17 +36,19 @@ long version_of(PyObject* weight) {
   return number;
 }
 
-Panels32 pack(const KernelTable<float>& table, const float* data, const PackedWeight& shape) {
-  const size_t bytes = static_cast<size_t>(table.packed_weight_size(shape)) * sizeof(float);
-  auto* memory = static_cast<float*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+template <class Real>
+std::shared_ptr<const void> pack(const KernelTable<Real>& table, const Real* data,
+                                 const PackedWeight& shape) {
+  const size_t bytes = static_cast<size_t>(table.packed_weight_size(shape)) * sizeof(Real);
+  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
   if (memory == nullptr) throw std::bad_alloc();
-  const std::shared_ptr<float> panels(memory, [](float* block) { std::free(block); });
-  table.pack_weight(shape, data, memory);
+  const std::shared_ptr<void> panels(memory, [](void* block) { std::free(block); });
+  table.pack_weight(shape, data, static_cast<Real*>(memory));
   return panels;
 }
 
 void drop(PyObject* capsule) {
-  const auto found = list().find(static_cast<float*>(PyCapsule_GetPointer(capsule, kCapsule)));
+  const auto found = list().find(PyCapsule_GetPointer(capsule, kCapsule));
   if (found == list().end() || --found->second.users > 0) return;
   PyObject* weight = found->second.weight;
   list().erase(found);
@@ -61,9 +61,9 @@ bool operator==(const PackedWeight& a, const PackedWeight& b) {
 
 }  // namespace
 
-PyObject* prepack(PyObject* weight, const float* data, const PackedWeight& shape) {
+PyObject* prepack(PyObject* weight, const void* data, const PackedWeight& shape) {
   if (version_of(weight) < 0) return nullptr;  // an inference tensor counts no changes
-  PyObject* capsule = PyCapsule_New(const_cast<float*>(data), kCapsule, nullptr);
+  PyObject* capsule = PyCapsule_New(const_cast<void*>(data), kCapsule, nullptr);
   if (capsule == nullptr) return nullptr;
   try {
     const auto [entry, is_new] = list().try_emplace(data, Entry{weight, shape});
@@ -77,7 +77,9 @@ PyObject* prepack(PyObject* weight, const float* data, const PackedWeight& shape
   return capsule;
 }
 
-Panels32 find_prepacked(const float* data, const PackedWeight& shape) {
+template <class Real>
+std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, const Real* data,
+                                           const PackedWeight& shape) {
   if (list().empty()) return nullptr;
   const auto found = list().find(data);
   if (found == list().end() || !(found->second.shape == shape)) return nullptr;
@@ -87,13 +89,16 @@ Panels32 find_prepacked(const float* data, const PackedWeight& shape) {
     PyErr_Clear();
     return nullptr;
   }
-  const Kernels& current = kernels();
-  if (entry.panels == nullptr || entry.version != version || entry.kernels != &current) {
-    entry.panels = pack(current.f32, data, shape);
-    entry.kernels = &current;
+  if (entry.panels == nullptr || entry.version != version || entry.table != &table) {
+    entry.panels = pack(table, data, shape);
+    entry.table = &table;
     entry.version = version;
   }
-  return entry.panels;
+  return std::static_pointer_cast<const Real>(entry.panels);
 }
+template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, const float*,
+                                                     const PackedWeight&);
+template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&,
+                                                        const BFloat16*, const PackedWeight&);
 
 }  // namespace gru_fast

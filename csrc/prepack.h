@@ -10,15 +10,20 @@
 
 namespace gru_fast {
 
-using Panels32 = std::shared_ptr<const float>;
-
 // Adds a weight to the list until the capsule that is returned dies; it is packed when it is first
 // asked for. `weight` shares memory and version with the tensor that calls will bring, is kept
 // alive, and `data` is where it lies. Null with a Python exception on failure.
-PyObject* prepack(PyObject* weight, const float* data, const PackedWeight& shape);
+PyObject* prepack(PyObject* weight, const void* data, const PackedWeight& shape);
 
-// The panels of a weight for the kernels in use, packed again if it has changed since; null if it
-// is not on the list. Throws std::bad_alloc.
-Panels32 find_prepacked(const float* data, const PackedWeight& shape);
+// The panels of a weight for these kernels, packed again if it has changed since; null if it is not
+// on the list. Throws std::bad_alloc.
+template <class Real>
+std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, const Real* data,
+                                           const PackedWeight& shape);
+extern template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, const float*,
+                                                            const PackedWeight&);
+extern template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&,
+                                                               const BFloat16*,
+                                                               const PackedWeight&);
 
 }  // namespace gru_fast

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 on the CPU past the dispatcher, which costs more than a few small steps do.
+"""Float32 and bfloat16 on the CPU past the dispatcher, which costs more than a few small steps do.
 
 The kernels are those of the ops, and so are the results, to the bit. A call goes this way only
 where no part of PyTorch would miss the operator: no gradients, and no compiler, tracer, transform,
@@ -31,6 +31,9 @@ if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
 
 _BACKENDS = ("auto", "cpu")
 _PLAIN = (Tensor, nn.Parameter)
+_DTYPES = [torch.float32]
+if _native is not None and _C.multiplies_bfloat16():
+    _DTYPES.append(torch.bfloat16)
 
 
 def _is_unobserved() -> bool:
@@ -55,7 +58,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return (
         type(tensor) in _PLAIN
         and tensor.is_cpu
-        and tensor.dtype is torch.float32
+        and tensor.dtype in _DTYPES
         and tensor.layout is torch.strided
     )
 

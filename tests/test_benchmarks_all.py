@@ -12,6 +12,7 @@ from repository_tools import load
 cli = load("benchmarks.cli")
 figures = load("benchmarks.figures")
 full_run = load("benchmarks.full_run")
+gpu = load("benchmarks.gpu.cli")
 records = load("benchmarks.records")
 
 SMALL = "sweep --suites infer --dtype float32 --threads 1 --quick"
@@ -50,6 +51,15 @@ def test_the_plan_runs_nothing(tmp_path, capsys):
 def test_arguments_that_are_wrong(arguments, message, capsys):
     assert full_run.main("all", arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inner"):
+        assert full_run.main("all", ["--out", str(out)]) == 2
+        assert gpu.main(["--dry", "--out", str(out)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [f"out: expected a folder, got '{out}': " in line for line in lines] == [True, True]
 
 
 @NEEDS_KERNELS

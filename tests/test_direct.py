@@ -19,7 +19,7 @@ import gru_fast
 from cases import CELLS
 from direct_spy import Spy, assert_as_by_ops, assert_same
 
-pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+_C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 I, H = 5, 19  # noqa: E741
 
@@ -60,6 +60,45 @@ def test_gru_is_bitwise_the_op(
         assert torch.equal(x, x_before) and torch.equal(h, h_before)
         assert output.data_ptr() != h_n.data_ptr()
     assert spy.taken == 6
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("batch", [None, 1, 3, 33])
+@pytest.mark.parametrize("cell", CELLS)
+@torch.no_grad()
+def test_bfloat16_is_bitwise_the_op_and_taken_where_it_is_multiplied(
+    spy: Spy, isa: str, cell: str, batch: int | None, layers: int, steps: int
+) -> None:
+    rows = () if batch is None else (batch,)
+    module = gru_fast.GRU(I, H, layers, cell=cell).bfloat16()
+    one = gru_fast.GRUCell(I, H, cell=cell).bfloat16()
+    x = torch.randn(steps, *rows, I).bfloat16()
+    h = torch.randn(layers, *rows, H).bfloat16()
+    for call in (lambda: module(x, h), lambda: module(x), lambda: one(x[0], h[0])):
+        assert_as_by_ops(call)
+    assert spy.taken == (3 if _C.multiplies_bfloat16() else 0)
+
+
+@torch.no_grad()
+def test_dtypes_that_differ_go_to_the_ops(spy: Spy) -> None:
+    low = torch.bfloat16
+    for module, x, h in (
+        (torch.float32, low, low),
+        (low, torch.float32, low),
+        (low, low, torch.float32),
+        (torch.float16,) * 3,
+    ):
+        gru, cell = gru_fast.GRU(I, H).to(module), gru_fast.GRUCell(I, H).to(module)
+        inputs, state = torch.randn(1, 2, I).to(x), torch.randn(1, 2, H).to(h)
+        assert_as_by_ops(lambda gru=gru, x=inputs, h=state: gru(x, h))
+        assert_as_by_ops(lambda cell=cell, x=inputs, h=state: cell(x[0], h[0]))
+    mixed = gru_fast.GRU(I, H).bfloat16()
+    mixed.bias_hh_l0.data = mixed.bias_hh_l0.data.float()
+    assert_as_by_ops(
+        lambda: mixed(torch.zeros(1, 2, I, dtype=low), torch.zeros(1, 2, H, dtype=low))
+    )
+    assert spy.taken == 0
 
 
 @pytest.mark.parametrize("B", [1, 2, 3])
@@ -189,26 +228,27 @@ def test_states_that_are_plain(spy: Spy, hx: Callable[[Tensor], Tensor]) -> None
 
 def surrounded(tensor: Tensor) -> Tensor:
     """A copy with NaN on both sides, which a read out of bounds would bring in."""
-    memory = torch.full((tensor.numel() + 128,), torch.nan)
+    memory = torch.full((tensor.numel() + 128,), torch.nan, dtype=tensor.dtype)
     inner = memory[61 : 61 + tensor.numel()].view(tensor.shape)
     return inner.copy_(tensor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("B", [1, 2, 3, 9])
 @pytest.mark.parametrize("cell", CELLS)
 @torch.no_grad()
 def test_nothing_is_read_beside_the_tensors(
-    spy: Spy, isa: str, poisoned_memory: None, cell: str, B: int, layers: int
+    spy: Spy, isa: str, poisoned_memory: None, cell: str, B: int, layers: int, dtype: torch.dtype
 ) -> None:
-    module = gru_fast.GRU(I, H, layers, cell=cell)
-    x, h = torch.randn(1, B, I), torch.randn(layers, B, H)
+    module = gru_fast.GRU(I, H, layers, cell=cell).to(dtype)
+    x, h = torch.randn(1, B, I).to(dtype), torch.randn(layers, B, H).to(dtype)
     expected = module(x, h)
     for parameter in module.parameters():
         parameter.data = surrounded(parameter.data)
     assert_same(module(surrounded(x), surrounded(h)), expected)
     assert not any(t.isnan().any() for t in expected)
-    assert spy.taken == 2
+    assert spy.taken == (2 if dtype is torch.float32 or _C.multiplies_bfloat16() else 0)
 
 
 def test_python_threads_step_beside_each_other() -> None:

@@ -17,7 +17,7 @@ import gru_fast
 from cases import CELLS
 from direct_spy import Spy
 
-pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+_C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 I, H = 5, 19  # noqa: E741
 
@@ -55,6 +55,29 @@ def test_same_bits(
             for given, wanted in zip(results, expected, strict=True):
                 assert torch.equal(given, wanted) and given.stride() == wanted.stride()
         assert torch.equal(x, x_before) and torch.equal(h, h_before)
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_bfloat16(
+    spy: Spy, isa: str, cell: str, layers: int, batch: int | None, steps: int
+) -> None:
+    module = gru_fast.GRU(I, H, layers, cell=cell).bfloat16()
+    rows = () if batch is None else (batch,)
+    x, h = torch.randn(steps, *rows, I).bfloat16(), torch.randn(layers, *rows, H).bfloat16()
+    before = module(x, h)
+    with gru_fast.prepacked(module):
+        assert all(map(torch.equal, module(x, h), before))
+        module.weight_hh_l0.data.mul_(2)  # not counted: shows whether it is packed
+        assert all(map(torch.equal, module(x, h), before)) == _C.multiplies_bfloat16()
+    after = module(x, h)
+    assert not torch.equal(after[0], before[0])
+    with gru_fast.prepacked(module):
+        assert all(map(torch.equal, module(x, h), after))
+        module.weight_hh_l0.mul_(0.5)
+        assert all(map(torch.equal, module(x, h), before))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
@@ -152,10 +175,11 @@ def test_what_nobody_counts_is_used_after_the_block_only() -> None:
     assert torch.equal(step(), step.expected()) and not torch.equal(step(), before)
 
 
-def test_a_smaller_instruction_set_inside() -> None:
-    from gru_fast import _C
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_smaller_instruction_set_inside(dtype: torch.dtype) -> None:
     step, best = Stepper(), _C.cpu_isa()
+    step.module.to(dtype)
+    step.x, step.h = step.x.to(dtype), step.h.to(dtype)
     try:
         with gru_fast.prepacked(step.module):
             for isa in (*_C.cpu_isas(), best):
@@ -295,8 +319,6 @@ def test_bad_arguments() -> None:
 
 
 def test_the_native_function_checks_what_it_is_given() -> None:
-    from gru_fast import _C
-
     weight = torch.zeros(3 * H, H)
     for bad in (
         (None, "reset_after", True),

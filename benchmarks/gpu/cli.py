@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import program
 from benchmarks.gpu import supervisor
 from benchmarks.gpu.supervisor import Plan
 
@@ -48,7 +49,10 @@ def main(arguments: list[str]) -> int:
         return _complain("there is no GPU here; --dry runs the same program on the CPU")
     start = time.time()
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        program.make_folder(out)
+    except ValueError as error:
+        return _complain(str(error))
     plan = supervisor.Plan(out, options.budget, options.row_limit, options.dry)
     if not (options.dry or options.no_build):
         note = supervisor.build(plan)

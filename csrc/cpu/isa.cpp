@@ -94,9 +94,17 @@ std::string current_isa() { return get().name; }
 void set_isa(const std::string& name) {
   current.store(find_usable(name), std::memory_order_release);
 }
-const Kernels& kernels() { return get().table(); }
 
-const KernelTable<BFloat16>* bfloat16_kernels() {
+template <>
+const KernelTable<float>* kernel_table() {
+  return &get().table().f32;
+}
+template <>
+const KernelTable<double>* kernel_table() {
+  return &get().table().f64;
+}
+template <>
+const KernelTable<BFloat16>* kernel_table() {
 #ifdef GRU_FAST_X86
   if (get().table == avx512::table && __builtin_cpu_supports("avx512bf16")) {
     return &avx512_bf16::bfloat16_table();

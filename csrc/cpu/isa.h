@@ -12,8 +12,15 @@ std::vector<std::string> usable_isas();  // worst to best
 std::string current_isa();
 // Throws std::invalid_argument naming what is usable.
 void set_isa(const std::string& name);
-const Kernels& kernels();
-// Kernels that multiply bfloat16, or null: where the CPU does not, or another set was asked for.
-const KernelTable<BFloat16>* bfloat16_kernels();
+// The kernels for numbers of this type. A call asks once: the instruction set may change meanwhile.
+// Null for bfloat16 where the CPU does not multiply it, or another set was asked for.
+template <class Real>
+const KernelTable<Real>* kernel_table();
+template <>
+const KernelTable<float>* kernel_table();
+template <>
+const KernelTable<double>* kernel_table();
+template <>
+const KernelTable<BFloat16>* kernel_table();
 
 }  // namespace gru_fast
