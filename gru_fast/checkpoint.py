@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs on disk: a folder with `config.json`, `vocabulary.json` and `checkpoint.safetensors`.
 
-The first two are written once, the third is replaced as a whole: a reader, or the next process
-after a kill, finds the old file or the new one. Nothing here can run code from a file.
+Each is replaced as a whole: a reader, or the next process after a kill, finds the old file or the
+new one. Nothing here can run code from a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from gru_fast.errors import InputError
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.tokenizers import Tokenizer, load_tokenizer
 
-__all__ = ["Run", "load_checkpoint", "load_run", "save_checkpoint", "write_atomically"]
+__all__ = [
+    "Run",
+    "create_run",
+    "load_checkpoint",
+    "load_run",
+    "reopen_run",
+    "save_checkpoint",
+    "write_atomically",
+]
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.safetensors"
@@ -92,7 +100,8 @@ class Run:
         path: The folder.
         model: The model, in eval mode.
         tokenizer: Its vocabulary.
-        config: What `config.json` holds: `model`, `corpus`, `tokens`, `training`.
+        config: What `config.json` holds: `model`, `corpus`, `tokens`, `training`, and `changes`,
+            the numbers of steps that were meant before and the step until which each held.
         step: Steps trained so far.
     """
 
@@ -131,6 +140,58 @@ def load_run(path: str | os.PathLike[str]) -> Run:
             f"{folder}: {CONFIG}, {VOCABULARY} and {CHECKPOINT} do not fit together; "
             "train again, or restore them"
         ) from None
+
+
+def create_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Make the folder of a run, with all but the checkpoint.
+
+    Raises:
+        InputError: It exists and is not an empty folder, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is there already; --resume goes on, or choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; cannot make that folder") from None
+    tokenizer.save(folder / VOCABULARY)
+    save_config(folder, config)
+
+
+def reopen_run(folder: Path, config: dict[str, Any]) -> str:
+    """Prepare a run to be gone on with; another number of steps is noted in `config.json`.
+
+    Returns:
+        A sentence on where it stands.
+
+    Raises:
+        InputError: A file is missing or damaged, `config` is not the run's but for its steps, or
+            the run has as many steps already.
+    """
+    stored = load_config(folder)
+    config = json.loads(json.dumps(config))
+    for part, values in config.items():
+        for name, value in values.items():
+            before = stored.get(part, {}).get(name)
+            # A corpus may have moved: its digest is compared.
+            if before != value and name not in ("steps", "source"):
+                raise InputError(
+                    f"{folder} was trained with {part} {name} = {before}, now it is {value}; "
+                    "--resume can change --steps only"
+                )
+    path = folder / CHECKPOINT
+    done = int(load_checkpoint(path)[1]["step"]) if path.exists() else 0
+    steps, before = config["training"]["steps"], stored["training"]["steps"]
+    status = f"{folder} has {done:,} of {steps:,} steps"
+    if steps != before:
+        if steps <= done:
+            raise InputError(f"{folder} has {done} steps; --steps: expected more, got {steps}")
+        stored.setdefault("changes", []).append({"after_step": done, "steps": before})
+        status += f", before it was {before:,}"
+    elif steps == done:
+        status += "; a larger --steps goes on"
+    save_config(folder, {**stored, **config})
+    return status
 
 
 def load_config(folder: Path) -> dict[str, Any]:

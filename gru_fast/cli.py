@@ -7,7 +7,6 @@ A mistake of the user is one line and exit code 2; an interrupted training is ex
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from gru_fast import backends, checkpoint, corpus, ops
@@ -87,7 +87,7 @@ _beside_option = click.option(
 
 
 @cli.command("train")
-@click.argument("source", metavar="CORPUS")
+@click.argument("source", metavar="[CORPUS]", required=False)
 @click.option("--lines", "mode", flag_value="lines", default=None, help="One sequence a line.")
 @click.option("--text", "mode", flag_value="text", help="Running text.")
 @click.option("--words", is_flag=True, help="Tokens are words between white space.")
@@ -101,16 +101,63 @@ _beside_option = click.option(
 @click.option("--batch", type=click.IntRange(1), help="Sequences a step.  [default: 128, text: 32]")
 @click.option("--chunk", type=click.IntRange(1), default=128, help="Steps a chunk of --text.")
 @click.option("--max-length", type=click.IntRange(1), default=256, help="Lines are cut there.")
-@click.option("--steps", type=click.IntRange(1), default=800)
+@click.option("--steps", type=click.IntRange(1), default=800, help="Updates of the weights in all.")
 @click.option("--lr", type=_Finite(0, min_open=True), default=4e-3)
 @click.option("--clip", type=_Finite(0, min_open=True), default=1.0)
 @click.option("--seed", type=_SEED, default=0)
 @click.option("--device", default="cpu")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--resume", is_flag=True, help="Go on with the run in that folder.")
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder, as it was begun.")
 @click.option("--save-every", type=_Finite(0), default=60.0, help="Seconds.")
 @_beside_option
-def _train(
+@click.pass_context
+def _train(context: click.Context, /, **options: Any) -> None:
+    """Train a model on CORPUS: a UTF-8 file, builtin:names or builtin:python.
+
+    --resume --out RUN goes on with a run that was stopped; what is not given is taken from the
+    run. With another number of --steps, a run that has ended goes on too: from there the learning
+    rate is that of the longer training.
+    """
+    if options["resume"]:
+        parameters = {parameter.name: parameter for parameter in context.command.params}
+        for name, value in _options_of(options["out"]).items():
+            if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+                options[name] = parameters[name].process_value(context, value)
+    elif options["source"] is None:
+        raise click.MissingParameter(ctx=context, param_type="argument", param_hint="'CORPUS'")
+    _train_on(**options)
+
+
+# Where config.json has the options that make a run what it is.
+_STORED = {
+    "source": ("corpus", "source"),
+    "mode": ("corpus", "mode"),
+    "max_words": ("tokens", "max_words"),
+    "cell": ("model", "cell"),
+    "hidden": ("model", "hidden_size"),
+    "layers": ("model", "num_layers"),
+    "embedding": ("model", "embedding_size"),
+    "tie": ("model", "tie_weights"),
+    "dropout": ("model", "dropout"),
+    **{field.name: ("training", field.name) for field in dataclasses.fields(TrainingOptions)},
+}
+_MAY_BE_NONE = {"max_words", "embedding"}
+
+
+def _options_of(out: Path) -> dict[str, Any]:
+    """The options of `train` that the run in a folder was begun with."""
+    config = checkpoint.load_config(out)
+    try:
+        options = {name: config[part][key] for name, (part, key) in _STORED.items()}
+        options["words"] = config["tokens"]["kind"] == WordTokenizer.kind
+        if None in (value for name, value in options.items() if name not in _MAY_BE_NONE):
+            raise TypeError("null in place of a value")
+    except (KeyError, TypeError):
+        raise InputError(f"{out / checkpoint.CONFIG} is damaged; restore it") from None
+    return options
+
+
+def _train_on(
     source: str,
     mode: str | None,
     words: bool,
@@ -129,7 +176,6 @@ def _train(
     beside_torch: bool,
     **training: Any,
 ) -> None:
-    """Train a model on CORPUS: a UTF-8 file, builtin:names or builtin:python."""
     if mode is None:
         mode = {"builtin:names": "lines", "builtin:python": "text"}.get(source)
         if mode is None and source.startswith("builtin:"):
@@ -155,15 +201,21 @@ def _train(
         "tokens": {"kind": tokenizer.kind, "max_words": max_words},
         "training": dataclasses.asdict(options),
     }
-    _open_run(out, config, tokenizer, resume)
+    if resume:
+        _say(checkpoint.reopen_run(out, config))
+    else:
+        checkpoint.create_run(out, config, tokenizer)
     report = _fit(model, data, options, out, save_every)
     first, last = report.held_out[0][1], report.held_out[-1][1]
+    speed = report.tokens_per_second  # 0 where no step was left
     _say(
-        f"held-out loss {first:.3f} -> {last:.3f} nats per {tokenizer.kind}, "
-        f"{report.tokens_per_second:,.0f} tokens/s"
+        f"held-out loss {first:.3f} -> {last:.3f} nats per {tokenizer.kind}"
+        + f", {speed:,.0f} tokens/s" * bool(speed)
     )
     if not report.finished:
-        _say(f"stopped after step {len(report.losses)}; the same command with --resume goes on")
+        _say(
+            f"stopped after step {len(report.losses)}; gru-fast train --out {out} --resume goes on"
+        )
         sys.exit(130)
     if beside_torch:
         _say(compare_training(model.train(), data.batch(1)))
@@ -193,29 +245,6 @@ def _data(
         + (f", {cut:,} cut at {options.max_length} {tokenizer.kind}s" * bool(cut))
     )
     return data
-
-
-def _open_run(out: Path, config: dict[str, Any], tokenizer: Tokenizer, resume: bool) -> None:
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} is there already; --resume goes on, or choose another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{out}: {error.strerror}; cannot make that folder") from None
-        tokenizer.save(out / checkpoint.VOCABULARY)
-        checkpoint.save_config(out, config)
-        return
-    stored = checkpoint.load_config(out)
-    given = json.loads(json.dumps(config))
-    for part, values in given.items():
-        for name, value in values.items():
-            before = stored.get(part, {}).get(name)
-            if before != value:
-                raise InputError(
-                    f"{out} was trained with {part} {name} = {before}, now it is {value}; "
-                    "--resume needs the same command"
-                )
 
 
 def _fit(

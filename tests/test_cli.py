@@ -127,6 +127,10 @@ def test_running_text_and_words(tmp_path):
     assert float(match[1]) < 0.6 and float(match[2]) < 1.8
     assert "0 vector" in call("trace", tmp_path / "run", "the dog").stdout
     assert "is a running text" in refused("sample", tmp_path / "run", "--novel")
+    assert (
+        "has 60 of 61 steps"
+        in call("train", "--out", tmp_path / "run", "--resume", "--steps", 61).stderr
+    )  # words, embedding and layers are the run's
 
 
 def test_score_of_lines_is_the_mean_over_all_tokens(run, tmp_path):
@@ -209,7 +213,7 @@ def test_killed_and_resumed_training_has_the_same_bits(corpus, tmp_path):
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
         assert number == signal.SIGKILL or "--resume goes on" in errors
         assert before < steps(broken) < 300, "it was too late to interrupt anything"
-    call(*arguments, broken, "--resume")
+    call("--threads", 1, "train", "--out", broken, "--resume")
     expected, found = (load_file(d / "checkpoint.safetensors") for d in (whole, broken))
     assert expected.keys() == found.keys() and len(expected["losses"]) == 300
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -223,6 +227,7 @@ def steps(folder: Path) -> int:
 def test_resume_needs_the_same_command(run, corpus, tmp_path):
     same = ["train", corpus, "--lines", *TINY, "--out", run]
     assert "is there already; --resume goes on" in refused(*same)
+    assert "Missing argument 'CORPUS'" in refused("train", "--out", tmp_path / "run")
     assert "training lr = 0.02, now it is 0.5" in refused(*same, "--lr", 0.5, "--resume")
     assert "model cell = reset_after, now" in refused(*same, "--cell", "no_reset", "--resume")
     other = write_names(tmp_path / "names.txt")
@@ -230,7 +235,53 @@ def test_resume_needs_the_same_command(run, corpus, tmp_path):
     message = refused("train", other, "--lines", *TINY, "--out", run, "--resume")
     assert "corpus" in message
     assert "config.json: No such file" in refused(*same[:-1], tmp_path, "--resume")
-    assert "held-out loss" in call(*same, "--resume").stderr
+    assert "has 60 of 60 steps; a larger --steps goes on" in call(*same, "--resume").stderr
+
+
+def copied(run: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in run.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_run_that_has_ended_goes_on_with_more_steps(run, corpus, tmp_path):
+    longer, again = copied(run, tmp_path / "longer"), copied(run, tmp_path / "again")
+    moved = tmp_path / "moved.txt"
+    moved.write_bytes(corpus.read_bytes())
+    told = call("train", "--out", longer, "--resume", "--steps", 90).stderr
+    assert "has 60 of 90 steps, before it was 60" in told and "held-out loss" in told
+    same = ["train", moved, "--lines", *TINY, "--steps", 90, "--out", again, "--resume"]
+    call(*same)
+    before, *after = (load_file(d / "checkpoint.safetensors") for d in (run, longer, again))
+    assert torch.equal(after[0]["losses"][:60], before["losses"])
+    assert len(after[0]["losses"]) == 90 and after[0]["held_out"][-1][0] == 90
+    assert after[0]["losses"][-20:].mean() < before["losses"][-20:].mean()
+    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
+    config = json.loads((again / "config.json").read_text())
+    assert config["training"]["steps"] == 90 and config["training"]["lr"] == 0.02
+    assert config["changes"] == [{"after_step": 60, "steps": 60}]
+    assert config["corpus"]["source"] == str(moved)
+    assert "has 90 of 90 steps; a larger" in call("train", "--out", again, "--resume").stderr
+    for steps_given in (60, 89):
+        message = refused("train", "--out", again, "--resume", "--steps", steps_given)
+        assert message.endswith(f"has 90 steps; --steps: expected more, got {steps_given}")
+    assert json.loads((again / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("model", "hidden_size", "x"), ("training", "lr", None), ("corpus", "mode", 3)],
+)
+def test_options_of_a_run_are_checked_as_if_they_were_given(part, name, value, run, tmp_path):
+    broken = copied(run, tmp_path / "run")
+    config = json.loads((broken / "config.json").read_text())
+    config[part][name] = value
+    (broken / "config.json").write_text(json.dumps(config))
+    refused("train", "--out", broken, "--resume")
+    del config[part]
+    (broken / "config.json").write_text(json.dumps(config))
+    assert "config.json is damaged" in refused("train", "--out", broken, "--resume")
 
 
 def test_bad_corpora(tmp_path):
@@ -275,9 +326,8 @@ def test_bad_prompts_and_options(run):
 @pytest.mark.parametrize("file", ["config.json", "vocabulary.json", "checkpoint.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "other"])
 def test_broken_runs(file, damage, run, tmp_path):
-    for path in run.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = tmp_path / file
+    folder = copied(run, tmp_path / "run")
+    path = folder / file
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -292,7 +342,7 @@ def test_broken_runs(file, damage, run, tmp_path):
         values["tokens"] = values["tokens"][:-1] if file == "vocabulary.json" else {}
         values["model"] = {"vocab_size": "x"}
         path.write_text(json.dumps(values))
-    assert refused("sample", tmp_path).startswith("gru-fast: ")
+    assert refused("sample", folder).startswith("gru-fast: ")
     assert "is not a folder" in refused("sample", tmp_path / "none")
 
 
