@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A drop-in, high-performance GRU for PyTorch."""
 
-from gru_fast import functional, init
+from gru_fast import functional, init, notations
 from gru_fast._version import __version__
 from gru_fast.backends import available_backends
 from gru_fast.cell import GRUCell
@@ -37,6 +37,7 @@ __all__ = [
     "functional",
     "init",
     "memory_estimate",
+    "notations",
     "patch",
     "patched",
     "prepacked",

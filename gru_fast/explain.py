@@ -128,7 +128,7 @@ def explain(
         An `Explanation`.
 
     Raises:
-        TypeError: `module` is none of these.
+        TypeError: `module` is none of these, or `input` is not a Tensor or `PackedSequence`.
     """
     if not isinstance(module, (GRU, GRUCell, LayerNormGRU)):
         raise TypeError(
@@ -136,6 +136,8 @@ def explain(
             f"{type(module).__module__}.{type(module).__qualname__} (gru_fast.convert turns "
             "torch.nn.GRU into one)"
         )
+    if not isinstance(input, (Tensor, PackedSequence)):
+        raise TypeError(f"input should be a Tensor, got: {type(input).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
     facts: dict[str, Any] = {
         "lengths": lengths is not None or isinstance(input, PackedSequence),

@@ -116,9 +116,10 @@ def chrono_(
 
     Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
     """
-    if not 1 < t_min <= t_max < float("inf"):
+    numbers = all(isinstance(t, (int, float)) for t in (t_min, t_max))
+    if not numbers or not 1 < t_min <= t_max < float("inf"):
         raise ValueError(
-            f"t_min, t_max: expected 1 < t_min <= t_max < infinity, got {t_min}, {t_max}"
+            f"t_min, t_max: expected 1 < t_min <= t_max < infinity, got {t_min!r}, {t_max!r}"
         )
     gates = _gates(module)
     biases = list(zip(_parameters(module, "bias_ih"), _parameters(module, "bias_hh"), strict=True))

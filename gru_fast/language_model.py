@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from gru_fast import functional, sampling
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
+from gru_fast.recurrent import check_int, check_probability
 from gru_fast.sampling import PADDING, GenerateOutput, Streamer
 
 __all__ = ["GRULanguageModel"]
@@ -55,6 +56,7 @@ class GRULanguageModel(nn.Module):
     Raises:
         ValueError: A size is not positive, `dropout` is outside [0, 1], `tie_weights` does not
             fit, or `cell` or `backend` is unknown.
+        TypeError: A size is not an int.
 
     Example:
         >>> model = GRULanguageModel(28, None, 64)
@@ -80,11 +82,14 @@ class GRULanguageModel(nn.Module):
     ) -> None:
         """See the class."""
         super().__init__()
-        for name, size in (("vocab_size", vocab_size), ("embedding_size", embedding_size)):
-            if size is not None and size < 1:
+        sizes = {"vocab_size": vocab_size}
+        if embedding_size is not None:
+            sizes["embedding_size"] = embedding_size
+        for name, size in sizes.items():
+            check_int(name, size)
+            if size < 1:
                 raise ValueError(f"{name}: expected >= 1, got {size}")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout: expected 0 <= dropout <= 1, got {dropout}")
+        check_probability("dropout", dropout)
         if tie_weights and embedding_size != hidden_size:
             raise ValueError(
                 "tie_weights: expected embedding_size == hidden_size, got "

@@ -104,8 +104,8 @@ class LayerNormGRU(Recurrent):
         check_choice("backend", backend, NAMES)
         check_flag("recompute", recompute)
         check_probability("recurrent_dropout", recurrent_dropout)
-        if not 0 < eps < float("inf"):
-            raise ValueError(f"eps: expected a positive number, got {eps}")
+        if not isinstance(eps, (int, float)) or not 0 < eps < float("inf"):
+            raise ValueError(f"eps: expected a positive number, got {eps!r}")
         self.eps = float(eps)
         self.backend = backend
         self.recompute = recompute

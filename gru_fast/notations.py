@@ -44,13 +44,21 @@ def from_keras(
         A `gru_fast.GRU` in the dtype of the first kernel.
 
     Raises:
-        ValueError: Shapes or the number of arrays do not fit.
+        ValueError: Shapes, dtypes or the number of arrays do not fit.
+        TypeError: What stands for a layer is no sequence of arrays.
     """
     if not layers:
         raise ValueError("layers: expected the weights of one layer at least, got none")
     D = 2 if bidirectional else 1
+    for k, layer in enumerate(layers):
+        if not isinstance(layer, Sequence):
+            raise TypeError(
+                f"layers[{k}] should be a sequence of arrays, got: {type(layer).__name__}"
+            )
     arrays = [[np.asarray(a) for a in layer] for layer in layers]
     bias = len(arrays[0]) == 3 * D
+    if not arrays[0]:
+        raise ValueError("layers[0]: expected the arrays of a layer, got none")
     kernel = arrays[0][0]
     if kernel.ndim != 2 or kernel.shape[1] % 3:
         raise ValueError(f"layers: expected a kernel (I, 3H) first, got {kernel.shape}")
@@ -62,7 +70,7 @@ def from_keras(
         batch_first,
         bidirectional=bidirectional,
         cell="reset_after" if reset_after else "reset_before",
-        dtype=torch.from_numpy(kernel[:0].copy()).dtype,
+        dtype=_dtype("layers", kernel),
     )
     per = 3 if bias else 2
     for k, layer in enumerate(arrays):
@@ -91,7 +99,9 @@ def to_keras(gru: GRU) -> list[list[np.ndarray]]:
 
     Raises:
         ValueError: The cell is `no_reset`, which Keras has not, or it has several heads.
+        TypeError: `gru` is not a `gru_fast.GRU`.
     """
+    _check_type(gru)
     if gru.cell == "no_reset":
         raise ValueError("gru: Keras has no GRU without a reset gate, cell='no_reset'")
     _check_plain(gru)
@@ -132,7 +142,7 @@ def from_onnx(
         A `gru_fast.GRU` in the dtype of W.
 
     Raises:
-        ValueError: Shapes do not fit.
+        ValueError: Shapes or dtypes do not fit.
     """
     W, R = np.asarray(W), np.asarray(R)
     D, rows, I = W.shape if W.ndim == 3 else (0, 0, 0)  # noqa: E741
@@ -151,7 +161,7 @@ def from_onnx(
         batch_first=batch_first,
         bidirectional=D == 2,
         cell="reset_after" if linear_before_reset else "reset_before",
-        dtype=torch.from_numpy(W[:0].copy()).dtype,
+        dtype=_dtype("W", W),
     )
     for d, end in enumerate(("_l0", "_l0_reverse")[:D]):
         state = {"weight_ih": W[d], "weight_hh": R[d]}
@@ -168,7 +178,9 @@ def to_onnx(gru: GRU) -> list[dict[str, np.ndarray]]:
     Raises:
         ValueError: The cell is `no_reset`, for which ONNX has no attribute, or there are several
             heads.
+        TypeError: `gru` is not a `gru_fast.GRU`.
     """
+    _check_type(gru)
     if gru.cell == "no_reset":
         raise ValueError("gru: ONNX has no GRU without a reset gate, cell='no_reset'")
     _check_plain(gru)
@@ -203,8 +215,13 @@ def from_course(weights: Mapping[str, Array], batch_first: bool = False) -> GRU:
         A `gru_fast.GRU` in the dtype of "Wc": `cell="reset_before"`, or `"no_reset"`.
 
     Raises:
-        ValueError: Names or shapes are not those.
+        ValueError: Names, shapes or dtypes are not those.
+        TypeError: `weights` is not a mapping.
     """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights should be a mapping of names to arrays, got: {type(weights).__name__}"
+        )
     gates = "ruc" if "Wr" in weights else "uc"
     names = {kind + gate for gate in gates for kind in "Wb"}
     if set(weights) != names:
@@ -225,7 +242,7 @@ def from_course(weights: Mapping[str, Array], batch_first: bool = False) -> GRU:
         H,
         batch_first=batch_first,
         cell="reset_before" if "r" in gates else "no_reset",
-        dtype=torch.from_numpy(W[:0].copy()).dtype,
+        dtype=_dtype("weights", arrays["Wc"]),
     )
     _set(gru, "weight_hh_l0", W[:, :H])
     _set(gru, "weight_ih_l0", W[:, H:])
@@ -240,7 +257,9 @@ def to_course(gru: GRU) -> dict[str, np.ndarray]:
     Raises:
         ValueError: The GRU has more than one layer or direction, or the cell `reset_after`,
             which that notation has not.
+        TypeError: `gru` is not a `gru_fast.GRU`.
     """
+    _check_type(gru)
     _check_plain(gru)
     if gru.num_layers > 1 or gru.bidirectional or gru.cell == "reset_after":
         raise ValueError(
@@ -268,6 +287,22 @@ def _swap_first_two(rows: np.ndarray) -> np.ndarray:
 
 def _array(gru: nn.Module, name: str) -> np.ndarray:
     return gru.get_parameter(name).detach().cpu().numpy()
+
+
+def _dtype(argument: str, array: np.ndarray) -> torch.dtype:
+    """The dtype that parameters get from an array."""
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{argument}: expected arrays of a floating dtype, got {array.dtype}")
+    return torch.from_numpy(array[:0].copy()).dtype
+
+
+def _check_type(gru: object) -> None:
+    if not isinstance(gru, GRU):
+        given = f"{type(gru).__module__}.{type(gru).__qualname__}"
+        hint = " (gru_fast.convert turns torch.nn.GRU into one)"
+        raise TypeError(
+            f"gru should be a gru_fast.GRU, got: {given}{hint * isinstance(gru, nn.GRU)}"
+        )
 
 
 def _check_plain(gru: GRU) -> None:

@@ -63,7 +63,9 @@ def tbptt(
     Raises:
         ValueError: `steps` is less than 1, or `module` is bidirectional: its reverse direction
             begins at the end.
-        TypeError: `steps` is not an int, or `input` is not a Tensor.
+        TypeError: `module` cannot be called, or its state is not a Tensor, as that of an LSTM;
+            `steps` is not an int; `input`, `hx`, `lengths`, `reset_mask` or `reset_state` is not a
+            Tensor.
         RuntimeError: `lengths` on the CPU outside 0 ... T, or `reset_mask` of another T.
 
     Source: Williams and Peng 1990, "An efficient gradient-based algorithm for on-line training of
@@ -76,11 +78,19 @@ def tbptt(
         ...     loss.backward()
         ...     optimizer.step()
     """
+    if not callable(module):
+        raise TypeError(f"module should be a torch.nn.Module, got: {type(module).__name__}")
     check_int("steps", steps)
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     if not isinstance(input, Tensor):
         raise TypeError(f"input should be a Tensor, got: {type(input).__name__}")
+    optional = {"lengths": lengths, "reset_mask": reset_mask, "reset_state": reset_state}
+    for name, given in {"hx": hx, **optional}.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{name} should be a Tensor or None, got: {type(given).__name__}")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
     if getattr(module, "bidirectional", False):
         raise ValueError("module: expected one direction, a reverse one begins at the end")
     dim = 1 if input.dim() == 3 and getattr(module, "batch_first", False) else 0
@@ -88,8 +98,8 @@ def tbptt(
     if lengths is not None and lengths.is_cpu:
         check_length_values(lengths, T)
     if reset_mask is not None and (reset_mask.dim() <= dim or reset_mask.shape[dim] != T):
-        given = tuple(reset_mask.shape)
-        raise RuntimeError(f"reset_mask: expected T = {T} time steps, got shape {given}")
+        shape = tuple(reset_mask.shape)
+        raise RuntimeError(f"reset_mask: expected T = {T} time steps, got shape {shape}")
     return _chunks(module, input, dim, steps, hx, lengths, reset_mask, reset_state)
 
 
@@ -114,6 +124,11 @@ def _chunks(
         if reset_state is not None:
             options["reset_state"] = reset_state
         output, h_n = module(input.narrow(dim, begin, count), hx, **options)
+        if not isinstance(h_n, Tensor):
+            raise TypeError(
+                "module should return (output, h_n), both Tensors, as a GRU does; h_n of "
+                f"{type(module).__name__} is: {type(h_n).__name__}"
+            )
         yield Chunk(output, h_n, slice(begin, begin + count))
         hx = h_n.detach()
         del output, h_n

@@ -180,6 +180,11 @@ def test_other_modules(module):
         explain(module, torch.randn(2, 1, 3))
 
 
+def test_an_input_of_another_type():
+    with pytest.raises(TypeError, match="input should be a Tensor, got: NoneType"):
+        explain(gru_fast.GRU(3, 4), None)
+
+
 @needs_cpu_kernels
 @pytest.mark.parametrize("training", [False, True])
 def test_quotes_the_committed_figure(training):

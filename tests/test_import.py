@@ -58,6 +58,7 @@ def test_every_public_name_exists_and_is_documented():
     assert set(gru_fast.__all__) == {
         "MemoryEstimate",
         "memory_estimate",
+        "notations",
         "GRU",
         "GRUCell",
         "GRULanguageModel",

@@ -137,6 +137,7 @@ def test_chrono_draws_uniformly_and_from_the_generator():
         (lambda: chrono_(gru_fast.GRU(2, 2), 1.5), ValueError, "got 2.0, 1.5"),
         (lambda: chrono_(gru_fast.GRU(2, 2), 5, 1), ValueError, "got 1, 5"),
         (lambda: chrono_(gru_fast.GRU(2, 2), float("inf")), ValueError, "got 2.0, inf"),
+        (lambda: chrono_(gru_fast.GRU(2, 2), "9"), ValueError, "got 2.0, '9'"),
         (lambda: per_gate_(gru_fast.GRU(2, 2), "weight", nn.init.ones_), ValueError, "'weight'"),
         (
             lambda: orthogonal_(parametrizations.weight_norm(gru_fast.GRU(2, 2), "weight_hh_l0")),

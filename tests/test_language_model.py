@@ -202,7 +202,7 @@ def test_compiles_in_one_graph(fresh_compiler):
     [
         ((0, 5, 3), {}, "vocab_size: expected >= 1, got 0"),
         ((7, 0, 3), {}, "embedding_size: expected >= 1, got 0"),
-        ((7, 5, 3), {"dropout": 1.5}, "dropout: expected 0 <= dropout <= 1, got 1.5"),
+        ((7, 5, 3), {"dropout": 1.5}, r"dropout: expected a number in \[0, 1\], got 1.5"),
         ((7, 5, 3), {"tie_weights": True}, "embedding_size=5, hidden_size=3"),
         ((7, None, 3), {"tie_weights": True}, "embedding_size=None, hidden_size=3"),
         ((7, 5, 3), {"cell": "lstm"}, "cell: expected"),
@@ -211,6 +211,18 @@ def test_compiles_in_one_graph(fresh_compiler):
 def test_bad_options(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         GRULanguageModel(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("7", 5, 3), "vocab_size should be of type int, got: str"),
+     ((None, 5, 3), "vocab_size should be of type int, got: NoneType"),
+     ((7, 5.0, 3), "embedding_size should be of type int, got: float"),
+     ((7, 5, 3.0), "hidden_size should be of type int, got: float")],
+)  # fmt: skip
+def test_sizes_of_other_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        GRULanguageModel(*arguments)
 
 
 def test_narrow_integers_are_tokens():

@@ -249,6 +249,7 @@ class TestInterface:
         "options, message",
         [
             ({"eps": 0.0}, "eps: expected a positive number, got 0.0"),
+            ({"eps": "1"}, "eps: expected a positive number, got '1'"),
             ({"backend": "gpu"}, "backend: expected one of .*, got 'gpu'"),
             ({"recurrent_dropout": 2}, "recurrent_dropout: expected a number in"),
             ({"hidden_size": 0}, "hidden_size must be greater than zero"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gru_fast import GRU
-from gru_fast.notations import from_course, from_keras, to_course, to_keras
+from gru_fast.notations import from_course, from_keras, from_onnx, to_course, to_keras, to_onnx
 
 WIDTH, H, T, B = 4, 6, 5, 3
 RNG = np.random.default_rng(0)
@@ -157,6 +157,31 @@ def test_what_does_not_fit_is_named():
         from_course({**weights, "Wu": weights["Wu"].T})
     with pytest.raises(ValueError, match=r"expected Wc \(H, H \+ I\), got \(3,\)"):
         from_course({**weights, "Wc": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"layers\[0\]: expected the arrays of a layer, got none"):
+        from_keras([])
+
+
+@pytest.mark.parametrize("write", [to_keras, to_onnx, to_course])
+def test_what_is_no_gru_is_named(write):
+    with pytest.raises(TypeError, match=r"gru should be a gru_fast.GRU, got: builtins.NoneType$"):
+        write(None)
+    with pytest.raises(TypeError, match=r"got: torch\.nn.*\.GRU \(gru_fast.convert turns"):
+        write(torch.nn.GRU(WIDTH, H))
+
+
+def test_arguments_of_other_types_are_named():
+    with pytest.raises(TypeError, match=r"weights should be a mapping .*, got: list"):
+        from_course([1])
+    with pytest.raises(TypeError, match=r"layers\[1\] should be a sequence .*, got: NoneType"):
+        from_keras(keras_weights(WIDTH, True, True), None)
+    integers = [np.ones((WIDTH, 3 * H), int), np.ones((H, 3 * H), int)]
+    with pytest.raises(ValueError, match="layers: expected arrays of a floating dtype, got int64"):
+        from_keras(integers)
+    with pytest.raises(ValueError, match="W: expected arrays of a floating dtype, got int64"):
+        from_onnx(integers[0].T[None], integers[1].T[None])
+    weights = {name: value.astype(int) for name, value in course_weights("urc").items()}
+    with pytest.raises(ValueError, match=r"weights: expected arrays of a floating .*, got int64"):
+        from_course(weights)
 
 
 @pytest.mark.slow

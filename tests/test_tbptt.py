@@ -101,6 +101,12 @@ def test_a_learned_state_begins_and_is_reset_to():
         ({"steps": 2.0}, TypeError, "steps should be of type int, got: float"),
         ({"steps": True}, TypeError, "steps should be of type int, got: bool"),
         ({"input": [1.0]}, TypeError, "input should be a Tensor, got: list"),
+        ({"input": torch.zeros(I)}, ValueError, "input: expected 2 or 3 dimensions, got 1"),
+        ({"module": None}, TypeError, "module should be a torch.nn.Module, got: NoneType"),
+        ({"hx": (torch.zeros(1, B, H),) * 2}, TypeError, "hx should be a Tensor or .*, got: tuple"),
+        ({"lengths": [1] * B}, TypeError, "lengths should be a Tensor or None, got: list"),
+        ({"reset_mask": [True] * T}, TypeError, "reset_mask should be a Tensor or None, got: list"),
+        ({"reset_state": 0.0}, TypeError, "reset_state should be a Tensor or None, got: float"),
         ({"module": gru_fast.GRU(I, H, bidirectional=True)}, ValueError, "expected one direction"),
         ({"lengths": torch.tensor([T + 1] * B)}, RuntimeError, f"lengths: .*to T = {T}, got"),
         ({"lengths": torch.tensor([-1] * B)}, RuntimeError, "lengths: expected values from 0"),
@@ -111,6 +117,12 @@ def test_bad_arguments(change, error, message):
     call = {"module": gru_fast.GRU(I, H), "input": torch.zeros(T, B, I), "steps": 4}
     with pytest.raises(error, match=message):
         gru_fast.tbptt(**{**call, **change})
+
+
+def test_a_state_of_another_kind_is_named():
+    chunks = gru_fast.tbptt(torch.nn.LSTM(I, H), torch.zeros(T, B, I), 4)
+    with pytest.raises(TypeError, match="h_n of LSTM is: tuple"):
+        next(chunks)
 
 
 def test_no_time_steps():
