@@ -45,8 +45,8 @@ X86_KERNELS = {
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
 }
 PYBIND11 = {"module.cpp", "sampler.cpp", "stream.cpp"}
-DLPACK = {"direct.cpp"}
-PYTHON = {"prepack.cpp"}
+DLPACK = {"exchange.cpp"}
+PYTHON = {"direct.cpp", "prepack.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Layers in float32 and bfloat16 called from Python without torch's dispatcher, which costs more
-// than a few small steps. Tensors are read through the C exchange API that DLPack 1.3 defines and
-// torch.Tensor offers: a stable ABI, as the ops' is. Plain C functions, not pybind11's, whose
-// conversion of the arguments would cost as much as the rest of a small step.
+// than a few small steps. Plain C functions, not pybind11's, whose conversion of the arguments
+// would cost as much as the rest of a small step.
 #include "direct.h"
-
-#include <ATen/dlpack.h>
 
 #include <cstdint>
 #include <exception>
@@ -13,79 +10,20 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cell_names.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "exchange.h"
 #include "prepack.h"
 #include "run.h"
 
 namespace gru_fast {
 namespace {
 
-DLPackDLTensorFromPyObjectNoSync read_tensor = nullptr;
-PyTypeObject* tensor_type = nullptr;
-PyTypeObject* parameter_type = nullptr;
-PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
-
 constexpr int kMaxLayers = 8;
 constexpr int kMaxWeights = 4;
-
-template <class Real>
-constexpr DLDataType kNumber = {kDLFloat, 32, 1};
-template <>
-constexpr DLDataType kNumber<BFloat16> = {kDLBfloat, 16, 1};
-
-// A contiguous tensor of such numbers with elements, on the CPU. Borrowed from the tensor, so what
-// is read of it must be used before Python code can run.
-template <class Real>
-struct Dense {
-  Real* data = nullptr;
-  int ndim = 0;
-  const int64_t* shape = nullptr;
-
-  int64_t width() const { return shape[ndim - 1]; }
-  int64_t rows() const {
-    int64_t count = 1;
-    for (int dim = 0; dim + 1 < ndim; ++dim) count *= shape[dim];
-    return count;
-  }
-  bool is(int64_t first, int64_t second) const {
-    return ndim == 2 && shape[0] == first && shape[1] == second;
-  }
-};
-
-// False if the object is anything else.
-template <class Real>
-bool read(PyObject* object, Dense<Real>& dense) {
-  if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
-  DLTensor t;
-  // Fails for what has no memory of its own: sparse, nested, meta, wrapped by a transform.
-  if (read_tensor(object, &t) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  constexpr DLDataType number = kNumber<Real>;
-  if (t.device.device_type != kDLCPU || t.dtype.code != number.code ||
-      t.dtype.bits != number.bits || t.dtype.lanes != number.lanes || t.ndim < 1 ||
-      t.data == nullptr || t.strides == nullptr) {
-    return false;
-  }
-  int64_t count = 1;
-  for (int dim = t.ndim - 1; dim >= 0; --dim) {
-    if (t.shape[dim] < 1 || (t.shape[dim] > 1 && t.strides[dim] != count)) return false;
-    count *= t.shape[dim];
-  }
-  // A view that negates what it reads differs in nothing above.
-  PyObject* negates = PyObject_CallOneArg(is_neg, object);
-  Py_XDECREF(negates);
-  if (negates != Py_False) {
-    PyErr_Clear();
-    return false;
-  }
-  dense = {reinterpret_cast<Real*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape};
-  return true;
-}
 
 bool read_cell(PyObject* given, Cell& cell) {
   if (!PyUnicode_Check(given)) return false;
@@ -117,13 +55,24 @@ bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Pro
   return true;
 }
 
+constexpr long kCell = 0;  // in place of a number of layers
+
 struct Arguments {
-  PyObject *output, *h_n, *input, *hx;
+  PyObject *input, *hx;
   PyObject* const* weights;
   Py_ssize_t weight_count;
   long layers;
-  bool batch_first;
+  bool bias, batch_first;
   PyObject* cell;
+
+  bool is_cell() const { return layers == kCell; }
+  long layer_count() const { return is_cell() ? 1 : layers; }
+};
+
+// What a call returns, allocated: a cell's h_n is its output.
+struct Results {
+  Reference output, h_n;
+  bool turned = false;  // output is (T, B, H) and wanted as (B, T, H)
 };
 
 // A layer and what it borrows from the list of packed weights.
@@ -147,39 +96,90 @@ struct Stack {
   std::unique_ptr<Real[]> between;  // outputs of inner layers, where T > 1
 };
 
+// The sizes of a call, read from input and hx; false if these are not plain.
+template <class Real>
+struct Sizes {
+  Dense<Real> input, hx;
+  int64_t T, B, H;
+  bool by_row;  // input is (B, T, I)
+
+  bool read_from(const Arguments& a, PyObject* state, bool again = false) {
+    if (!read(a.input, input, again)) return false;
+    if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
+    by_row = a.batch_first && input.ndim == 3;
+    T = a.is_cell() ? 1 : input.shape[by_row ? 1 : 0];
+    B = input.rows() / T;
+    if (state == Py_None) {  // zeros, which are still to be made
+      Dense<Real> weight_hh;
+      if (a.is_cell() || a.weight_count < 2 || !read(a.weights[1], weight_hh)) return false;
+      H = weight_hh.width();
+      return true;
+    }
+    if (!read(state, hx, again) || hx.ndim != input.ndim) return false;
+    H = hx.width();
+    return hx.rows() == a.layer_count() * B && (a.is_cell() || hx.shape[0] == a.layers);
+  }
+};
+
+// Allocates the initial state, where the call has none, and the results; false with a Python
+// exception.
+template <class Real>
+bool allocate(const Arguments& a, const Sizes<Real>& size, Reference& zeros, Results& results) {
+  const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
+  const bool batched = size.input.ndim == 3, by_row = size.by_row;
+  if (a.hx == Py_None) {
+    zeros = batched ? new_zeros(a.input, {a.layers, B, H}) : new_zeros(a.input, {a.layers, H});
+    if (zeros == nullptr) return false;
+  }
+  PyObject* const state = zeros == nullptr ? a.hx : zeros.get();
+  results.h_n = empty_like(state);
+  if (results.h_n == nullptr) return false;
+  if (a.is_cell()) return true;
+  results.turned = by_row && T > 1;
+  if (T == 1 && a.layers == 1 && !by_row) {
+    results.output = empty_like(state);
+  } else if (!batched) {
+    results.output = new_empty(state, {T, H});
+  } else if (by_row && !results.turned) {
+    results.output = new_empty(state, {B, T, H});
+  } else {
+    results.output = new_empty(state, {T, B, H});
+  }
+  return results.output != nullptr;
+}
+
 // The layers, each of which reads what the one before it writes; false if anything is not plain or
 // does not fit.
 template <class Real>
-bool read_stack(const Arguments& a, const KernelTable<Real>& table, Stack<Real>& stack) {
+bool read_stack(const Arguments& a, PyObject* state, const Results& results,
+                const KernelTable<Real>& table, Stack<Real>& stack) {
   static constexpr uint8_t forward_only[1] = {0};
   Cell cell;
-  Dense<Real> output, h_n, input, hx;
-  if (!read_cell(a.cell, cell) || !read(a.output, output) || !read(a.input, input) ||
-      !read(a.hx, hx) || hx.ndim != input.ndim) {
+  Sizes<Real> size;
+  Dense<Real> output, h_n;
+  if (!read_cell(a.cell, cell) || !size.read_from(a, state, true) ||
+      !read(results.h_n.get(), h_n, true)) {
     return false;
   }
-  const bool stacked = a.h_n != Py_None;
-  const bool batch_first = a.batch_first && input.ndim == 3;
-  const int64_t T = stacked ? input.shape[batch_first ? 1 : 0] : 1;
-  const int64_t B = input.rows() / T, H = hx.width();
-  if (stacked) {
-    if (input.ndim != 2 && input.ndim != 3) return false;
-    if (!read(a.h_n, h_n) || h_n.rows() != a.layers * B || h_n.width() != H) return false;
-    if (hx.shape[0] != a.layers) return false;
-  } else if (input.ndim > 2 || a.layers != 1) {
+  const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
+  const long layers = a.layer_count();
+  if (h_n.rows() != layers * B || h_n.width() != H) return false;
+  if (a.is_cell()) {
+    output = h_n;
+  } else if (!read(results.output.get(), output, true) || output.rows() != T * B ||
+             output.width() != H) {
     return false;
   }
-  if (hx.rows() != a.layers * B || output.rows() != T * B || output.width() != H) return false;
-  const Py_ssize_t per_layer = a.weight_count / a.layers;
-  if (a.weight_count % a.layers != 0 || (per_layer != 2 && per_layer != kMaxWeights)) return false;
-  if (T > 1 && a.layers > 1) {
-    stack.between.reset(new Real[static_cast<size_t>((a.layers > 2 ? 2 : 1) * T * B * H)]);
+  const Py_ssize_t per_layer = a.bias ? kMaxWeights : 2;
+  if (a.weight_count != layers * per_layer) return false;
+  if (T > 1 && layers > 1) {
+    stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * T * B * H)]);
   }
 
-  const Real* x = input.data;
-  int64_t width = input.width(), stride_t = batch_first ? width : B * width;
-  int64_t stride_b = batch_first ? T * width : width;
-  for (long k = 0; k < a.layers; ++k) {
+  const Real* x = size.input.data;
+  int64_t width = size.input.width(), stride_t = size.by_row ? width : B * width;
+  int64_t stride_b = size.by_row ? T * width : width;
+  for (long k = 0; k < layers; ++k) {
     Forward<Real>& f = stack.layers[k].forward;
     f.in.T = T;
     f.in.B = B;
@@ -192,24 +192,25 @@ bool read_stack(const Arguments& a, const KernelTable<Real>& table, Stack<Real>&
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
-    f.in.h0 = hx.data + k * B * H;
-    if (!read_weights(a.weights + k * per_layer, per_layer, !stacked, f.in)) return false;
-    f.h_n = stacked ? h_n.data + k * B * H : output.data;
-    f.output = k + 1 == a.layers ? output.data
-               : T == 1          ? f.h_n
-                                 : stack.between.get() + k % 2 * T * B * H;
+    f.in.h0 = size.hx.data + k * B * H;
+    if (!read_weights(a.weights + k * per_layer, per_layer, a.is_cell(), f.in)) return false;
+    f.h_n = h_n.data + k * B * H;
+    f.output = k + 1 == layers ? output.data
+               : T == 1        ? f.h_n
+                               : stack.between.get() + k % 2 * T * B * H;
     x = f.output;
     width = stride_b = H;
     stride_t = B * H;
   }
-  for (long k = 0; k < a.layers; ++k) stack.layers[k].find_packed(table);
+  for (long k = 0; k < layers; ++k) stack.layers[k].find_packed(table);
   prefer_huge_pages(output.data, static_cast<size_t>(T * B * H) * sizeof(Real));
   return true;
 }
 
-// True, False or null, as run_direct().
+// Calls the kernels; false if a tensor is not plain or does not fit, or with a Python exception.
 template <class Real>
-PyObject* run_stack(const Arguments& a, const KernelTable<Real>& table) {
+bool run_stack(const Arguments& a, PyObject* state, const Results& results,
+               const KernelTable<Real>& table) {
   Stack<Real> stack;
   PyObject* kind = nullptr;
   std::string text;
@@ -227,50 +228,64 @@ PyObject* run_stack(const Arguments& a, const KernelTable<Real>& table) {
     }
     return false;
   };
-  bool done = guarded([&] { return read_stack(a, table, stack); });
+  bool done = guarded([&] { return read_stack(a, state, results, table, stack); });
   if (done) {
     Py_BEGIN_ALLOW_THREADS;
     done = guarded([&] {
-      for (long k = 0; k < a.layers; ++k) run_forward_kernel(table, stack.layers[k].forward);
+      for (long k = 0; k < a.layer_count(); ++k) run_forward_kernel(table, stack.layers[k].forward);
       return true;
     });
     Py_END_ALLOW_THREADS;
   }
-  if (kind == nullptr) return PyBool_FromLong(done);
-  PyErr_SetString(kind, text.c_str());
-  return nullptr;
+  if (kind != nullptr) PyErr_SetString(kind, text.c_str());
+  return done;
 }
 
-// Arguments: output, h_n or None, input, hx, list of weights, layers, batch_first, cell. Without
-// h_n it is a cell: output and hx are (B, H) or (H,). With it, h_n and hx are (layers, B, H), or
-// (layers, H) where input is (T, I); output is (T, B, H) in either layout of input. True if the
-// call was done; False, with nothing written, if it is not a plain one.
+// What run_direct() returns; null without a Python exception if a tensor is of another type.
+template <class Real>
+PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
+  Sizes<Real> size;
+  if (table == nullptr || !size.read_from(a, a.hx)) return nullptr;
+  Reference zeros;
+  Results results;
+  if (!allocate(a, size, zeros, results)) return nullptr;
+  PyObject* const state = zeros == nullptr ? a.hx : zeros.get();
+  if (!run_stack(a, state, results, *table)) {
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
+  if (a.is_cell()) return results.h_n.release();
+  if (results.turned) results.output = transposed(results.output.get());
+  if (results.output == nullptr) return nullptr;
+  return PyTuple_Pack(2, results.output.get(), results.h_n.get());
+}
+
+// Arguments: input, hx or None, list or tuple of weights, layers, bias, batch_first, cell. As
+// functional.gru() in one direction: (output, h_n). With None for layers as functional.gru_cell():
+// the new state. None if the call is not a plain one.
 PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 8) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 8 arguments, got %zd", nargs);
+  if (nargs != 7) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 7 arguments, got %zd", nargs);
     return nullptr;
   }
-  if (read_tensor == nullptr || !PyList_CheckExact(args[4])) Py_RETURN_FALSE;
-  const long layers = PyLong_AsLong(args[5]);
-  if (layers == -1 && PyErr_Occurred()) return nullptr;
-  const int batch_first = PyObject_IsTrue(args[6]);
-  if (batch_first < 0) return nullptr;
-  const Py_ssize_t count = PyList_GET_SIZE(args[4]);
-  if (layers < 1 || layers > kMaxLayers || count > kMaxLayers * kMaxWeights) Py_RETURN_FALSE;
-  // The caller holds the other tensors; the list may change while the lock is released, which
-  // is_neg does too.
+  if (!PyList_CheckExact(args[2]) && !PyTuple_CheckExact(args[2])) Py_RETURN_NONE;
+  const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
+  const bool bias = PyObject_IsTrue(args[4]) == 1, batch_first = PyObject_IsTrue(args[5]) == 1;
+  if (PyErr_Occurred()) return nullptr;
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(args[2]);
+  if ((layers < 1 && args[3] != Py_None) || layers > kMaxLayers) Py_RETURN_NONE;
+  if (count > kMaxLayers * kMaxWeights) Py_RETURN_NONE;
+  // The caller holds the other tensors; the list may change while the lock is released, or by what
+  // the allocations set free.
   PyObject* weights[kMaxLayers * kMaxWeights];
-  for (Py_ssize_t i = 0; i < count; ++i) weights[i] = Py_NewRef(PyList_GET_ITEM(args[4], i));
-  const Arguments given{args[0], args[1], args[2],          args[3], weights,
-                        count,   layers,  batch_first != 0, args[7]};
-  PyObject* result = run_stack(given, *kernel_table<float>());
-  const KernelTable<BFloat16>* table = kernel_table<BFloat16>();
-  if (result == Py_False && table != nullptr) {
-    Py_DECREF(result);
-    result = run_stack(given, *table);
-  }
+  for (Py_ssize_t i = 0; i < count; ++i)
+    weights[i] = Py_NewRef(PySequence_Fast_GET_ITEM(args[2], i));
+  const Arguments given{args[0], args[1], weights, count, layers, bias, batch_first, args[6]};
+  PyObject* result = run(given, kernel_table<float>());
+  if (result == nullptr && !PyErr_Occurred()) result = run(given, kernel_table<BFloat16>());
   for (Py_ssize_t i = 0; i < count; ++i) Py_DECREF(weights[i]);
-  return result;
+  if (result != nullptr || PyErr_Occurred()) return result;
+  Py_RETURN_NONE;
 }
 
 // Where a weight lies, or null; its sizes go into `shape`.
@@ -294,7 +309,7 @@ PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   PackedWeight shape{};
   shape.recurrent = PyObject_IsTrue(args[2]) == 1;
   if (PyErr_Occurred()) return nullptr;
-  if (read_tensor == nullptr || !read_cell(args[1], shape.cell)) Py_RETURN_NONE;
+  if (!read_cell(args[1], shape.cell)) Py_RETURN_NONE;
   const void* data = read_weight<float>(args[0], shape);
   if (data == nullptr) data = read_weight<BFloat16>(args[0], shape);
   if (data == nullptr) Py_RETURN_NONE;
@@ -307,24 +322,8 @@ PyObject* enable_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     PyErr_SetString(PyExc_TypeError, "enable_direct: expected the types Tensor and Parameter");
     return nullptr;
   }
-  if (read_tensor != nullptr) Py_RETURN_TRUE;
-  PyObject* capsule = PyObject_GetAttrString(args[0], "__dlpack_c_exchange_api__");
-  const auto* api = capsule == nullptr ? nullptr
-                                       : static_cast<const DLPackExchangeAPI*>(
-                                             PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_XDECREF(capsule);
-  PyErr_Clear();
-  if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION ||
-      api->dltensor_from_py_object_no_sync == nullptr) {
-    Py_RETURN_FALSE;
-  }
-  is_neg = PyObject_GetAttrString(args[0], "is_neg");
-  if (is_neg == nullptr) return nullptr;
-  // Never given back: the types live as long as torch.
-  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[0]));
-  parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(args[1]));
-  read_tensor = api->dltensor_from_py_object_no_sync;
-  Py_RETURN_TRUE;
+  const int enabled = enable_exchange(args[0], args[1]);
+  return enabled < 0 ? nullptr : PyBool_FromLong(enabled);
 }
 
 PyCFunction as_method(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -338,7 +337,7 @@ int add_direct(PyObject* module) {
       {"enable_direct", as_method(&enable_direct), METH_FASTCALL,
        "Learn torch's types; whether this torch can be read without its dispatcher."},
       {"run_direct", as_method(&run_direct), METH_FASTCALL,
-       "Layers into output and h_n; False, with nothing written, if it is not plain."},
+       "Layers past the dispatcher: (output, h_n), or a cell's state; None if it is not plain."},
       {"prepack", as_method(&prepack_weight), METH_FASTCALL,
        "A capsule during whose life run_direct has a weight packed; None if it is not plain."},
       {nullptr, nullptr, 0, nullptr},

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from numpy.typing import NDArray
 from torch import Tensor
@@ -73,15 +73,26 @@ def launches() -> int: ...
 def set_scratch_poison(on: bool) -> None: ...
 def build_info() -> dict[str, object]: ...
 def enable_direct(tensor: type, parameter: type, /) -> bool: ...
+@overload
 def run_direct(
-    output: Tensor,
-    h_n: Tensor | None,
     input: Tensor,
-    hx: Tensor,
-    weights: list[Tensor | None],
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
     layers: int,
+    bias: bool,
     batch_first: bool,
     cell: str,
     /,
-) -> bool: ...
+) -> tuple[Tensor, Tensor] | None: ...
+@overload
+def run_direct(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor | None],
+    layers: None,
+    bias: Literal[True],
+    batch_first: bool,
+    cell: str,
+    /,
+) -> Tensor | None: ...
 def prepack(weight: Tensor, cell: str, recurrent: bool, /) -> object | None: ...

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gru_fast import functional
+from gru_fast import direct, functional
 from gru_fast.backends import NAMES
 from gru_fast.recurrent import (
     CANDIDATES,
@@ -102,6 +102,9 @@ class GRUCell(nn.RNNCellBase):
         if is_traced(self, input):
             return node_of_call(self, input, hx)  # type: ignore[no-any-return]
         weights = self._flat_weights
+        h = direct.gru_cell(input, hx, weights, self.cell, self.backend)
+        if h is not None:
+            return h
         dtype = weights[0].dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             # torch.nn.GRUCell's type of exception; torch.nn.GRU raises a ValueError.

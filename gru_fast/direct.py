@@ -30,10 +30,6 @@ if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
         _native = _C.run_direct
 
 _BACKENDS = ("auto", "cpu")
-_PLAIN = (Tensor, nn.Parameter)
-_DTYPES = [torch.float32]
-if _native is not None and _C.multiplies_bfloat16():
-    _DTYPES.append(torch.bfloat16)
 
 
 def _is_unobserved() -> bool:
@@ -53,16 +49,6 @@ def _is_unobserved() -> bool:
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether looking at the tensor, and allocating like it, calls nobody and cannot fail."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.is_cpu
-        and tensor.dtype in _DTYPES
-        and tensor.layout is torch.strided
-    )
-
-
 def gru_cell(
     input: Tensor,
     hx: Tensor | None,
@@ -73,10 +59,9 @@ def gru_cell(
     """`functional.gru_cell`, or None where the call is not plain."""
     if _native is None or torch.is_grad_enabled() or not _is_unobserved():
         return None
-    if hx is None or not _is_plain(hx) or backend not in _BACKENDS:
+    if backend not in _BACKENDS:
         return None
-    output = torch.empty_like(hx)
-    return output if _native(output, None, input, hx, weights, 1, False, cell) else None
+    return _native(input, hx, weights, None, True, False, cell)  # type: ignore[no-any-return]
 
 
 def gru(
@@ -92,33 +77,9 @@ def gru(
     """`functional.gru` in one direction, or None where the call is not plain."""
     if _native is None or torch.is_grad_enabled() or not _is_unobserved():
         return None
-    if not isinstance(input, Tensor) or not _is_plain(input):
+    if backend not in _BACKENDS:
         return None
-    if backend not in _BACKENDS or len(params) != num_layers * (4 if bias else 2):
-        return None
-    shape = input.shape
-    if len(shape) not in (2, 3):
-        return None
-    by_row = batch_first and len(shape) == 3
-    if hx is None:
-        if not _is_plain(params[1]):
-            return None
-        rows = shape[:1] if by_row else shape[1:-1]
-        hx = input.new_zeros((num_layers, *rows, params[1].shape[-1]))
-    elif not _is_plain(hx) or hx.dim() != len(shape):
-        return None
-    h_n = torch.empty_like(hx)
-    steps, hidden = shape[1 if by_row else 0], hx.shape[-1]
-    turned = by_row and steps != 1
-    if turned:
-        output = hx.new_empty((steps, shape[0], hidden))
-    elif num_layers == 1 and steps == 1 and not by_row:
-        output = torch.empty_like(hx)
-    else:
-        output = hx.new_empty((*shape[:-1], hidden))
-    if not _native(output, h_n, input, hx, list(params), num_layers, by_row, cell):
-        return None
-    return (output.transpose(0, 1) if turned else output), h_n
+    return _native(input, hx, params, num_layers, bias, batch_first, cell)  # type: ignore[no-any-return]
 
 
 @contextmanager

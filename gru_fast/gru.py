@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gru_fast import cudnn, functional
+from gru_fast import cudnn, direct, functional
 from gru_fast.backends import NAMES
 from gru_fast.gates import Gates
 from gru_fast.recurrent import (
@@ -324,6 +324,20 @@ class GRU(Recurrent):
             hx = start if hx is None else hx
             if reset_mask is not None and reset_state is None:
                 reset_state = start
+        if (
+            lengths is reset_mask is reset_state is None
+            and self.num_heads == 1
+            and not (self.bidirectional or return_gates)
+            and not (self.training and (self.dropout or self.recurrent_dropout))
+        ):
+            # functional.gru would come to the same: passing on its arguments takes as long as all
+            # else of Python in a small call.
+            done = direct.gru(
+                input, hx, self._flat_weights, self.num_layers, self.bias, self.batch_first,
+                self.cell, self.backend,
+            )  # fmt: skip
+            if done is not None:
+                return done
         either: Any = input
         return functional.gru(
             either,

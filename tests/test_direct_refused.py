@@ -234,60 +234,43 @@ def test_a_missing_weight_goes_to_the_ops(spy: Spy, missing: int) -> None:
 
 
 def test_the_native_function_checks_what_it_is_given() -> None:
-    cell = gru_fast.GRUCell(I, H)
-    weights = cell._flat_weights
-    two = [*gru_fast.GRU(I, H, 2)._flat_weights, None]
-    x, h, output = torch.zeros(2, I), torch.zeros(2, H), torch.full((2, H), 7.0)
-    step = direct._native
+    weights = gru_fast.GRUCell(I, H)._flat_weights
+    x, h = torch.zeros(2, I), torch.zeros(2, H)
+    two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
+    last = (False, "reset_after")
+    run = direct._native
+    assert run(x, h, weights, None, True, *last).shape == (2, H)
+    assert [t.shape for t in run(x[None], h[None], tuple(weights), 1, True, *last)] == [
+        (1, 2, H)
+    ] * 2
+    assert run(x[None], states, two, 2, True, *last)[1].shape == (2, 2, H)
     for bad in (
-        (output, None, x, h, tuple(weights), 1, False, "reset_after"),
-        (output, None, x, h, weights, 0, False, "reset_after"),
-        (output, None, x, h, weights, 9, False, "reset_after"),
-        (output, None, x, h, weights, 2, False, "reset_after"),
-        (output, None, x, h, weights * 1000, 1, False, "reset_after"),
-        (output, None, x, h, [], 1, False, "reset_after"),
-        (output, None, x, h, weights, 1, False, 3),
-        (output[:1], None, x, h, weights, 1, False, "reset_after"),
-        (output[0], None, x, h, weights, 1, False, "reset_after"),
-        (output, output, x, h, weights, 1, False, "reset_after"),
-        (output[None], output[None, :1], x[None], h[None], weights, 1, False, "reset_after"),
-        (
-            output[None],
-            torch.zeros(1, 2, H - 1),
-            x[None],
-            h[None],
-            weights,
-            1,
-            False,
-            "reset_after",
-        ),
-        (output[None, None], None, x[None, None], h[None, None], weights, 1, False, "reset_after"),
-        (
-            output[None, None],
-            h[None, None],
-            x[None, None],
-            h[None, None],
-            weights,
-            1,
-            False,
-            "reset_after",
-        ),
-        (output, None, x, h[:1], weights, 1, False, "reset_after"),
-        (output, h[:1], x[0], h[0], weights, 1, False, "reset_after"),
-        (
-            output[None],
-            torch.zeros(2, 2, H),
-            x[None],
-            torch.zeros(2, 2, H),
-            two,
-            2,
-            False,
-            "reset_after",
-        ),
+        (x, h, weights, None, False, *last),
+        (x, h, weights, None, True, False, 3),
+        (x, h, weights, None, True, False, "gru"),
+        (x, h, dict(enumerate(weights)), None, True, *last),
+        (x, h, weights[:3], None, True, *last),
+        (x, h, [], None, True, *last),
+        (x, h, weights * 1000, None, True, *last),
+        (x, None, weights, None, True, *last),
+        (x, h[:1], weights, None, True, *last),
+        (x[0], h[:1], weights, None, True, *last),
+        (x[None], h[None], weights, None, True, *last),
+        (x[0], h[0], weights, 1, True, *last),
+        (x[None], h[None], weights, 0, True, *last),
+        (x[None], h[None], weights, -1, True, *last),
+        (x[None], h[None], weights, 2, True, *last),
+        (x[None], h[None], weights, 9, True, *last),
+        (x[None], h[None], two, 1, True, *last),
+        (x[None], h[None], two, 2, True, *last),
+        (x[None], None, [], 1, True, *last),
+        (x[None], None, [weights[0], None], 1, False, *last),
+        (x[None], None, [weights[0], weights[2]], 1, False, *last),
+        (x[None], states, [*two, None], 2, True, *last),
+        (x[None, None], h[None, None], weights, 1, True, *last),
     ):
-        assert step(*bad) is False
-    assert (output == 7).all()
-    with pytest.raises(TypeError, match="expected 8 arguments, got 1"):
-        step(output)
+        assert run(*bad) is None
+    with pytest.raises(TypeError, match="expected 7 arguments, got 1"):
+        run(x)
     with pytest.raises(TypeError):
-        step(output, None, x, h, weights, "one", False, "reset_after")
+        run(x[None], h[None], weights, "one", True, *last)

@@ -153,7 +153,7 @@ def test_torch_and_pybind11_meet_only_above_the_kernels(path):
     foreign = {header.split("/")[0] for header in headers} & {"torch", "ATen", "c10", "pybind11"}
     if path.name in BINDINGS:
         assert foreign == {"pybind11"}
-    elif path.name == "direct.cpp":
+    elif path.name == "exchange.cpp":
         assert [h for h in headers if h.startswith("ATen/")] == ["ATen/dlpack.h"]
         assert foreign == {"ATen"}
     else:

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "exchange.h"
+
+#include <ATen/dlpack.h>
+
+namespace gru_fast {
+namespace {
+
+DLPackDLTensorFromPyObjectNoSync read_tensor = nullptr;
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+
+// Methods of torch.Tensor, but for the last.
+struct Functions {
+  PyObject *is_neg, *new_empty, *new_zeros, *transpose, *empty_like;
+} functions;
+
+template <class Real>
+constexpr DLDataType kNumber = {kDLFloat, 32, 1};
+template <>
+constexpr DLDataType kNumber<BFloat16> = {kDLBfloat, 16, 1};
+
+Reference call_with_shape(PyObject* method, PyObject* tensor,
+                          std::initializer_list<int64_t> shape) {
+  Reference sizes(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
+  if (sizes == nullptr) return nullptr;
+  Py_ssize_t dim = 0;
+  for (int64_t size : shape) {
+    PyObject* number = PyLong_FromLongLong(size);
+    if (number == nullptr) return nullptr;
+    PyTuple_SET_ITEM(sizes.get(), dim++, number);
+  }
+  PyObject* arguments[] = {tensor, sizes.get()};
+  return Reference(PyObject_Vectorcall(method, arguments, 2, nullptr));
+}
+
+}  // namespace
+
+template <class Real>
+bool read(PyObject* object, Dense<Real>& dense, bool again) {
+  if (read_tensor == nullptr) return false;
+  if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
+  DLTensor t;
+  // Fails for what has no memory of its own: sparse, nested, meta, wrapped by a transform.
+  if (read_tensor(object, &t) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  constexpr DLDataType number = kNumber<Real>;
+  if (t.device.device_type != kDLCPU || t.dtype.code != number.code ||
+      t.dtype.bits != number.bits || t.dtype.lanes != number.lanes || t.ndim < 1 ||
+      t.data == nullptr || t.strides == nullptr) {
+    return false;
+  }
+  int64_t count = 1;
+  for (int dim = t.ndim - 1; dim >= 0; --dim) {
+    if (t.shape[dim] < 1 || (t.shape[dim] > 1 && t.strides[dim] != count)) return false;
+    count *= t.shape[dim];
+  }
+  // A view that negates what it reads differs in nothing above. Asking costs more than the rest.
+  if (!again) {
+    PyObject* negates = PyObject_CallOneArg(functions.is_neg, object);
+    Py_XDECREF(negates);
+    if (negates != Py_False) {
+      PyErr_Clear();
+      return false;
+    }
+  }
+  dense = {reinterpret_cast<Real*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape};
+  return true;
+}
+template bool read(PyObject*, Dense<float>&, bool);
+template bool read(PyObject*, Dense<BFloat16>&, bool);
+
+Reference empty_like(PyObject* tensor) {
+  return Reference(PyObject_CallOneArg(functions.empty_like, tensor));
+}
+Reference new_empty(PyObject* tensor, std::initializer_list<int64_t> shape) {
+  return call_with_shape(functions.new_empty, tensor, shape);
+}
+Reference new_zeros(PyObject* tensor, std::initializer_list<int64_t> shape) {
+  return call_with_shape(functions.new_zeros, tensor, shape);
+}
+Reference transposed(PyObject* tensor) {
+  static PyObject* const dims[] = {PyLong_FromLong(0), PyLong_FromLong(1)};
+  PyObject* arguments[] = {tensor, dims[0], dims[1]};
+  return Reference(PyObject_Vectorcall(functions.transpose, arguments, 3, nullptr));
+}
+
+int enable_exchange(PyObject* tensor, PyObject* parameter) {
+  if (read_tensor != nullptr) return 1;
+  PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+  const auto* api = capsule == nullptr ? nullptr
+                                       : static_cast<const DLPackExchangeAPI*>(
+                                             PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_XDECREF(capsule);
+  PyErr_Clear();
+  if (api == nullptr || api->header.version.major != DLPACK_MAJOR_VERSION ||
+      api->dltensor_from_py_object_no_sync == nullptr) {
+    return 0;
+  }
+  const Reference torch(PyImport_ImportModule("torch"));
+  if (torch == nullptr) return -1;
+  // These and the types are never given back: they live as long as torch.
+  functions = {
+      PyObject_GetAttrString(tensor, "is_neg"), PyObject_GetAttrString(tensor, "new_empty"),
+      PyObject_GetAttrString(tensor, "new_zeros"), PyObject_GetAttrString(tensor, "transpose"),
+      PyObject_GetAttrString(torch.get(), "empty_like")};
+  if (PyErr_Occurred()) return -1;
+  tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor));
+  parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter));
+  read_tensor = api->dltensor_from_py_object_no_sync;
+  return 1;
+}
+
+}  // namespace gru_fast

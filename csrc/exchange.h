@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch's tensors read without its dispatcher, through the C exchange API that DLPack 1.3 defines
+// and torch.Tensor offers: a stable ABI, as the ops' is. All functions need the interpreter's lock.
+#pragma once
+#include <Python.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+
+#include "cpu/problem.h"
+
+namespace gru_fast {
+
+struct Release {
+  void operator()(PyObject* object) const { Py_DECREF(object); }
+};
+using Reference = std::unique_ptr<PyObject, Release>;
+
+// A contiguous tensor with elements, on the CPU. Borrowed from the tensor, so what is read of it
+// must be used before Python code can run.
+template <class Real>
+struct Dense {
+  Real* data = nullptr;
+  int ndim = 0;
+  const int64_t* shape = nullptr;
+
+  int64_t width() const { return shape[ndim - 1]; }
+  int64_t rows() const {
+    int64_t count = 1;
+    for (int dim = 0; dim + 1 < ndim; ++dim) count *= shape[dim];
+    return count;
+  }
+  bool is(int64_t first, int64_t second) const {
+    return ndim == 2 && shape[0] == first && shape[1] == second;
+  }
+};
+
+// False if the object is anything else, or not enabled. `again`: it was read before, or made here.
+template <class Real>
+bool read(PyObject* object, Dense<Real>& dense, bool again = false);
+extern template bool read(PyObject*, Dense<float>&, bool);
+extern template bool read(PyObject*, Dense<BFloat16>&, bool);
+
+// New tensors, as the methods of that name make them; null with a Python exception.
+Reference empty_like(PyObject* tensor);
+Reference new_empty(PyObject* tensor, std::initializer_list<int64_t> shape);
+Reference new_zeros(PyObject* tensor, std::initializer_list<int64_t> shape);
+Reference transposed(PyObject* tensor);  // the first two dimensions
+
+// Learns torch's types, torch.Tensor and torch.nn.Parameter. 1 if this torch has the exchange API,
+// 0 if it has not, -1 with a Python exception.
+int enable_exchange(PyObject* tensor, PyObject* parameter);
+
+}  // namespace gru_fast
