@@ -5,16 +5,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import GRUCell as TorchGRUCell
 
 from gru_fast import direct, functional
 from gru_fast.backends import NAMES
 from gru_fast.recurrent import (
     CANDIDATES,
     DEFAULT_CELL,
+    Unscriptable,
     check_choice,
     is_traced,
     node_of_call,
     options_repr,
+    refuse_tracing,
 )
 
 __all__ = ["GRUCell"]
@@ -22,7 +26,7 @@ __all__ = ["GRUCell"]
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class GRUCell(nn.RNNCellBase):
+class GRUCell(Unscriptable, nn.RNNCellBase):
     """One step of a GRU with the interface and numbers of `torch.nn.GRUCell`.
 
     The equations, and the meaning of `cell`, are those of `gru_fast.GRU`.
@@ -99,8 +103,12 @@ class GRUCell(nn.RNNCellBase):
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
-        if is_traced(self, input):
-            return node_of_call(self, input, hx)  # type: ignore[no-any-return]
+        if isinstance(input, Proxy) and is_traced(self, input):
+            return node_of_call(self, input, hx)
+        if torch._C._get_tracing_state():
+            if self.cell != DEFAULT_CELL or self.backend != "auto":
+                refuse_tracing(f"cell={self.cell!r}, backend={self.backend!r}")
+            return TorchGRUCell.forward(self, input, hx)  # type: ignore[arg-type]
         weights = self._flat_weights
         h = direct.gru_cell(input, hx, weights, self.cell, self.backend)
         if h is not None:

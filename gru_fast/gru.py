@@ -10,6 +10,8 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import GRU as TorchGRU
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import cudnn, direct, functional
@@ -26,6 +28,7 @@ from gru_fast.recurrent import (
     is_traced,
     node_of_call,
     options_repr,
+    refuse_tracing,
 )
 from gru_fast.reference import GATES
 
@@ -200,6 +203,18 @@ class GRU(Recurrent):
             state_dict.setdefault(prefix + "h0", weight.new_zeros(self.h0.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _refuse_tracing(self, *features: object) -> None:
+        """Refuse what `torch.nn.GRU`, whose operator is recorded in place of ours, has not."""
+        names = ("lengths", "reset_mask", "reset_state", "return_gates")
+        for name, given in zip(names, features, strict=True):
+            if given is not None and given is not False:
+                refuse_tracing(name)
+        if self.cell != DEFAULT_CELL or self.backend != "auto":
+            refuse_tracing(f"cell={self.cell!r}, backend={self.backend!r}")
+        for name in ("num_heads", "learn_h0", "recurrent_dropout"):
+            if getattr(self, name) != getattr(GRU, name):
+                refuse_tracing(f"{name}={getattr(self, name)}")
+
     def _start(self, input: Tensor | PackedSequence) -> Tensor:
         """The learned state for each row of an input."""
         layers = self.num_layers * (2 if self.bidirectional else 1)
@@ -314,11 +329,14 @@ class GRU(Recurrent):
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
-        if is_traced(self, input):
-            return node_of_call(  # type: ignore[no-any-return]
+        if isinstance(input, Proxy) and is_traced(self, input):
+            return node_of_call(
                 self, input, hx, lengths=lengths, reset_mask=reset_mask, reset_state=reset_state,
                 return_gates=return_gates or None,
             )  # fmt: skip
+        if torch._C._get_tracing_state():
+            self._refuse_tracing(lengths, reset_mask, reset_state, return_gates)
+            return TorchGRU.forward(self, input, hx)  # type: ignore[call-overload, no-any-return]
         if self.learn_h0:
             start = self._start(input)
             hx = start if hx is None else hx

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gru_fast import functional, sampling
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
-from gru_fast.recurrent import check_int, check_probability
+from gru_fast.recurrent import check_int, check_probability, refuse_tracing
 from gru_fast.sampling import PADDING, GenerateOutput, Streamer
 
 __all__ = ["GRULanguageModel"]
@@ -196,6 +196,7 @@ class GRULanguageModel(nn.Module):
             RuntimeError: Shapes that do not fit, or a named backend that cannot take the call.
             IndexError: An id is outside its range (on the CPU).
         """
+        refuse_tracing("GRULanguageModel")
         gru = self.gru
         weights = gru._flat_weights
         L, H, per = gru.num_layers, gru.hidden_size, 4 if gru.bias else 2

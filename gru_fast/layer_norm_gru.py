@@ -20,6 +20,7 @@ from gru_fast.recurrent import (
     is_traced,
     node_of_call,
     options_repr,
+    refuse_tracing,
 )
 
 __all__ = ["LayerNormGRU"]
@@ -200,6 +201,7 @@ class LayerNormGRU(Recurrent):
             return node_of_call(  # type: ignore[no-any-return]
                 self, input, hx, lengths=lengths, reset_mask=reset_mask, reset_state=reset_state
             )
+        refuse_tracing("LayerNormGRU")
         h_scale = None
         if self.recurrent_dropout and self.training:
             layers = self.num_layers * (2 if self.bidirectional else 1)

@@ -18,6 +18,7 @@ __all__ = [
     "is_traced",
     "node_of_call",
     "options_repr",
+    "refuse_tracing",
 ]
 
 DEFAULT_CELL = "reset_after"
@@ -79,7 +80,30 @@ def node_of_call(module: nn.Module, input: Any, hx: object, **options: object) -
     return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, given)
 
 
-class Recurrent(nn.RNNBase):
+def refuse_tracing(what: str) -> None:
+    """Raise a RuntimeError if `torch.jit.trace`, or ONNX's exporter built on it, is recording.
+
+    They cannot record the ops of this library, and say so in words about lists of bool.
+    """
+    if torch._C._get_tracing_state():
+        raise RuntimeError(
+            f"torch.jit.trace can record only what torch.nn.GRU has, got {what}; use torch.export "
+            "or torch.onnx.export(..., dynamo=True)"
+        )
+
+
+class Unscriptable:
+    """The answer to `torch.jit.script`, which cannot compile optional keywords."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """`torch.jit.script` calls it first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile gru_fast.{type(self).__name__}; use torch.jit.trace, "
+            "torch.compile or torch.export, or gru_fast.revert(model) first"
+        )
+
+
+class Recurrent(Unscriptable, nn.RNNBase):
     """`nn.RNNBase` without its stored list of weights: what our stacks of layers have in common."""
 
     @property
