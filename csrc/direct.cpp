@@ -99,10 +99,14 @@ struct Stack {
 // The sizes of a call, read from input and hx; false if these are not plain.
 template <class Real>
 struct Sizes {
-  Dense<Real> input, hx;
+  Rows<Real> input;
+  Dense<Real> hx;
   int64_t T, B, H;
   bool by_row;  // input is (B, T, I)
 
+  // Of a cell's input (B, I) or (I), a layer's (T, B, I), (B, T, I) or, of one sequence, (T, I).
+  int64_t stride_t() const { return T == 1 ? 0 : input.strides[by_row ? 1 : 0]; }
+  int64_t stride_b() const { return B == 1 ? 0 : input.strides[by_row || input.ndim == 2 ? 0 : 1]; }
   bool read_from(const Arguments& a, PyObject* state, bool again = false) {
     if (!read(a.input, input, again)) return false;
     if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
@@ -177,8 +181,7 @@ bool read_stack(const Arguments& a, PyObject* state, const Results& results,
   }
 
   const Real* x = size.input.data;
-  int64_t width = size.input.width(), stride_t = size.by_row ? width : B * width;
-  int64_t stride_b = size.by_row ? T * width : width;
+  int64_t width = size.input.width(), stride_t = size.stride_t(), stride_b = size.stride_b();
   for (long k = 0; k < layers; ++k) {
     Forward<Real>& f = stack.layers[k].forward;
     f.in.T = T;

@@ -34,10 +34,9 @@ Reference call_with_shape(PyObject* method, PyObject* tensor,
   return Reference(PyObject_Vectorcall(method, arguments, 2, nullptr));
 }
 
-}  // namespace
-
+// A tensor of such numbers with elements, on the CPU.
 template <class Real>
-bool read(PyObject* object, Dense<Real>& dense, bool again) {
+bool read_strided(PyObject* object, Rows<Real>& rows, bool again) {
   if (read_tensor == nullptr) return false;
   if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
   DLTensor t;
@@ -52,10 +51,8 @@ bool read(PyObject* object, Dense<Real>& dense, bool again) {
       t.data == nullptr || t.strides == nullptr) {
     return false;
   }
-  int64_t count = 1;
-  for (int dim = t.ndim - 1; dim >= 0; --dim) {
-    if (t.shape[dim] < 1 || (t.shape[dim] > 1 && t.strides[dim] != count)) return false;
-    count *= t.shape[dim];
+  for (int dim = 0; dim < t.ndim; ++dim) {
+    if (t.shape[dim] < 1) return false;
   }
   // A view that negates what it reads differs in nothing above. Asking costs more than the rest.
   if (!again) {
@@ -66,11 +63,36 @@ bool read(PyObject* object, Dense<Real>& dense, bool again) {
       return false;
     }
   }
-  dense = {reinterpret_cast<Real*>(static_cast<char*>(t.data) + t.byte_offset), t.ndim, t.shape};
+  rows.data = reinterpret_cast<Real*>(static_cast<char*>(t.data) + t.byte_offset);
+  rows.ndim = t.ndim;
+  rows.shape = t.shape;
+  rows.strides = t.strides;
   return true;
+}
+
+}  // namespace
+
+template <class Real>
+bool read(PyObject* object, Dense<Real>& dense, bool again) {
+  Rows<Real> found;
+  if (!read_strided(object, found, again)) return false;
+  int64_t count = 1;
+  for (int dim = found.ndim - 1; dim >= 0; --dim) {
+    if (found.shape[dim] > 1 && found.strides[dim] != count) return false;
+    count *= found.shape[dim];
+  }
+  dense = found;
+  return true;
+}
+template <class Real>
+bool read(PyObject* object, Rows<Real>& rows, bool again) {
+  return read_strided(object, rows, again) &&
+         (rows.width() == 1 || rows.strides[rows.ndim - 1] == 1);
 }
 template bool read(PyObject*, Dense<float>&, bool);
 template bool read(PyObject*, Dense<BFloat16>&, bool);
+template bool read(PyObject*, Rows<float>&, bool);
+template bool read(PyObject*, Rows<BFloat16>&, bool);
 
 Reference empty_like(PyObject* tensor) {
   return Reference(PyObject_CallOneArg(functions.empty_like, tensor));

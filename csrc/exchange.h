@@ -36,11 +36,21 @@ struct Dense {
   }
 };
 
+// One whose rows are contiguous, and lie as they like.
+template <class Real>
+struct Rows : Dense<Real> {
+  const int64_t* strides = nullptr;
+};
+
 // False if the object is anything else, or not enabled. `again`: it was read before, or made here.
 template <class Real>
 bool read(PyObject* object, Dense<Real>& dense, bool again = false);
+template <class Real>
+bool read(PyObject* object, Rows<Real>& rows, bool again = false);
 extern template bool read(PyObject*, Dense<float>&, bool);
 extern template bool read(PyObject*, Dense<BFloat16>&, bool);
+extern template bool read(PyObject*, Rows<float>&, bool);
+extern template bool read(PyObject*, Rows<BFloat16>&, bool);
 
 // New tensors, as the methods of that name make them; null with a Python exception.
 Reference empty_like(PyObject* tensor);

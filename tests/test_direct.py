@@ -227,6 +227,34 @@ def test_states_that_are_plain(spy: Spy, hx: Callable[[Tensor], Tensor]) -> None
     assert spy.taken == 2
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, 2:3],
+        lambda x: x[1::2],
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, :1].expand(-1, 3, -1),
+        lambda x: x[:1].expand(4, -1, -1),
+        lambda x: torch.cat((x, x), 2)[:, :, 1 : 1 + I],
+    ],
+    ids=["steps", "rows", "transposed", "one step", "one row", "columns"],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+@torch.no_grad()
+def test_rows_of_an_input_may_lie_as_they_like(
+    spy: Spy, view: Callable[[Tensor], Tensor], batch_first: bool
+) -> None:
+    gru, cell = gru_fast.GRU(I, H, batch_first=batch_first), gru_fast.GRUCell(I, H)
+    x = view(torch.randn(4, 5, I))
+    h = torch.randn(1, x.shape[0 if batch_first else 1], H)
+    assert_as_by_ops(lambda: gru(x, h))
+    assert_as_by_ops(lambda: gru(x[0], h[:, 0]))
+    assert_as_by_ops(lambda: cell(x[:, 0], torch.ones(len(x), H)))
+    assert_as_by_ops(lambda: cell(x[0, 0], h[0, 0]))
+    assert spy.taken == 4
+    torch.testing.assert_close(gru(x, h), gru(x.contiguous(), h), rtol=0, atol=0)
+
+
 def surrounded(tensor: Tensor) -> Tensor:
     """A copy with NaN on both sides, which a read out of bounds would bring in."""
     memory = torch.full((tensor.numel() + 128,), torch.nan, dtype=tensor.dtype)

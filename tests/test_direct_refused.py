@@ -78,7 +78,7 @@ def test_a_state_that_is_not_plain_goes_to_the_ops(spy: Spy, name: str) -> None:
 # What becomes of input (1, 2, I).
 INPUTS: dict[str, Callable[[Tensor], Any]] = {
     "every other": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
-    "expanded": lambda x: x[:, :1].expand(1, 2, I),
+    "expanded": lambda x: x[:, :, :1].expand(1, 2, I),
     "negated": negated,
     "subclass": lambda x: x.as_subclass(Tracked),
     "float64": Tensor.double,
