@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of test_processes.py run; a module that they can import by its name."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import gru_fast
+
+WORLD = 2
+
+
+class Classifier(nn.Module):
+    def __init__(self, gru):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8, padding_idx=0)
+        self.gru = gru(8, 16, 2, batch_first=True, bidirectional=True, dropout=0.3)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, tokens, lengths):
+        x = self.embedding(tokens)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        _, h_n = self.gru(packed)
+        return self.head(torch.cat([h_n[-2], h_n[-1]], 1))
+
+
+def data_parallel(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model.gru, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def train(model, rank):
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    torch.manual_seed(rank)
+    losses = []
+    for _ in range(4):
+        tokens, lengths = torch.randint(1, 20, (6, 7)), torch.randint(1, 8, (6,))
+        loss = cross_entropy(model(tokens, lengths), tokens[:, 0] % 3)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_distributed(rank, port, queue):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    results = {}
+    for gru in (nn.GRU, gru_fast.GRU):
+        for wrap in (data_parallel, sharded):
+            torch.manual_seed(0)
+            key = f"{wrap.__name__} {gru.__module__.split('.')[0]}"
+            results[key] = train(wrap(Classifier(gru)), rank)
+    queue.put((rank, results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def add_one(rank, module, queue):
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+        queue.put(module(torch.ones(5, 2, 8))[0].sum().item())
