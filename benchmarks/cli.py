@@ -55,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", help="list, for example 1,2; default: 1 and all")
     found.add_argument(
         "--shapes",
-        help=f"list of {', '.join(cases.PRESETS)} or shapes like H64-B1-T256; default: table, "
-        "with --quick quick, for step steps",
+        help=f"list of {', '.join(cases.PRESETS)} or shapes like H64-B1-T256; default: table "
+        "(the README's), quick with --quick, steps for step",
     )
     found.add_argument("--providers", help="list of names or patterns; nn.GRU always takes part")
     program.add_common(found)

@@ -65,13 +65,16 @@ def threads_of(given: str | None, quick: bool) -> list[int]:
     """The numbers of threads to run with.
 
     Raises:
-        ValueError: not a list of positive numbers.
+        ValueError: not a list of positive numbers, or more than there are processors.
     """
+    processors = os.cpu_count() or 1
     if given is None:
-        return [1] if quick else sorted({1, os.cpu_count() or 1})
+        return [1] if quick else sorted({1, processors})
     numbers = [int(n) if n.isdecimal() else 0 for n in given.split(",")]
     if min(numbers) < 1:
         raise ValueError(f"threads: expected a list of numbers from 1 on, got {given!r}")
+    if max(numbers) > processors:
+        raise ValueError(f"threads: this machine has {processors} processors, got {given!r}")
     return numbers
 
 

@@ -343,6 +343,7 @@ class TestCommandLine:
             (["infer", "--dtype", "float8"], "got 'float8'"),
             (["infer", "--dtype", "tf32"], "tf32 needs --device cuda"),
             (["infer", "--threads", "0"], "threads: expected a list of numbers from 1"),
+            (["infer", "--threads", "1,9999"], "processors, got '1,9999'"),
             (["infer", "--providers", "nobody"], "got 'nobody'"),
         ],
     )

@@ -27,7 +27,7 @@ def main(suite: str, arguments: list[str]) -> int:
     assert __doc__ is not None
     parser = program.parser(suite, __doc__.split(": ", 1)[1])
     parser.add_argument(
-        "--shapes", help="list like H256-B64-T200-V65, or none; default: the goals' table"
+        "--shapes", help="list like H256-B64-T200-V65, or none; default: the README's table"
     )
     parser.add_argument(
         "--facts", help=f"list of {', '.join(FACTS)}, all or none; default: all, without --shapes"
