@@ -127,8 +127,8 @@ def why_not(
         return dict.fromkeys(("cpu", "triton", "cudnn"), transform)
     if device_type != "cpu":
         reasons["cpu"] = f"the input is on {device_type}"
-    elif not ops.HAS_CPU_KERNELS:
-        reasons["cpu"] = "gru_fast._C was not built (GRU_FAST_SKIP_CPU_KERNELS, or no compiler)"
+    elif ops.NO_CPU_KERNELS is not None:
+        reasons["cpu"] = ops.NO_CPU_KERNELS
     elif dtype not in KERNEL_DTYPES:
         reasons["cpu"] = f"there is no kernel for {dtype}"
     if device_type != "cuda":

@@ -13,6 +13,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,12 +49,30 @@ _lib.define(
     "Tensor grad_bias_hh, Tensor grad_reset_state, Tensor grad_h_scale)"
 )
 
+
+def _why_no_cpu_kernels(error: ImportError) -> str:
+    """What the user can do about a compiled module that is not there, or cannot be loaded."""
+    if find_spec("gru_fast._C") is not None:
+        return f"gru_fast._C cannot be loaded ({error}): install gru_fast again beside this PyTorch"
+    folder = Path(__file__).parents[1]
+    if (folder / "csrc").is_dir():
+        return (
+            f"gru_fast was imported from its sources in {folder}, where nothing is compiled: start "
+            "Python in another folder, or install with pip install -e ."
+        )
+    return (
+        "gru_fast was built with GRU_FAST_SKIP_CPU_KERNELS=1, without compiled kernels: install it "
+        "again without that variable"
+    )
+
+
+NO_CPU_KERNELS: str | None = None
+"""Why there are no compiled kernels; None where they are."""
 try:
-    from gru_fast import _C
-except ImportError:
-    HAS_CPU_KERNELS = False
-else:
-    HAS_CPU_KERNELS = _C is not None
+    from gru_fast import _C  # noqa: F401
+except ImportError as _error:
+    NO_CPU_KERNELS = _why_no_cpu_kernels(_error)
+HAS_CPU_KERNELS = NO_CPU_KERNELS is None
 
 layer: Any = torch.ops.gru_fast.layer.default
 scan: Any = torch.ops.gru_fast.scan.default
@@ -135,8 +154,7 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            "gru_fast has no compiled CPU kernels and runs on its slow PyTorch reference: it was "
-            "built with GRU_FAST_SKIP_CPU_KERNELS=1. Install it again without that variable.",
+            f"gru_fast runs on its slow PyTorch reference. {NO_CPU_KERNELS}.",
             RuntimeWarning,
             stacklevel=3,
         )

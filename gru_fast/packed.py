@@ -38,8 +38,8 @@ class TokenModel(Protocol):
 
 def why_not(gru: GRU, head: nn.Linear | None = None) -> str | None:
     """Why the native samplers cannot take these layers; None if they can."""
-    if not ops.HAS_CPU_KERNELS:
-        return "gru_fast was built without its CPU kernels"
+    if ops.NO_CPU_KERNELS is not None:
+        return ops.NO_CPU_KERNELS
     if gru.bidirectional:
         return "bidirectional layers need the whole sequence before its first output"
     if gru.num_heads > 1:

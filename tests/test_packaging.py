@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from importlib import metadata
@@ -87,6 +88,22 @@ def test_pure_python_wheel(tmp_path):
     assert contents(wheel) == PYTHON_FILES
 
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert "built with GRU_FAST_SKIP_CPU_KERNELS=1" in warning_of_a_call(tmp_path / "site")
+
+
+def test_without_kernels_it_says_why(tmp_path):
+    """Sources that hide an installed package from a Python started beside them; a broken binary."""
+    shutil.copytree(ROOT / "gru_fast", tmp_path / "gru_fast", ignore=BUILT)
+    (tmp_path / "csrc").mkdir()
+    warning = warning_of_a_call(tmp_path)
+    assert f"imported from its sources in {tmp_path}, where nothing is compiled" in warning
+    binary = tmp_path / "gru_fast" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    binary.write_bytes(b"no library")
+    assert "gru_fast._C cannot be loaded (" in warning_of_a_call(tmp_path)
+
+
+def warning_of_a_call(site: Path) -> str:
+    """The one warning of two calls of the package in a folder, whose numbers are nn.GRU's."""
     code = """if True:
         import warnings
         import gru_fast, torch
@@ -98,19 +115,19 @@ def test_pure_python_wheel(tmp_path):
             for _ in range(2):
                 torch.testing.assert_close(ours(x), theirs(x))
         print(*[str(warning.message) for warning in caught], sep="\\n")
-    """.replace("SITE", repr(str(tmp_path / "site")))
+    """.replace("SITE", repr(str(site)))
     # -S: without the .pth files, through which an editable install would offer its own _C.
-    path = os.pathsep.join([str(tmp_path / "site"), *filter(None, sys.path)])
+    path = os.pathsep.join([str(site), *filter(None, sys.path)])
     run = subprocess.run(
         [sys.executable, "-S", "-c", code],
         env={**os.environ, "PYTHONPATH": path},
-        cwd=tmp_path,
+        cwd=site,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
     (warning,) = run.stdout.splitlines()
-    assert "GRU_FAST_SKIP_CPU_KERNELS" in warning
+    return warning
 
 
 def test_missing_compiler_names_the_way_out(tmp_path):

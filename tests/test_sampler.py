@@ -99,9 +99,9 @@ def test_generate_uses_the_native_loop_and_leaves_the_rest_to_the_other(monkeypa
     before = _C.launches()
     language_model().generate(max_new_tokens=50, seed=0)
     assert _C.launches() == before + 1
-    monkeypatch.setattr(packed.ops, "HAS_CPU_KERNELS", False)
+    monkeypatch.setattr(packed.ops, "NO_CPU_KERNELS", "no kernels here")
     assert sampling.choose_loop(language_model()) is generate_loop
-    with pytest.raises(RuntimeError, match="built without its CPU kernels"):
+    with pytest.raises(RuntimeError, match="no kernels here"):
         Sampler(language_model())
 
 
