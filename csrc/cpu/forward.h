@@ -142,6 +142,9 @@ class ForwardScan {
       // As the backward pass will read it.
       h = as_stored<Real>(h) * load_n(p_.h_scale + (b * p_.G + g) * p_.H + tile * W, n);
     }
+    // The last word of an odd H reaches a lane further. Its weight is zero, which is no use against
+    // the NaN that padding becomes where an input is infinite.
+    if constexpr (kPack<Real> > 1) h = first_lanes<Real>(h, n);
     if (multiplies_copy()) store(operand_ + at(step, g, rank, tile), h);
   }
 

@@ -147,14 +147,13 @@ class Stack {
     return rows >= kStepRows ? 1 : kStepRows / rows;
   }
 
-  // The state of one row of one layer; the lanes behind H must be and stay zero.
+  // The state of one row of one layer.
   GRU_MEMBER float* state(int64_t layer, int64_t row) const { return h(layer, parity_, row); }
   // To be called once a state has been written from outside.
   GRU_MEMBER void state_written(int64_t layer, int64_t row, Range tiles) const {
     if (P == Weights::kFloat32) return;
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      store_row<P>(operand(layer, parity_, row), tile, load(state(layer, row) + tile * W),
-                   kInt8Most);
+      store_operand(operand(layer, parity_, row), tile, load(state(layer, row) + tile * W));
     }
   }
   void swap_rows(int64_t a, int64_t b, Range tiles) const {
@@ -256,6 +255,15 @@ class Stack {
     return row_ + ((layer * 2 + parity) * capacity_ + row) * ldw_;
   }
 
+  // A register of a state, as a product reads it. The last word may reach beyond H, where its
+  // weight is zero: no use against NaN, which lanes of padding become where an input is infinite.
+  GRU_MEMBER void store_operand(uint32_t* row, int64_t tile, V value) const {
+    if constexpr (P == Weights::kBFloat16) {
+      value = first_lanes<float>(value, lanes_of<float>(tile, s_.shape.H));
+    }
+    store_row<P>(row, tile, value, kInt8Most);
+  }
+
   // gates_ = W_ih x + b of `count` rows.
   void project(int64_t layer, const uint32_t* x, int64_t stride, int64_t count, const float* scale,
                const Crew& crew) const {
@@ -292,9 +300,8 @@ class Stack {
     const V previous = load(h(layer, parity, row) + tile * W);
     const V next = n + z * (previous - n);
     store(h(layer, parity ^ 1, row) + tile * W, next);
-    if (P != Weights::kFloat32)
-      store_row<P>(operand(layer, parity ^ 1, row), tile, next, kInt8Most);
-    if (copy != nullptr) store_row<P>(copy + row * ldw_, tile, next, kInt8Most);
+    if (P != Weights::kFloat32) store_operand(operand(layer, parity ^ 1, row), tile, next);
+    if (copy != nullptr) store_operand(copy + row * ldw_, tile, next);
   }
 
   void step(int64_t layer, int parity, int64_t rows, const float* const* gates, uint32_t* copy,
@@ -348,8 +355,8 @@ class Stack {
                        sigmoid<float, 2 * N>(rz);
                        GRU_EACH(j) {
                          const int64_t row = at.row_of(j), tile = at.tile_of(j);
-                         store_row<P>(gated_ + row * ldw_, tile,
-                                      rz[j] * load(h(layer, parity, row) + tile * W), kInt8Most);
+                         store_operand(gated_ + row * ldw_, tile,
+                                       rz[j] * load(h(layer, parity, row) + tile * W));
                          store(update_ + row * ld_ + tile * W, rz[N + j]);
                        }
                      });

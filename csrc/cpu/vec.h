@@ -131,6 +131,15 @@ GRU_INLINE void store_n(Real* p, Vec<Real> v, int n) {
   }
 }
 
+// v with zero in the lanes from n on.
+template <class Real>
+GRU_INLINE Vec<Real> first_lanes(Vec<Real> v, int n) {
+  if (__builtin_expect(n == kLanes<Real>, 1)) return v;
+  Compute<Real> lanes[kLanes<Real>];
+  store(lanes, v);
+  return load_n(lanes, n);
+}
+
 // What comes back when v is stored and loaded.
 template <class Real>
 GRU_INLINE Vec<Real> as_stored(Vec<Real> v) {

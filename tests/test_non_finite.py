@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Infinite inputs and NaN: they reach what they reach in the reference, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import CELLS, Case, LayerInputs, layer_inputs
+from gru_fast import GRU, Stream, ops, packed, reference
+
+pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+
+# Where bfloat16 has words that reach a lane further, one register and pairs of them, and without.
+SIZES = (1, 17, 32, 63)
+BAD = (float("inf"), float("-inf"), float("nan"))
+
+
+def with_value(inputs: LayerInputs, value: float) -> LayerInputs:
+    """The same with one value of the second step of the first row."""
+    x = inputs.x.clone()
+    x[1, 0, 2] = value
+    return replace(inputs, x=x)
+
+
+def first_row(inputs: LayerInputs) -> LayerInputs:
+    return replace(inputs, x=inputs.x[:, :1], h0=inputs.h0[:, :1])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("value", BAD)
+def test_a_bad_input_stays_in_its_row(
+    isa: str, cell: str, dtype: torch.dtype, value: float
+) -> None:
+    for H in SIZES:
+        clean = layer_inputs(Case(cell, T=5, B=3, H=H), dtype)
+        inputs = with_value(clean, value)
+        output, h_n, workspace = ops.layer(*inputs.arguments())
+        expected = reference.layer(*inputs.to(torch.float64).arguments())[0]
+        assert torch.equal(output.isfinite(), expected.isfinite()), H
+        for ours, others in zip((output, h_n), ops.layer(*clean.arguments()), strict=False):
+            assert torch.equal(ours[:, 1:], others[:, 1:])
+        # One row takes other paths through the kernels than three.
+        alone = first_row(inputs)
+        assert same(ops.layer(*alone.arguments())[0], output[:, :1])
+        assert same(ops.layer(*alone.arguments(recompute=True))[0], output[:, :1])
+
+
+@pytest.mark.parametrize("weights", packed.WEIGHTS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("value", (BAD[0], BAD[2]))
+def test_a_stream_recovers_at_its_reset(
+    sampler_isa: str, weights: str, cell: str, value: float
+) -> None:
+    for H in SIZES:
+        gru = GRU(5, H, num_layers=2, cell=cell)
+        stream = Stream(gru, weights)
+        x = torch.randn(6, 5)
+        clean = stream.push(x).clone()
+        stream.reset()
+        bad = x.clone()
+        bad[1, 2] = value
+        if weights == "int8":
+            with pytest.raises(ValueError, match="finite"):
+                stream.push(bad)
+        else:
+            output = stream.push(bad)
+            assert output.isfinite().all() == (value == value), H
+        stream.reset()
+        assert torch.equal(stream.push(x), clean), H
