@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -16,11 +17,30 @@ constexpr size_t kKeepAtMost = size_t{64} << 20;
 
 // One block per thread is kept, so no lock is taken and threads never share one.
 struct Kept {
-  void* data = nullptr;
-  size_t bytes = 0;
-  ~Kept() { std::free(data); }
+  void* data;
+  size_t bytes;
 };
-thread_local Kept kept;
+constinit thread_local Kept kept{};
+// Frees what a thread leaves. Not ~Kept(): a destructor that runs later, of a static object that
+// holds a module, may call a kernel once more, and must not find a block that is gone.
+struct AtThreadEnd {
+  ~AtThreadEnd() {
+    std::free(kept.data);
+    kept = {};
+  }
+};
+
+class OutOfScratch : public std::bad_alloc {
+ public:
+  explicit OutOfScratch(size_t bytes) {
+    std::snprintf(text_, sizeof text_, "cannot allocate %zu bytes of scratch memory", bytes);
+  }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[80];
+};
+
 std::atomic<bool> poison{false};
 
 }  // namespace
@@ -35,11 +55,10 @@ Scratch::Scratch(size_t bytes) : bytes_((bytes + kAlign) / kAlign * kAlign) {
   if (kept.bytes >= bytes_) {
     data_ = kept.data;
     bytes_ = kept.bytes;
-    kept.data = nullptr;
-    kept.bytes = 0;
+    kept = {};
   } else {
     data_ = std::aligned_alloc(kAlign, bytes_);
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) throw OutOfScratch(bytes_);
     prefer_huge_pages(data_, bytes_);
   }
   poison_if_set(data_, bytes_);
@@ -50,9 +69,9 @@ Scratch::~Scratch() {
     std::free(data_);
     return;
   }
+  static thread_local const AtThreadEnd at_thread_end;
   std::free(kept.data);
-  kept.data = data_;
-  kept.bytes = bytes_;
+  kept = {data_, bytes_};
 }
 
 }  // namespace gru_fast
