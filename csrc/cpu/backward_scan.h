@@ -99,8 +99,8 @@ class BackwardScan {
     return carry_ + (g * p_.B + rank) * c_.units + tile * W;
   }
 
-  // D of a step from the gradient of its state: equations (9) to (14). What the state passes on
-  // directly stays in the carry.
+  // D of a step from the gradient of its state: equations (7), (8), and (9) and (11) of
+  // reset_after. What the state passes on directly stays in the carry.
   GRU_MEMBER void gate_gradients(int64_t g, int64_t step, int64_t rank, int64_t tile) {
     const int64_t t = c_.rows.time(g, step), b = c_.rows.row(rank), place = t * p_.B + b;
     const int lanes = lanes_of<Real>(tile, p_.H);
@@ -144,7 +144,8 @@ class BackwardScan {
     prefetch(f_.output + ((2 * before - place) * p_.G + g) * p_.H + tile * W);
   }
 
-  // reset_before: D of n reaches r and the state through the gated state r * hs.
+  // reset_before: D of n reaches r and the state through the gated state r * s: equations (10) and
+  // (11), and the e * r of (12).
   void through_candidate(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), first_row = c_.first_row(g, step);
     multiply(c_.d(g, step, 0, 2, 0), candidate_panels_, g, t,
@@ -162,6 +163,7 @@ class BackwardScan {
              });
   }
 
+  // The product of equation (12), then D of the step before.
   void through_state(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), alive = c_.rows.alive(t);
     const int64_t still = step > c_.begin ? c_.rows.alive(c_.rows.time(g, step - 1)) : 0;
@@ -175,7 +177,7 @@ class BackwardScan {
     if (still > alive) begin_rows(g, step - 1, alive);
   }
 
-  // `grad` is the gradient of the scaled state: equation (15).
+  // `grad` is a term of Ds: equation (13).
   GRU_MEMBER void add_to_state(int64_t g, int64_t t, int64_t rank, int64_t tile, V grad) {
     if (p_.h_scale != nullptr) {
       const int64_t b = c_.rows.row(rank);
@@ -190,6 +192,7 @@ class BackwardScan {
     store(carry(g, rank, tile), load(carry(g, rank, tile)) + grad);
   }
 
+  // Equation (14) at a reset.
   GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t rank, int64_t b, int64_t tile) {
     if (f_.grad_reset_state != nullptr) {
       const int lanes = lanes_of<Real>(tile, p_.H);

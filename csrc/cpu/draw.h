@@ -109,28 +109,14 @@ class Draw {
   // The largest; of no use where there is NaN, which callers look for.
   GRU_MEMBER float largest(const float* logits) const {
     Vec<float> most = load(logits);
-    for (int64_t i = W; i < padded_; i += W) {
-      const Vec<float> v = load(logits + i);
-      most = v > most ? v : most;
-    }
-#if defined(__AVX512F__)
-    // As _mm512_reduce_max_ps, which GCC 12 warns of in its own header.
-    const __m512 all = reinterpret_cast<__m512>(most);
-    const __m256 half =
-        _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 1), _mm512_castps512_ps256(all));
-    const __m128 four = _mm_max_ps(_mm256_extractf128_ps(half, 1), _mm256_castps256_ps128(half));
-    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-#else
-    float lane[W];
-    store(lane, most);
-#pragma GCC unroll 4
-    for (int d = W / 2; d > 0; d /= 2) {
-#pragma GCC unroll 8
-      for (int i = 0; i < d; ++i) lane[i] = lane[i + d] > lane[i] ? lane[i + d] : lane[i];
-    }
-    return lane[0];
-#endif
+    for (int64_t i = W; i < padded_; i += W) most = larger<float>(load(logits + i), most);
+    return largest_lane<W / 2>(most);
+  }
+  template <int D>
+  GRU_MEMBER static float largest_lane(Vec<float> v) {
+    v = larger<float>(exchange_lanes<float, D>(v, std::make_index_sequence<W>{}), v);
+    if constexpr (D > 1) return largest_lane<D / 2>(v);
+    return v[0];
   }
   bool holds_nan(const float* logits) const {
     bool found = false;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // sigmoid and tanh on a register, to about one unit in the last place of the type that tensors
-// have; NaN stays NaN.
+// have; NaN stays NaN, and infinity saturates: sigmoid at exp(-limit), the smallest normal number,
+// where torch's reaches zero. Then the gates of reset_after, for all who step it.
 #pragma once
 #include "vec.h"
 #if defined(__AVX__)
@@ -70,8 +71,7 @@ GRU_INLINE Vec<Real> smaller(Real limit, Vec<Real> x) {
 #endif
 }
 template <class Real>
-GRU_INLINE Vec<Real> larger(Real limit, Vec<Real> x) {
-  const Vec<Real> a = broadcast<Real>(limit);
+GRU_INLINE Vec<Real> larger(Vec<Real> a, Vec<Real> x) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Real) == 4) {
     return (Vec<Real>)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)x);
@@ -87,6 +87,10 @@ GRU_INLINE Vec<Real> larger(Real limit, Vec<Real> x) {
 #else
   return a > x ? a : x;
 #endif
+}
+template <class Real>
+GRU_INLINE Vec<Real> larger(Real limit, Vec<Real> x) {
+  return larger<Real>(broadcast<Real>(limit), x);
 }
 
 // What runs between the operations of a function that takes a `between`: other work, for the time
@@ -209,24 +213,41 @@ GRU_MEMBER Vec<float> tanh<BFloat16>(Vec<float> x) {
   return less * short_reciprocal(e + 1.0f);
 }
 
-template <class Real, int N, class Between>
-  requires(kPack<Real> > 1)
-GRU_INLINE void sigmoid(Vec<Real> (&x)[N], Between between) {
+// Short chains need no company.
+template <int N, class Between, class Gate>
+GRU_INLINE void in_turn(Vec<float> (&x)[N], Between between, Gate gate) {
   GRU_EACH(j) {
-    x[j] = sigmoid<Real>(x[j]);
+    x[j] = gate(x[j]);
     between();
   }
 }
 
 template <class Real, int N, class Between>
   requires(kPack<Real> > 1)
+GRU_INLINE void sigmoid(Vec<Real> (&x)[N], Between between) {
+  in_turn(x, between, [](Vec<float> one) GRU_MEMBER_LAMBDA { return sigmoid<Real>(one); });
+}
+
+template <class Real, int N, class Between>
+  requires(kPack<Real> > 1)
 GRU_INLINE void tanh(Vec<Real> (&x)[N], Between between) {
-  GRU_EACH(j) {
-    x[j] = tanh<Real>(x[j]);
-    between();
-  }
+  in_turn(x, between, [](Vec<float> one) GRU_MEMBER_LAMBDA { return tanh<Real>(one); });
 }
 #endif
+
+// Equations (2) to (5a) for N neighbours side by side, whose products are `sums`: `rz` gets r of
+// each, then z. gx(j, gate) is what the input and the biases add, bias_q(j) the bias within q.
+template <class Real, int N, class GateX, class BiasQ, class Between = Nothing>
+GRU_INLINE void reset_after_gates(const Vec<Real> (&sums)[3][N], GateX gx, BiasQ bias_q,
+                                  Vec<Real> (&rz)[2 * N], Vec<Real> (&q)[N], Vec<Real> (&n)[N],
+                                  Between between = {}) {
+  GRU_EACH(j) rz[j] = sums[0][j] + gx(j, 0);
+  GRU_EACH(j) rz[N + j] = sums[1][j] + gx(j, 1);
+  GRU_EACH(j) q[j] = sums[2][j] + bias_q(j);
+  sigmoid<Real, 2 * N>(rz, between);
+  GRU_EACH(j) n[j] = gx(j, 2) + rz[j] * q[j];
+  tanh<Real, N>(n, between);
+}
 
 }  // namespace
 }  // namespace GRU_FAST_ISA

@@ -145,7 +145,8 @@ GRU_INLINE void sweep_by_columns(Operand<Real> operand, int64_t rows, const Real
     for (int64_t slot = 0; slot < slots; ++slot) {
       const Real* weight_rows = blocks[slot] + tile * W;
       const Real* a = operand.a + slot * units;
-      for (int64_t j = 0; j < H;) {
+      int64_t j = 0;
+      while (j < H) {
         const int64_t k = slot * units + j, in_block = kSumBlock - k % kSumBlock;
         if (k > 0 && in_block == kSumBlock) {
           end_block();

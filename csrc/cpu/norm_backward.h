@@ -71,8 +71,8 @@ class NormBackwardScan {
     return carry_ + (g * p_.B + b) * c_.units + tile * W;
   }
 
-  // P and D(gates_x) of a step from the gradient of its state: equations (7) to (11). What the
-  // state passes on directly stays in the carry.
+  // P and D(gates_x) of a step from the gradient of its state: equations (7) to (9), (11). What
+  // the state passes on directly stays in the carry.
   GRU_MEMBER void gate_gradients(int64_t g, int64_t step, int64_t b, int64_t tile) const {
     const int64_t t = c_.rows.time(g, step), row = c_.row_of(step, b);
     const int lanes = lanes_of<Real>(tile, p_.H);
@@ -157,7 +157,7 @@ class NormBackwardScan {
                      });
   }
 
-  // `grad` is the gradient of the scaled state.
+  // `grad` is Ds: equation (13).
   GRU_MEMBER void add_to_state(int64_t g, int64_t t, int64_t b, int64_t tile, V grad) const {
     if (p_.h_scale != nullptr) {
       const int lanes = lanes_of<Real>(tile, p_.H);
@@ -171,6 +171,7 @@ class NormBackwardScan {
     store(carry(g, b, tile), load(carry(g, b, tile)) + grad);
   }
 
+  // Equation (14) at a reset.
   GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t b, int64_t tile) const {
     if (f_.grad_reset_state != nullptr) {
       const int lanes = lanes_of<Real>(tile, p_.H);

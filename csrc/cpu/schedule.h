@@ -13,7 +13,7 @@ GRU_INLINE Vec<Real> load_or_zero(const Real* p, int64_t offset, int n) {
   return p ? load_n(p + offset, n) : Vec<Real>{};
 }
 
-// Equations (1) to (4) of reference.py: validity, resets and h_prev of a step.
+// Which rows are valid at a step (`alive`), and the state p that each of them starts from.
 template <class Real>
 struct Schedule {
   const Problem<Real>& p;

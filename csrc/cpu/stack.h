@@ -294,7 +294,7 @@ class Stack {
                        });
   }
 
-  // Equation (8): the new state of a row and tile.
+  // Equation (6): the new state of a row and tile.
   GRU_MEMBER void finish(int64_t layer, int parity, int64_t row, int64_t tile, V z, V n,
                          uint32_t* copy) const {
     const V previous = load(h(layer, parity, row) + tile * W);
@@ -316,12 +316,10 @@ class Stack {
       auto close_gates = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
                                                    Between between) GRU_MEMBER_LAMBDA {
         V rz[2 * N], q[N], n[N];
-        GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
-        GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
-        GRU_EACH(j) q[j] = sums[2][j] + load(weights.bias_q + at.tile_of(j) * W);
-        sigmoid<float, 2 * N>(rz, between);
-        GRU_EACH(j) n[j] = gx(at, j, 2) + rz[j] * q[j];
-        tanh<float, N>(n, between);
+        reset_after_gates<float, N>(
+            sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return gx(at, j, gate); },
+            [&](int j) GRU_MEMBER_LAMBDA { return load(weights.bias_q + at.tile_of(j) * W); }, rz,
+            q, n, between);
         GRU_EACH(j) { finish(layer, parity, at.row_of(j), at.tile_of(j), rz[N + j], n[j], copy); }
       };
       Range tiles = crew.tiles;

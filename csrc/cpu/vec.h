@@ -204,6 +204,17 @@ GRU_INLINE void exchange(Vec<Real>& a, Vec<Real>& b, std::index_sequence<L...>) 
   b = high;
 }
 
+// Lane i of the result is lane i ^ D.
+template <class Real, int D, size_t... L>
+GRU_INLINE Vec<Real> exchange_lanes(Vec<Real> v, std::index_sequence<L...>) {
+#ifdef GRU_FAST_SHUFFLEVECTOR
+  return __builtin_shufflevector(v, v, (L ^ D)...);
+#else
+  const VecBits<Real> mask = {(L ^ D)...};
+  return __builtin_shuffle(v, mask);
+#endif
+}
+
 template <class Real, int D>
 GRU_INLINE void transpose_stage(Vec<Real> (&rows)[kLanes<Real>]) {
   constexpr int W = kLanes<Real>;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From D of a chunk: the gradients of the input (D W_ih), of the weights (D^T x, D^T hs) and of the
-// biases (column sums). Rows are added in the order of the scan's chunks, whatever the threads.
+// From D of a chunk, equations (15) and (16): the gradients of the input (D W_ih), of the weights
+// (D^T x, D^T s) and of the biases (column sums). Rows are added in the order of the scan's chunks,
+// whatever the threads.
 #pragma once
 #include "chunk.h"
 #include "column_panels.h"
