@@ -33,11 +33,7 @@ PYBIND11_MODULE(_C, m) {
         py::dict info;
         info["compiler"] = __VERSION__;
         info["cpp"] = static_cast<long>(__cplusplus);
-#ifdef GRU_FAST_X86
-        info["isas"] = std::vector<std::string>{"baseline", "avx2", "avx512"};
-#else
-        info["isas"] = std::vector<std::string>{"baseline"};
-#endif
+        info["isas"] = gru_fast::built_isas();
         return info;
       },
       "Compiler, C++ standard and instruction sets this module was built with.");

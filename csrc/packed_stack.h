@@ -6,10 +6,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -18,6 +15,7 @@
 #include <vector>
 
 #include "cell_names.h"
+#include "cpu/block.h"
 #include "cpu/sampler_problem.h"
 
 namespace gru_fast {
@@ -26,19 +24,6 @@ using Floats = pybind11::array_t<float, pybind11::array::c_style>;
 using MaybeFloats = std::optional<Floats>;
 template <class Integer>
 using Integers = pybind11::array_t<Integer, pybind11::array::c_style>;
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-using Block = std::unique_ptr<void, Free>;
-
-inline Block zeroed(int64_t bytes) {
-  const size_t size = (static_cast<size_t>(bytes) + 64) / 64 * 64;
-  Block block(std::aligned_alloc(64, size));
-  if (!block) throw std::bad_alloc();
-  std::memset(block.get(), 0, size);
-  return block;
-}
 
 [[noreturn]] inline void complain(const std::string& name, const std::string& expected,
                                   const std::string& got) {
@@ -74,61 +59,77 @@ inline Weights parse_weights(const std::string& weights) {
 
 using LayerTuple = std::tuple<MaybeFloats, Floats, MaybeFloats, MaybeFloats>;
 
+// The sizes that the first layer, the table and the head give.
+inline StackShape shape_of(const std::string& cell, const std::string& weights,
+                           const MaybeFloats& table, const std::vector<LayerTuple>& layers,
+                           const MaybeFloats& head_weight) {
+  constexpr int64_t most = int64_t{1} << 16;
+  StackShape shape{};
+  if (!find_cell(cell, shape.cell)) complain("cell", kExpectedCells, "'" + cell + "'");
+  shape.weights = parse_weights(weights);
+  shape.layers = static_cast<int64_t>(layers.size());
+  if (layers.empty()) complain("layers", "at least one", "none");
+  const Floats& first_hh = std::get<1>(layers[0]);
+  shape.H = first_hh.ndim() == 2 ? first_hh.shape(1) : 0;
+  if (shape.H < 1 || shape.H > most) {
+    complain("hidden size", "1 to " + std::to_string(most), std::to_string(shape.H));
+  }
+  if (table) {
+    constexpr int64_t most_tokens = std::numeric_limits<int32_t>::max();  // as they are fed
+    shape.tokens = table->ndim() == 2 ? table->shape(0) - 1 : 0;
+    if (shape.tokens < 1 || shape.tokens > most_tokens) {
+      complain("table", "2 to " + std::to_string(most_tokens + 1) + " rows",
+               std::to_string(shape.tokens + 1));
+    }
+  } else {
+    const MaybeFloats& weight_ih = std::get<0>(layers[0]);
+    if (!weight_ih) complain("weight_ih_l0", "an array where there is no table", "None");
+    shape.I = weight_ih->ndim() == 2 ? weight_ih->shape(1) : 0;
+    if (shape.I < 1 || shape.I > most) {
+      complain("input size", "1 to " + std::to_string(most), std::to_string(shape.I));
+    }
+  }
+  if (head_weight) {
+    shape.outputs = head_weight->ndim() == 2 ? head_weight->shape(0) : 0;
+    if (shape.outputs < 1) complain("head_weight", "one row or more", "none");
+  }
+  return shape;
+}
+
+// The weights of layer l; those of the input only where no table has them.
+inline LayerWeights read_layer(const StackShape& shape, int64_t l, const LayerTuple& layer) {
+  const auto& [weight_ih, weight_hh, bias_ih, bias_hh] = layer;
+  const int64_t H = shape.H, rows = gate_count(shape.cell) * H;
+  const std::string suffix = "_l" + std::to_string(l);
+  LayerWeights to{};
+  if (l > 0 || shape.tokens == 0) {
+    to.weight_ih = read("weight_ih" + suffix, weight_ih, {rows, l > 0 ? H : shape.I});
+    if (to.weight_ih == nullptr) complain("weight_ih" + suffix, "an array", "None");
+    to.bias_ih = read("bias_ih" + suffix, bias_ih, {rows});
+  }
+  to.weight_hh = read("weight_hh" + suffix, weight_hh, {rows, H});
+  to.bias_hh = read("bias_hh" + suffix, bias_hh, {rows});
+  return to;
+}
+
 // Packed weights; never changed after the constructor, so any number of threads may use them.
 class PackedStack {
  public:
   PackedStack(const std::string& cell, const std::string& weights, const MaybeFloats& table,
               const std::vector<LayerTuple>& layers, const MaybeFloats& head_weight,
               const MaybeFloats& head_bias, bool plain)
-      : kernels_(sampler_kernels(plain)) {
-    if (!find_cell(cell, shape_.cell)) complain("cell", kExpectedCells, "'" + cell + "'");
-    shape_.weights = parse_weights(weights);
-    shape_.layers = static_cast<int64_t>(layers.size());
-    if (layers.empty()) complain("layers", "at least one", "none");
-    const int64_t gates = gate_count(shape_.cell);
-    const Floats& first_hh = std::get<1>(layers[0]);
-    shape_.H = first_hh.ndim() == 2 ? first_hh.shape(1) : 0;
-    const int64_t H = shape_.H, most = int64_t{1} << 16;
-    if (H < 1 || H > most) {
-      complain("hidden size", "1 to " + std::to_string(most), std::to_string(H));
-    }
-    if (table) {
-      shape_.tokens = table->ndim() == 2 ? table->shape(0) - 1 : 0;
-      if (shape_.tokens < 1)
-        complain("table", "two rows or more", std::to_string(shape_.tokens + 1));
-    } else {
-      const MaybeFloats& weight_ih = std::get<0>(layers[0]);
-      if (!weight_ih) complain("weight_ih_l0", "an array where there is no table", "None");
-      shape_.I = weight_ih->ndim() == 2 ? weight_ih->shape(1) : 0;
-      if (shape_.I < 1 || shape_.I > most) {
-        complain("input size", "1 to " + std::to_string(most), std::to_string(shape_.I));
-      }
-    }
-    if (head_weight) {
-      shape_.outputs = head_weight->ndim() == 2 ? head_weight->shape(0) : 0;
-      if (shape_.outputs < 1) complain("head_weight", "one row or more", "none");
-    }
-    StackWeights from{};
-    std::vector<LayerWeights> plain_layers;
+      : shape_(shape_of(cell, weights, table, layers, head_weight)),
+        kernels_(sampler_kernels(plain)),
+        bytes_(kernels_.snapshot_bytes(shape_)) {
+    std::vector<LayerWeights> from_layers;
     for (int64_t l = 0; l < shape_.layers; ++l) {
-      const auto& [weight_ih, weight_hh, bias_ih, bias_hh] = layers[l];
-      const std::string suffix = "_l" + std::to_string(l);
-      LayerWeights to{};
-      const bool by_table = l == 0 && table;
-      if (!by_table) {
-        to.weight_ih = read("weight_ih" + suffix, weight_ih, {gates * H, l > 0 ? H : shape_.I});
-        if (to.weight_ih == nullptr) complain("weight_ih" + suffix, "an array", "None");
-        to.bias_ih = read("bias_ih" + suffix, bias_ih, {gates * H});
-      }
-      to.weight_hh = read("weight_hh" + suffix, weight_hh, {gates * H, H});
-      to.bias_hh = read("bias_hh" + suffix, bias_hh, {gates * H});
-      plain_layers.push_back(to);
+      from_layers.push_back(read_layer(shape_, l, layers[l]));
     }
-    from.layers = plain_layers.data();
-    from.table = read("table", table, {shape_.tokens + 1, gates * H});
-    from.head_weight = read("head_weight", head_weight, {shape_.outputs, H});
-    from.head_bias = read("head_bias", head_bias, {shape_.outputs});
-    bytes_ = kernels_.snapshot_bytes(shape_);
+    const StackWeights from = {
+        from_layers.data(),
+        read("table", table, {shape_.tokens + 1, gate_count(shape_.cell) * shape_.H}),
+        read("head_weight", head_weight, {shape_.outputs, shape_.H}),
+        read("head_bias", head_bias, {shape_.outputs})};
     memory_ = zeroed(bytes_);
     const pybind11::gil_scoped_release unlocked;
     kernels_.pack(shape_, from, memory_.get());
@@ -147,9 +148,9 @@ class PackedStack {
   }
 
  private:
-  StackShape shape_{};
+  const StackShape shape_;
   const SamplerKernels& kernels_;
-  int64_t bytes_ = 0;
+  const int64_t bytes_;
   Block memory_;
 };
 

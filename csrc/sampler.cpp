@@ -30,7 +30,8 @@ namespace py = pybind11;
 namespace gru_fast {
 namespace {
 
-// What is left to do is worth the start of a parallel region, or a meeting at every step.
+// Products of a call that is worth the start of a parallel region, some 20 us of one thread, and
+// weights that a step has to read for it to be worth a meeting: more than a first cache holds.
 constexpr double kRegionProducts = 2e6;
 constexpr int64_t kSplitBytes = 48 << 10;
 constexpr auto kPollEvery = std::chrono::milliseconds(20);
@@ -90,10 +91,68 @@ int threads_worth(const PackedStack& stack, const Generation& g, int available) 
   return split ? available : static_cast<int>(g.B);
 }
 
+// What a call feeds and where it stops: sequence b is fed inputs[begin[b]:begin[b + 1]], where the
+// row after the last token of the table is the zero vector, then what it draws.
+Generation checked_sequences(const StackShape& shape, const Integers<int32_t>& inputs,
+                             const Integers<int64_t>& input_begin,
+                             const Integers<int64_t>& position, const Integers<int64_t>& stream,
+                             const Integers<int64_t>& limit) {
+  Generation g{};
+  g.B = static_cast<int64_t>(limit.size());
+  check_shape("position", position, {g.B});
+  check_shape("stream", stream, {g.B});
+  check_shape("input_begin", input_begin, {g.B + 1});
+  g.inputs = inputs.data();
+  g.input_begin = input_begin.data();
+  g.position = position.data();
+  g.stream = stream.data();
+  g.limit = limit.data();
+  for (int64_t b = 0; b < g.B; ++b) {
+    if (g.limit[b] < 1) complain("limit", ">= 1", std::to_string(g.limit[b]));
+    if (g.input_begin[b] < 0 || g.input_begin[b] >= g.input_begin[b + 1]) {
+      complain("input_begin", "ascending values from 0", std::to_string(g.input_begin[b]));
+    }
+    g.capacity = std::max(g.capacity, g.limit[b]);
+  }
+  if (g.B > 0 && g.input_begin[g.B] > inputs.size()) {
+    complain("input_begin", "at most " + std::to_string(inputs.size()),
+             std::to_string(g.input_begin[g.B]));
+  }
+  for (int64_t i = 0; i < inputs.size(); ++i) {
+    if (g.inputs[i] < 0 || g.inputs[i] > shape.tokens) {
+      complain("inputs", "0 to " + std::to_string(shape.tokens), std::to_string(g.inputs[i]));
+    }
+  }
+  return g;
+}
+
+// Runs a call on at most `threads` threads, without the interpreter's lock.
+void run(const PackedStack& stack, const Generation& g, GenerationState& state, Signals& signals,
+         int threads) {
+  const py::gil_scoped_release unlocked;
+  threads = threads_worth(stack, g, threads);
+  const Scratch scratch(
+      static_cast<size_t>(stack.kernels().generate_scratch_bytes(stack.shape(), g, threads)));
+  Team team(threads);
+  std::atomic<int> finished{0};
+  run_parts(threads, [&](int64_t begin, int64_t end) {
+    const int member = team.join(static_cast<int>(end - begin));
+    if (member < 0) {
+      // Only the thread that Python called can look for signals, also where it came too late.
+      while (signals.is_mine() && finished.load() < team.size_for_latecomer()) {
+        if (Signals::poll(&signals)) __atomic_store_n(&state.stop, 1, __ATOMIC_RELAXED);
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      return;
+    }
+    stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
+    finished.fetch_add(1);
+  });
+  launches.fetch_add(1, std::memory_order_relaxed);
+}
+
 using Generated = std::tuple<py::array, py::array, py::object, py::array>;
 
-// Sequence b is fed inputs[begin[b]:begin[b + 1]], where the row after the last token of the table
-// is the zero vector, then what it draws.
 Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
                    const Integers<int64_t>& input_begin, const Integers<int64_t>& position,
                    const Integers<int64_t>& stream, const Integers<int64_t>& limit,
@@ -110,43 +169,17 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
              "at most as many rows as the table has tokens (" + std::to_string(shape.tokens) + ")",
              std::to_string(shape.outputs));
   }
-  Generation g{};
-  g.B = static_cast<int64_t>(limit.size());
-  const int64_t B = g.B;
-  check_shape("position", position, {B});
-  check_shape("stream", stream, {B});
-  check_shape("input_begin", input_begin, {B + 1});
-  g.inputs = inputs.data();
-  g.input_begin = input_begin.data();
-  g.position = position.data();
-  g.stream = stream.data();
-  g.limit = limit.data();
-  for (int64_t b = 0; b < B; ++b) {
-    if (g.limit[b] < 1) complain("limit", ">= 1", std::to_string(g.limit[b]));
-    if (g.input_begin[b] < 0 || g.input_begin[b] >= g.input_begin[b + 1]) {
-      complain("input_begin", "ascending values from 0", std::to_string(g.input_begin[b]));
-    }
-    g.capacity = std::max(g.capacity, g.limit[b]);
-  }
-  if (B > 0 && g.input_begin[B] > inputs.size()) {
-    complain("input_begin", "at most " + std::to_string(inputs.size()),
-             std::to_string(g.input_begin[B]));
-  }
-  for (int64_t i = 0; i < inputs.size(); ++i) {
-    if (g.inputs[i] < 0 || g.inputs[i] > shape.tokens) {
-      complain("inputs", "0 to " + std::to_string(shape.tokens), std::to_string(g.inputs[i]));
-    }
-  }
+  Generation g = checked_sequences(shape, inputs, input_begin, position, stream, limit);
   g.eos = eos.data();
   g.eos_count = static_cast<int64_t>(eos.size());
   g.seed = seed;
   g.rules = checked_rules(do_sample, temperature, top_k, top_p, min_p);
-  g.h0 = read("h0", h0, {shape.layers, B, shape.H});
+  g.h0 = read("h0", h0, {shape.layers, g.B, shape.H});
 
-  Integers<int64_t> tokens({B, g.capacity}), lengths(B);
-  Floats h_n({shape.layers, B, shape.H});
+  Integers<int64_t> tokens({g.B, g.capacity}), lengths(g.B);
+  Floats h_n({shape.layers, g.B, shape.H});
   MaybeFloats chances;
-  if (log_probs) chances = Floats({B, g.capacity});
+  if (log_probs) chances = Floats({g.B, g.capacity});
   g.tokens = tokens.mutable_data();
   g.lengths = lengths.mutable_data();
   g.log_probs = chances ? chances->mutable_data() : nullptr;
@@ -156,29 +189,8 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   g.poll = Signals::poll;
   g.context = &signals;
   GenerationState state{};
-  if (B > 0) {
-    const py::gil_scoped_release unlocked;
-    const int pool = pool_threads();
-    threads = threads_worth(stack, g, threads > 0 ? std::min(threads, pool) : pool);
-    const Scratch scratch(
-        static_cast<size_t>(stack.kernels().generate_scratch_bytes(shape, g, threads)));
-    Team team(threads);
-    std::atomic<int> finished{0};
-    run_parts(threads, [&](int64_t begin, int64_t end) {
-      const int member = team.join(static_cast<int>(end - begin));
-      if (member < 0) {
-        // Only the thread that Python called can look for signals, also where it came too late.
-        while (signals.is_mine() && finished.load() < team.size_for_latecomer()) {
-          if (Signals::poll(&signals)) __atomic_store_n(&state.stop, 1, __ATOMIC_RELAXED);
-          std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        }
-        return;
-      }
-      stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
-      finished.fetch_add(1);
-    });
-    launches.fetch_add(1, std::memory_order_relaxed);
-  }
+  const int pool = pool_threads();
+  if (g.B > 0) run(stack, g, state, signals, threads > 0 ? std::min(threads, pool) : pool);
   if (signals.raised) throw py::error_already_set();
   if (state.bad_sequence > 0) {
     complain("logits", "no NaN or +inf and at least one finite value",

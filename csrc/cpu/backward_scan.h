@@ -2,6 +2,7 @@
 // The scan back through a chunk: the product that carries D of a step into the gradient of the
 // state before it, whose epilogue already computes D of the step before.
 #pragma once
+#include "carry.h"
 #include "chunk.h"
 #include "column_panels.h"
 #include "team.h"
@@ -20,8 +21,7 @@ class BackwardScan {
 
   BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
                int member)
-      : f_(f), p_(f.in), c_(chunk) {
-    carry_ = layout.template take<Number>(p_.G * p_.B * c_.units);
+      : f_(f), p_(f.in), c_(chunk), carry_(f, c_.units, layout) {
     // Where all of it stays in the cache it is no use, nor where a step is too much to hold.
     constexpr int64_t kKept = 1 << 20, kStep = 1 << 18;
     const int64_t step_bytes = p_.B * p_.G * c_.slots * p_.H * static_cast<int64_t>(sizeof(Real));
@@ -43,10 +43,7 @@ class BackwardScan {
                       p_.order != nullptr);
     panels_.pack(p_.G, members, member);
     if (p_.cell == Cell::kResetBefore) candidate_panels_.pack(p_.G, members, member);
-    each_own_tile(0, p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
-      const int64_t offset = (g * p_.B + c_.rows.row(rank)) * p_.H + tile * W;
-      store(carry(g, rank, tile), load_or_zero(f_.grad_h_n, offset, lanes_of<Real>(tile, p_.H)));
-    });
+    carry_.begin(share_);
   }
 
   void run(Team& team, int member) {
@@ -64,39 +61,17 @@ class BackwardScan {
     }
   }
 
-  void finish() {
-    if (f_.grad_h0 == nullptr) return;
-    each_own_tile(0, p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
-      const int64_t offset = (g * p_.B + c_.rows.row(rank)) * p_.H + tile * W;
-      store_n(f_.grad_h0 + offset, load(carry(g, rank, tile)), lanes_of<Real>(tile, p_.H));
-    });
-  }
+  void finish() const { carry_.finish(share_); }
 
  private:
-  // Of ranks [begin, end) in all groups of this member.
-  template <class Body>
-  GRU_MEMBER void each_own_tile(int64_t begin, int64_t end, Body body) const {
-    for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-      for (int64_t i = share_.ranks.below(begin); i < share_.ranks.below(end); ++i) {
-        for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
-          body(g, share_.ranks[i], tile);
-        }
-      }
-    }
-  }
-
   // D of a step for the rows from a rank on, which no later step was alive for.
   void begin_rows(int64_t g, int64_t step, int64_t from) {
-    const int64_t end = share_.ranks.below(c_.rows.alive(c_.rows.time(g, step)));
+    const int64_t end = share_.ranks.below(c_.rows.alive_at(g, step));
     for (int64_t i = share_.ranks.below(from); i < end; ++i) {
       for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
         gate_gradients(g, step, share_.ranks[i], tile);
       }
     }
-  }
-
-  GRU_MEMBER Number* carry(int64_t g, int64_t rank, int64_t tile) const {
-    return carry_ + (g * p_.B + rank) * c_.units + tile * W;
   }
 
   // D of a step from the gradient of its state: equations (7), (8), and (9) and (11) of
@@ -117,13 +92,13 @@ class BackwardScan {
     const int z_slot = c_.slots - 2, n_slot = c_.slots - 1;
     const V z = slot(z_slot), n = slot(n_slot);
     const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
-    const V dh = load(carry(g, rank, tile)) + load_or_zero(f_.grad_output, out, lanes);
+    const V dh = load(carry_.at(g, rank, tile)) + load_or_zero(f_.grad_output, out, lanes);
     const V dn = dh * (Number(1) - z) + grad_slot(n_slot);
     const V dz = dh * (previous - n) + grad_slot(z_slot);
     const V da_n = dn * (Number(1) - n * n);
     store(to + n_slot * c_.units, da_n);
     store(to + z_slot * c_.units, dz * z * (Number(1) - z));
-    store(carry(g, rank, tile), dh * z);
+    store(carry_.at(g, rank, tile), dh * z);
     if (p_.cell == Cell::kResetAfter) {
       const V q = slot(0), r = slot(1);
       const V dr = da_n * q + grad_slot(1);
@@ -159,47 +134,22 @@ class BackwardScan {
                  dr += load_n(f_.grad_workspace + at, lanes);
                }
                store(c_.d(g, first_row + rank) + tile * W, dr * r * (Number(1) - r));
-               add_to_state(g, t, rank, tile, sums[0] * r);
+               carry_.add(g, t, rank, tile, sums[0] * r);
              });
   }
 
   // The product of equation (12), then D of the step before.
   void through_state(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), alive = c_.rows.alive(t);
-    const int64_t still = step > c_.begin ? c_.rows.alive(c_.rows.time(g, step - 1)) : 0;
+    const int64_t still = step > c_.begin ? c_.rows.alive_at(g, step - 1) : 0;
     multiply(c_.d(g, step, 0, 0, 0), panels_, g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               add_to_state(g, t, rank, tile, sums[0]);
-               const int64_t b = c_.rows.row(rank);
-               if (c_.rows.reset(g, t, b)) leave_to_reset_state(g, rank, b, tile);
+               carry_.add(g, t, rank, tile, sums[0]);
+               if (c_.rows.reset(g, t, c_.rows.row(rank)))
+                 carry_.leave_to_reset_state(g, rank, tile);
                if (rank < still) gate_gradients(g, step - 1, rank, tile);
              });
     if (still > alive) begin_rows(g, step - 1, alive);
-  }
-
-  // `grad` is a term of Ds: equation (13).
-  GRU_MEMBER void add_to_state(int64_t g, int64_t t, int64_t rank, int64_t tile, V grad) {
-    if (p_.h_scale != nullptr) {
-      const int64_t b = c_.rows.row(rank);
-      const int lanes = lanes_of<Real>(tile, p_.H);
-      const int64_t at = (b * p_.G + g) * p_.H + tile * W;
-      if (f_.grad_h_scale != nullptr) {
-        const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
-        store_n(f_.grad_h_scale + at, load_n(f_.grad_h_scale + at, lanes) + grad * previous, lanes);
-      }
-      grad *= load_n(p_.h_scale + at, lanes);
-    }
-    store(carry(g, rank, tile), load(carry(g, rank, tile)) + grad);
-  }
-
-  // Equation (14) at a reset.
-  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t rank, int64_t b, int64_t tile) {
-    if (f_.grad_reset_state != nullptr) {
-      const int lanes = lanes_of<Real>(tile, p_.H);
-      Number* to = f_.grad_reset_state + (g * p_.B + b) * p_.H + tile * W;
-      store_n(to, load_n(to, lanes) + load(carry(g, rank, tile)), lanes);
-    }
-    store(carry(g, rank, tile), V{});
   }
 
   // Multiplies D of this member's rows that are alive at t; the epilogue gets ranks.
@@ -216,7 +166,7 @@ class BackwardScan {
   const Backward<Real>& f_;
   const Problem<Real>& p_;
   const Chunk<Real>& c_;
-  Number* carry_;
+  const Carry<Real> carry_;
   ColumnPanels<Real> panels_{}, candidate_panels_{};
   bool prefetches_;
   Share share_{};

@@ -13,7 +13,6 @@ namespace {
 template <class Real>
 struct ColumnPanels {
   static constexpr int W = kLanes<Real>;
-  static constexpr int64_t kMostAbreast = 8;
 
   const Real* weight;  // (G, gates * H, columns)
   int64_t H, units, columns, gates;
@@ -29,7 +28,7 @@ struct ColumnPanels {
   // Takes memory for the panels of G groups, or of what one member needs at a time.
   GRU_MEMBER void take(int64_t G, bool once, Layout& layout, int threads, int member) {
     packed = once ? nullptr : layout.template take<Real>(G * tiles() * panel_size());
-    const int64_t own = kMostAbreast * panel_size();
+    const int64_t own = kMostTilesAbreast * panel_size();
     on_the_way = once ? layout.template take<Real>(threads * own) + member * own : nullptr;
   }
 
@@ -39,7 +38,7 @@ struct ColumnPanels {
     const Range part = part_of(G * tiles(), member, members);
     for (int64_t i = part.begin; i < part.end;) {
       const int64_t tile = i % tiles();
-      int64_t count = part.end - i < kMostAbreast ? part.end - i : kMostAbreast;
+      int64_t count = part.end - i < kMostTilesAbreast ? part.end - i : int64_t{kMostTilesAbreast};
       count = tiles() - tile < count ? tiles() - tile : count;
       pack_tiles(i / tiles(), tile, count, packed + i * panel_size());
       i += count;

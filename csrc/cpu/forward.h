@@ -14,9 +14,10 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
+// Inputs that are projected together, at least a step of the batch: enough to read weight_ih
+// seldom, few enough that gates_x stays in the cache until its steps come.
 constexpr int64_t kProjectRows = 64;
 constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
-constexpr int kMaxAbreastVectors = 12;
 
 template <class Real>
 class ForwardScan {
@@ -49,7 +50,7 @@ class ForwardScan {
     gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
                 member * kProjectRows * p_.I;
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
-    const int64_t panel = kMaxAbreastVectors * W * packed_k<Real>(most);
+    const int64_t panel = kMostVectorsAbreast * W * packed_k<Real>(most);
     Real* mine = layout.take<Real>(input_once ? threads * panel : 0) + member * panel;
     auto panels = [&](int gate, int count, const Real* weight, int64_t K, bool on_the_fly,
                       const Real* given) {
@@ -180,75 +181,89 @@ class ForwardScan {
     }
   }
 
-  // W_ih x + b_ih, and the b_hh that may be added before the gate.
+  // gates_x of a chunk: W_ih x, or what the caller projected, and the biases.
   void project(int64_t g, int64_t begin, int64_t end) {
-    const Real* bias_ih = p_.bias_ih ? p_.bias_ih + g * gates_ * p_.H : nullptr;
-    const Real* bias_hh = p_.bias_hh ? p_.bias_hh + g * gates_ * p_.H : nullptr;
-    auto bias = [&](int gate, int64_t tile) GRU_MEMBER_LAMBDA {
-      const int n = lanes_of<Real>(tile, p_.H);
-      const bool separate = p_.cell == Cell::kResetAfter && gate == 2;
-      return load_or_zero(bias_ih, gate * p_.H + tile * W, n) +
-             load_or_zero(separate ? nullptr : bias_hh, gate * p_.H + tile * W, n);
-    };
     if (p_.weight_ih == nullptr) {
+      copy_gates(g, begin, end);
+    } else if (p_.order != nullptr) {
+      project_gathered(g, begin, end);
+    } else if (p_.B == 1) {
+      project_sequence(g, begin, end);
+    } else {
+      const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
       for (int64_t step = begin; step < end; ++step) {
-        const int64_t t = rows_.time(g, step), rows = alive(t);
-        for (int64_t i = 0; i < rows; ++i) {
-          const int64_t rank = share_.ranks[i];
-          const Real* row = rows_.input_row(g, t, rows_.row(rank));
-          for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
-            const int n = lanes_of<Real>(tile, p_.H);
-            Number* to = gates_x(g, (step - begin) * p_.B + rank, tile);
-            for (int gate = 0; gate < gates_; ++gate) {
-              store(to + gate * W, load_n(row + gate * p_.H + tile * W, n) + bias(gate, tile));
-            }
+        const int64_t to = (step - begin) * p_.B + first;
+        project_rows(g, rows_.input_row(g, rows_.time(g, step), first), p_.x_stride_b, count,
+                     [&](int64_t row) { return to + row; });
+      }
+    }
+  }
+
+  // b_ih, and the b_hh that may be added before the gate.
+  GRU_MEMBER V input_bias(int64_t g, int gate, int64_t tile) const {
+    const int n = lanes_of<Real>(tile, p_.H);
+    const int64_t at = (g * gates_ + gate) * p_.H + tile * W;
+    const bool separate = p_.cell == Cell::kResetAfter && gate == 2;
+    return load_or_zero(p_.bias_ih, at, n) + load_or_zero(separate ? nullptr : p_.bias_hh, at, n);
+  }
+
+  void copy_gates(int64_t g, int64_t begin, int64_t end) {
+    for (int64_t step = begin; step < end; ++step) {
+      const int64_t t = rows_.time(g, step), rows = alive(t);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t rank = share_.ranks[i];
+        const Real* row = rows_.input_row(g, t, rows_.row(rank));
+        for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
+          const int n = lanes_of<Real>(tile, p_.H);
+          Number* to = gates_x(g, (step - begin) * p_.B + rank, tile);
+          for (int gate = 0; gate < gates_; ++gate) {
+            store(to + gate * W,
+                  load_n(row + gate * p_.H + tile * W, n) + input_bias(g, gate, tile));
           }
         }
       }
-      return;
     }
-    auto rows = [&](const Real* first, int64_t stride, int64_t count, auto to_row) {
-      input_.multiply({first, stride}, count, g, share_.tiles,
-                      [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                        Number* to = gates_x(g, to_row(row), tile);
-                        for (int gate = 0; gate < gates_; ++gate) {
-                          store(to + gate * W, sums[gate] + bias(gate, tile));
-                        }
-                      });
+  }
+
+  // Rows of x that lie evenly; to_row(i) is the row of the chunk that row i belongs to.
+  template <class ToRow>
+  void project_rows(int64_t g, const Real* first, int64_t stride, int64_t count, ToRow to_row) {
+    input_.multiply({first, stride}, count, g, share_.tiles,
+                    [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+                      Number* to = gates_x(g, to_row(row), tile);
+                      for (int gate = 0; gate < gates_; ++gate) {
+                        store(to + gate * W, sums[gate] + input_bias(g, gate, tile));
+                      }
+                    });
+  }
+
+  // Rows that do not lie evenly, brought together first.
+  void project_gathered(int64_t g, int64_t begin, int64_t end) {
+    int64_t to_row[kProjectRows];
+    int64_t count = 0;
+    auto flush = [&]() {
+      project_rows(g, gathered_, p_.I, count, [&](int64_t row) { return to_row[row]; });
+      count = 0;
     };
-    if (p_.order != nullptr) {  // rows that do not lie evenly are brought together first
-      int64_t to_row[kProjectRows];
-      int64_t count = 0;
-      auto flush = [&]() {
-        rows(gathered_, p_.I, count, [&](int64_t row) { return to_row[row]; });
-        count = 0;
-      };
-      for (int64_t step = begin; step < end; ++step) {
-        const int64_t t = rows_.time(g, step), mine = alive(t);
-        for (int64_t i = 0; i < mine; ++i) {
-          const int64_t rank = share_.ranks[i];
-          std::memcpy(gathered_ + count * p_.I, rows_.input_row(g, t, rows_.row(rank)),
-                      static_cast<size_t>(p_.I) * sizeof(Real));
-          to_row[count++] = (step - begin) * p_.B + rank;
-          if (count == kProjectRows) flush();
-        }
-      }
-      return flush();
-    }
-    const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
-    if (p_.B == 1) {
-      const int64_t stride = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
-      if (count == 1) {
-        rows(rows_.input_row(g, rows_.time(g, begin), 0), stride, end - begin,
-             [](int64_t row) { return row; });
-      }
-      return;
-    }
     for (int64_t step = begin; step < end; ++step) {
-      const int64_t to = (step - begin) * p_.B + first;
-      rows(rows_.input_row(g, rows_.time(g, step), first), p_.x_stride_b, count,
-           [&](int64_t row) { return to + row; });
+      const int64_t t = rows_.time(g, step), rows = alive(t);
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t rank = share_.ranks[i];
+        std::memcpy(gathered_ + count * p_.I, rows_.input_row(g, t, rows_.row(rank)),
+                    static_cast<size_t>(p_.I) * sizeof(Real));
+        to_row[count++] = (step - begin) * p_.B + rank;
+        if (count == kProjectRows) flush();
+      }
     }
+    flush();
+  }
+
+  // The steps of a single sequence are the rows of one product.
+  void project_sequence(int64_t g, int64_t begin, int64_t end) {
+    if (share_.ranks.below(1) == 0) return;
+    project_rows(g, rows_.input_row(g, rows_.time(g, begin), 0),
+                 p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t, end - begin,
+                 [](int64_t row) { return row; });
   }
 
   // Equation (6): the new state of a row and tile, where it goes, and what the next step starts
@@ -272,18 +287,6 @@ class ForwardScan {
     store_n(to, value, lanes_of<Real>(tile, p_.H));
   }
 
-  GRU_MEMBER void save_reset_after(int64_t t, int64_t g, int64_t b, int64_t tile, V q, V r, V z,
-                                   V n) {
-    save(t, g, b, tile, 0, q);
-    save(t, g, b, tile, 1, r);
-    save(t, g, b, tile, 2, z);
-    save(t, g, b, tile, 3, n);
-  }
-  // The recurrent bias of reset_after's candidate, which is no part of gates_x, or null.
-  GRU_MEMBER const Real* candidate_bias(int64_t g) const {
-    return p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
-  }
-
   // Multiplies the states of this member's rows that are alive at t; the epilogue gets ranks.
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
@@ -298,7 +301,7 @@ class ForwardScan {
   // them, takes 4% longer.
   void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
     const int64_t t = rows_.time(g, step);
-    const Real* bias = candidate_bias(g);
+    const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
     multiply(first_, operand_ + at(step, g, 0, 0), g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = rows_.row(rank);
@@ -307,7 +310,10 @@ class ForwardScan {
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
                const V n = tanh<Real>(load(gx + 2 * W) + r * q);
-               save_reset_after(t, g, b, tile, q, r, z, n);
+               save(t, g, b, tile, 0, q);
+               save(t, g, b, tile, 1, r);
+               save(t, g, b, tile, 2, z);
+               save(t, g, b, tile, 3, n);
                finish(step, t, g, rank, b, tile, z, n);
              });
   }
@@ -351,7 +357,7 @@ class ForwardScan {
   GRU_MEMBER void close(int64_t g, int64_t step, int64_t t, int64_t rank, int64_t tile,
                         const Number* gx, const V (&sums)[3][N], Between between = {}) {
     const int64_t b = rows_.row(rank);
-    const Real* bias = candidate_bias(g);
+    const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
     V rz[2 * N], q[N], n[N];
     reset_after_gates<Real, N>(
         sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return load(gx + (3 * j + gate) * W); },
@@ -360,7 +366,10 @@ class ForwardScan {
         },
         rz, q, n, between);
     GRU_EACH(j) {
-      save_reset_after(t, g, b, tile + j, q[j], rz[j], rz[N + j], n[j]);
+      save(t, g, b, tile + j, 0, q[j]);
+      save(t, g, b, tile + j, 1, rz[j]);
+      save(t, g, b, tile + j, 2, rz[N + j]);
+      save(t, g, b, tile + j, 3, n[j]);
       finish(step, t, g, rank, b, tile + j, rz[N + j], n[j]);
     }
   }

@@ -202,10 +202,11 @@ class Generator {
   GRU_MEMBER bool draw(Slot& slot, int64_t row) {
     const int64_t b = slot.sequence, at = b * g_.capacity + slot.made;
     float log_prob;
-    const int64_t token = draw_(g_.rules, logits_ + row * s_.padded_outputs(), g_.seed,
-                                static_cast<uint64_t>(g_.position[b] + slot.made),
-                                static_cast<uint64_t>(g_.stream[b]),
-                                g_.log_probs != nullptr && writes_ ? &log_prob : nullptr);
+    const int64_t token =
+        draw_(g_.rules, logits_ + row * s_.padded_outputs(), g_.seed,
+              static_cast<uint64_t>(g_.position[b]) + static_cast<uint64_t>(slot.made),
+              static_cast<uint64_t>(g_.stream[b]),
+              g_.log_probs != nullptr && writes_ ? &log_prob : nullptr);
     if (token < 0) {
       __atomic_store_n(&state_.bad_sequence, b + 1, __ATOMIC_RELAXED);
       failed_ = true;

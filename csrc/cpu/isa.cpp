@@ -25,6 +25,7 @@ const KernelTable<BFloat16>& bfloat16_table();
 namespace {
 
 struct Isa {
+  IsaLevel level;
   const char* name;
   bool (*usable)();
   const Kernels& (*table)();
@@ -41,10 +42,10 @@ bool has_avx512() {
 #endif
 
 constexpr Isa kIsas[] = {
-    {"baseline", always, baseline::table},
+    {IsaLevel::kBaseline, "baseline", always, baseline::table},
 #ifdef GRU_FAST_X86
-    {"avx2", has_avx2, avx2::table},
-    {"avx512", has_avx512, avx512::table},
+    {IsaLevel::kAvx2, "avx2", has_avx2, avx2::table},
+    {IsaLevel::kAvx512, "avx512", has_avx512, avx512::table},
 #endif
 };
 
@@ -82,6 +83,12 @@ const Isa& get() {
 
 }  // namespace
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) names.emplace_back(isa.name);
+  return names;
+}
+
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
   for (const Isa& isa : kIsas) {
@@ -91,6 +98,7 @@ std::vector<std::string> usable_isas() {
 }
 
 std::string current_isa() { return get().name; }
+IsaLevel current_isa_level() { return get().level; }
 void set_isa(const std::string& name) {
   current.store(find_usable(name), std::memory_order_release);
 }
@@ -106,7 +114,7 @@ const KernelTable<double>* kernel_table() {
 template <>
 const KernelTable<BFloat16>* kernel_table() {
 #ifdef GRU_FAST_X86
-  if (get().table == avx512::table && __builtin_cpu_supports("avx512bf16")) {
+  if (current_isa_level() == IsaLevel::kAvx512 && __builtin_cpu_supports("avx512bf16")) {
     return &avx512_bf16::bfloat16_table();
   }
 #endif

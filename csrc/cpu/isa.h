@@ -8,8 +8,12 @@
 
 namespace gru_fast {
 
-std::vector<std::string> usable_isas();  // worst to best
+enum class IsaLevel : int { kBaseline, kAvx2, kAvx512 };
+
+std::vector<std::string> built_isas();   // of this binary, worst to best
+std::vector<std::string> usable_isas();  // of these, what this CPU can run
 std::string current_isa();
+IsaLevel current_isa_level();
 // Throws std::invalid_argument naming what is usable.
 void set_isa(const std::string& name);
 // The kernels for numbers of this type. A call asks once: the instruction set may change meanwhile.

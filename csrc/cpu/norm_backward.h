@@ -3,6 +3,7 @@
 // gate gradients of each unit; the norm's backward, which needs them of the whole row; the product
 // that carries the result into the state before, whose epilogue begins the step before.
 #pragma once
+#include "carry.h"
 #include "column_panels.h"
 #include "norm_weight_grads.h"
 
@@ -18,9 +19,11 @@ class NormBackwardScan {
 
   NormBackwardScan(const NormBackward<Real>& f, const NormChunk<Real>& chunk, Layout& layout,
                    int threads, int member)
-      : f_(f), p_(f.in), c_(chunk), panels_{p_.weight_hh, p_.H, c_.units, p_.H,   3,
-                                            {0, 1, 2},    3,    nullptr,  nullptr} {
-    carry_ = layout.template take<Real>(p_.G * p_.B * c_.units);
+      : f_(f),
+        p_(f.in),
+        c_(chunk),
+        carry_(f, c_.units, layout),
+        panels_{p_.weight_hh, p_.H, c_.units, p_.H, 3, {0, 1, 2}, 3, nullptr, nullptr} {
     panels_.take(p_.G, p_.T == 1, layout, threads, member);
   }
 
@@ -30,15 +33,12 @@ class NormBackwardScan {
                       panels_.packed == nullptr, false);
     batch_ = rows_of(share_, p_.B);
     panels_.pack(p_.G, members, member);
-    each_own_tile([&](int64_t g, int64_t b, int64_t tile) {
-      const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
-      store(carry(g, b, tile), load_or_zero(f_.grad_h_n, offset, lanes_of<Real>(tile, p_.H)));
-    });
+    carry_.begin(share_);
   }
 
   void run(Team& team, int member) {
-    each_own_tile(
-        [&](int64_t g, int64_t b, int64_t tile) { gate_gradients(g, c_.end - 1, b, tile); });
+    share_.each_tile(
+        p_.B, [&](int64_t g, int64_t b, int64_t tile) { gate_gradients(g, c_.end - 1, b, tile); });
     for (int64_t step = c_.end - 1; step >= c_.begin; --step) {
       if (share_.waits) team.barrier(member);
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
@@ -49,28 +49,9 @@ class NormBackwardScan {
     }
   }
 
-  void finish() {
-    if (f_.grad_h0 == nullptr) return;
-    each_own_tile([&](int64_t g, int64_t b, int64_t tile) {
-      Real* to = f_.grad_h0 + (g * p_.B + b) * p_.H + tile * W;
-      store_n(to, load(carry(g, b, tile)), lanes_of<Real>(tile, p_.H));
-    });
-  }
+  void finish() const { carry_.finish(share_); }
 
  private:
-  template <class Body>
-  GRU_MEMBER void each_own_tile(Body body) const {
-    for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-      for (int64_t b = batch_.begin; b < batch_.end; ++b) {
-        for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) body(g, b, tile);
-      }
-    }
-  }
-
-  GRU_MEMBER Real* carry(int64_t g, int64_t b, int64_t tile) const {
-    return carry_ + (g * p_.B + b) * c_.units + tile * W;
-  }
-
   // P and D(gates_x) of a step from the gradient of its state: equations (7) to (9), (11). What
   // the state passes on directly stays in the carry.
   GRU_MEMBER void gate_gradients(int64_t g, int64_t step, int64_t b, int64_t tile) const {
@@ -99,11 +80,11 @@ class NormBackwardScan {
     const V r = slot(3), z = slot(4), n = slot(5);
     const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
     const int64_t out = ((t * p_.B + b) * p_.G + g) * p_.H + tile * W;
-    const V dh = load(carry(g, b, tile)) + load_or_zero(f_.grad_output, out, lanes);
+    const V dh = load(carry_.at(g, b, tile)) + load_or_zero(f_.grad_output, out, lanes);
     const V an = dh * (Real(1) - z) * (Real(1) - n * n);
     const V az = dh * (previous - n) * z * (Real(1) - z);
     const V ar = an * q * r * (Real(1) - r);
-    store(carry(g, b, tile), dh * z);
+    store(carry_.at(g, b, tile), dh * z);
     give(ar, az, an, an * r);
   }
 
@@ -151,41 +132,17 @@ class NormBackwardScan {
     panels_.multiply({c_.du(g, c_.row_of(step, first)), c_.ld}, batch_.size(), g, share_.tiles,
                      [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                        const int64_t b = first + i;
-                       if (!is_held(p_, t, b)) add_to_state(g, t, b, tile, sums[0]);
-                       if (c_.rows.reset(g, t, b)) leave_to_reset_state(g, b, tile);
+                       if (!is_held(p_, t, b)) carry_.add(g, t, b, tile, sums[0]);
+                       if (c_.rows.reset(g, t, b)) carry_.leave_to_reset_state(g, b, tile);
                        if (step > c_.begin) gate_gradients(g, step - 1, b, tile);
                      });
-  }
-
-  // `grad` is Ds: equation (13).
-  GRU_MEMBER void add_to_state(int64_t g, int64_t t, int64_t b, int64_t tile, V grad) const {
-    if (p_.h_scale != nullptr) {
-      const int lanes = lanes_of<Real>(tile, p_.H);
-      const int64_t at = (b * p_.G + g) * p_.H + tile * W;
-      if (f_.grad_h_scale != nullptr) {
-        const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
-        store_n(f_.grad_h_scale + at, load_n(f_.grad_h_scale + at, lanes) + grad * previous, lanes);
-      }
-      grad *= load_n(p_.h_scale + at, lanes);
-    }
-    store(carry(g, b, tile), load(carry(g, b, tile)) + grad);
-  }
-
-  // Equation (14) at a reset.
-  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t b, int64_t tile) const {
-    if (f_.grad_reset_state != nullptr) {
-      const int lanes = lanes_of<Real>(tile, p_.H);
-      Real* to = f_.grad_reset_state + (g * p_.B + b) * p_.H + tile * W;
-      store_n(to, load_n(to, lanes) + load(carry(g, b, tile)), lanes);
-    }
-    store(carry(g, b, tile), V{});
   }
 
   const NormBackward<Real>& f_;
   const Problem<Real>& p_;
   const NormChunk<Real>& c_;
+  const Carry<Real> carry_;
   ColumnPanels<Real> panels_;
-  Real* carry_;
   Share share_{};
   Range batch_{};
 };

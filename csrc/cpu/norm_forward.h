@@ -81,7 +81,7 @@ class NormForwardScan {
     operand_ = p_.h_scale ? layout.take<Real>(2 * states) : state_;
     products_ = layout.take<Real>(p_.G * p_.B * 3 * tiles_ * W);
     const bool on_the_fly = p_.T == 1;
-    const int64_t per_member = kMaxAbreastVectors * W * p_.H;
+    const int64_t per_member = kMostVectorsAbreast * W * p_.H;
     Real* mine = layout.take<Real>(on_the_fly ? threads * per_member : 0) + member * per_member;
     panels_ = {p_.H, p_.H, tiles_, 3, p_.weight_hh, 3 * p_.H * p_.H, mine, nullptr, nullptr};
     if (!on_the_fly) panels_.packed = panels_.own = layout.take<Real>(p_.G * panels_.size());

@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <string>
-
 #include "isa.h"
 #include "norm_problem.h"
 
@@ -20,9 +18,9 @@ const NormKernels& norm_table();
 
 const NormKernels& norm_kernels() {
 #ifdef GRU_FAST_X86
-  const std::string isa = current_isa();
-  if (isa == "avx512") return avx512::norm_table();
-  if (isa == "avx2") return avx2::norm_table();
+  const IsaLevel level = current_isa_level();
+  if (level == IsaLevel::kAvx512) return avx512::norm_table();
+  if (level == IsaLevel::kAvx2) return avx2::norm_table();
 #endif
   return baseline::norm_table();
 }

@@ -15,14 +15,16 @@ int threads_worth(const Problem<Real>& p, int passes, int available) {
   // weights.
   constexpr double kFlopsPerNs = sizeof(Real) == 2 ? 200 : 100, kBytesPerNs = 80;
   constexpr double kRegionNs = 18'000, kBarrierNs = 1'500;
-  const double products = static_cast<double>(gate_count(p.cell)) * p.H * p.G;
+  const double H = static_cast<double>(p.H), B = static_cast<double>(p.B);
+  const double products = gate_count(p.cell) * H * static_cast<double>(p.G);
   auto step_ns = [&](double inner) {
-    const double arithmetic = 2 * products * inner * p.B / kFlopsPerNs;
+    const double arithmetic = 2 * products * inner * B / kFlopsPerNs;
     const double reading = sizeof(Real) * products * inner / kBytesPerNs;
     return arithmetic > reading ? arithmetic : reading;
   };
-  if (step_ns(static_cast<double>(p.H + p.I)) * p.T * passes < kRegionNs) return 1;
-  if (p.G * p.B >= available || step_ns(static_cast<double>(p.H)) >= kBarrierNs) return available;
+  if (step_ns(H + static_cast<double>(p.I)) * static_cast<double>(p.T) * passes < kRegionNs)
+    return 1;
+  if (p.G * p.B >= available || step_ns(H) >= kBarrierNs) return available;
   return static_cast<int>(p.G * p.B);
 }
 

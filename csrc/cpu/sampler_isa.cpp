@@ -1,6 +1,4 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <string>
-
 #include "isa.h"
 #include "sampler_problem.h"
 
@@ -23,12 +21,12 @@ const SamplerKernels& sampler_table();
 
 const SamplerKernels& sampler_kernels([[maybe_unused]] bool plain) {
 #ifdef GRU_FAST_X86
-  const std::string isa = current_isa();
-  if (isa == "avx512") {
+  const IsaLevel level = current_isa_level();
+  if (level == IsaLevel::kAvx512) {
     const bool dot = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
     return dot && !plain ? avx512_dot::sampler_table() : avx512::sampler_table();
   }
-  if (isa == "avx2") return avx2::sampler_table();
+  if (level == IsaLevel::kAvx2) return avx2::sampler_table();
 #endif
   return baseline::sampler_table();
 }

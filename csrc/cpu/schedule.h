@@ -28,6 +28,7 @@ struct Schedule {
   GRU_MEMBER int64_t alive(int64_t t) const {
     return p.order ? p.alive_before[t + 1] - p.alive_before[t] : p.B;
   }
+  GRU_MEMBER int64_t alive_at(int64_t g, int64_t step) const { return alive(time(g, step)); }
   // How many (step, row) pairs of these steps are not padding.
   GRU_MEMBER int64_t alive(int64_t g, int64_t begin, int64_t end) const {
     if (p.order == nullptr) return (end - begin) * p.B;
@@ -101,6 +102,16 @@ struct Share {
   Ranks ranks;
   Range tiles;
   bool waits;
+
+  // Calls body(g, rank, tile) for its tiles of the first `count` ranks.
+  template <class Body>
+  GRU_MEMBER void each_tile(int64_t count, Body body) const {
+    for (int64_t g = groups.begin; g < groups.end; ++g) {
+      for (int64_t i = 0; i < ranks.below(count); ++i) {
+        for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) body(g, ranks[i], tile);
+      }
+    }
+  }
 };
 
 // Cuts groups x batch x unit tiles into a grid of members: the cheapest grid, where a row costs its

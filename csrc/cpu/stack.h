@@ -210,8 +210,9 @@ class Stack {
         for (int64_t i = 0; i < T * rows; ++i) gates_of_[i] = gates_ + i * s_.row;
       }
       for (int64_t t = 0; t < T; ++t) {
-        step(l, static_cast<int>((parity + t) & 1), rows, gates_of_ + t * rows,
-             T > 1 ? between_ + t * rows * ldw_ : nullptr, crew);
+        step({l, static_cast<int>((parity + t) & 1), rows, gates_of_ + t * rows,
+              T > 1 ? between_ + t * rows * ldw_ : nullptr},
+             crew);
         if (states != nullptr && l + 1 == L) {
           for (int64_t row = 0; row < rows; ++row) {
             std::memcpy(states + (t * rows + row) * s_.shape.H,
@@ -294,84 +295,104 @@ class Stack {
                        });
   }
 
-  // Equation (6): the new state of a row and tile.
-  GRU_MEMBER void finish(int64_t layer, int parity, int64_t row, int64_t tile, V z, V n,
-                         uint32_t* copy) const {
-    const V previous = load(h(layer, parity, row) + tile * W);
-    const V next = n + z * (previous - n);
-    store(h(layer, parity ^ 1, row) + tile * W, next);
-    if (P != Weights::kFloat32) store_operand(operand(layer, parity ^ 1, row), tile, next);
-    if (copy != nullptr) store_operand(copy + row * ldw_, tile, next);
-  }
+  // One step of a layer: from which of its states, what the inputs of its rows add to the gates,
+  // and where the new operands go beside the state, or null.
+  struct Step {
+    int64_t layer;
+    int parity;
+    int64_t rows;
+    const float* const* gates;
+    uint32_t* copy;
+  };
 
-  void step(int64_t layer, int parity, int64_t rows, const float* const* gates, uint32_t* copy,
-            const Crew& crew) const {
-    const Snapshot::Layer& weights = s_.layers[layer];
-    const uint32_t* previous = operand(layer, parity, 0);
-    // Gate `gate` of what the input adds to an item.
-    auto gx = [&](const Items& at, int j, int gate) GRU_MEMBER_LAMBDA {
-      return load(gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
-    };
+  void step(const Step& now, const Crew& crew) const {
     if (s_.shape.cell == Cell::kResetAfter) {
-      auto close_gates = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
-                                                   Between between) GRU_MEMBER_LAMBDA {
-        V rz[2 * N], q[N], n[N];
-        reset_after_gates<float, N>(
-            sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return gx(at, j, gate); },
-            [&](int j) GRU_MEMBER_LAMBDA { return load(weights.bias_q + at.tile_of(j) * W); }, rz,
-            q, n, between);
-        GRU_EACH(j) { finish(layer, parity, at.row_of(j), at.tile_of(j), rz[N + j], n[j], copy); }
-      };
-      Range tiles = crew.tiles;
-      if constexpr (kPairs) {
-        if (rows == 1 && one_chain<P>(weights.first)) {
-          Pairs<P, 3>(weights.first, tiles, parity != 0).multiply(previous, close_gates);
-          tiles.begin = tiles.end - (tiles.end - tiles.begin) % 2;
-        }
-      }
-      multiply<P, 3>(weights.first, previous, ldw_, rows, tiles, parity != 0,
-                     [&]<int N>(Items at, const V(&sums)[3][N])
-                         GRU_MEMBER_LAMBDA { close_gates(at, sums, Nothing{}); });
+      step_reset_after(now, crew);
     } else if (s_.shape.cell == Cell::kNoReset) {
-      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
-                     [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
-                       V z[N], n[N];
-                       GRU_EACH(j) z[j] = sums[0][j] + gx(at, j, 0);
-                       GRU_EACH(j) n[j] = sums[1][j] + gx(at, j, 1);
-                       sigmoid<float, N>(z);
-                       tanh<float, N>(n);
-                       GRU_EACH(j) {
-                         finish(layer, parity, at.row_of(j), at.tile_of(j), z[j], n[j], copy);
-                       }
-                     });
+      step_no_reset(now, crew);
     } else {
-      multiply<P, 2>(weights.first, previous, ldw_, rows, crew.tiles, parity != 0,
-                     [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
-                       V rz[2 * N];
-                       GRU_EACH(j) rz[j] = sums[0][j] + gx(at, j, 0);
-                       GRU_EACH(j) rz[N + j] = sums[1][j] + gx(at, j, 1);
-                       sigmoid<float, 2 * N>(rz);
-                       GRU_EACH(j) {
-                         const int64_t row = at.row_of(j), tile = at.tile_of(j);
-                         store_operand(gated_ + row * ldw_, tile,
-                                       rz[j] * load(h(layer, parity, row) + tile * W));
-                         store(update_ + row * ld_ + tile * W, rz[N + j]);
-                       }
-                     });
-      crew.wait();
-      multiply<P, 1>(weights.second, gated_, ldw_, rows, crew.tiles, parity != 0,
-                     [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
-                       V n[N];
-                       GRU_EACH(j) n[j] = sums[0][j] + gx(at, j, 2);
-                       tanh<float, N>(n);
-                       GRU_EACH(j) {
-                         const int64_t row = at.row_of(j), tile = at.tile_of(j);
-                         finish(layer, parity, row, tile, load(update_ + row * ld_ + tile * W),
-                                n[j], copy);
-                       }
-                     });
+      step_reset_before(now, crew);
     }
     crew.wait();
+  }
+
+  // Gate `gate` of what the input adds to an item.
+  GRU_MEMBER V gx(const Step& now, const Items& at, int j, int gate) const {
+    return load(now.gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
+  }
+
+  // Equation (6): the new state of a row and tile.
+  GRU_MEMBER void finish(const Step& now, int64_t row, int64_t tile, V z, V n) const {
+    const V previous = load(h(now.layer, now.parity, row) + tile * W);
+    const V next = n + z * (previous - n);
+    store(h(now.layer, now.parity ^ 1, row) + tile * W, next);
+    if (P != Weights::kFloat32) store_operand(operand(now.layer, now.parity ^ 1, row), tile, next);
+    if (now.copy != nullptr) store_operand(now.copy + row * ldw_, tile, next);
+  }
+
+  void step_reset_after(const Step& now, const Crew& crew) const {
+    const Snapshot::Layer& weights = s_.layers[now.layer];
+    const uint32_t* previous = operand(now.layer, now.parity, 0);
+    auto close = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
+                                           Between between) GRU_MEMBER_LAMBDA {
+      V rz[2 * N], q[N], n[N];
+      reset_after_gates<float, N>(
+          sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return gx(now, at, j, gate); },
+          [&](int j) GRU_MEMBER_LAMBDA { return load(weights.bias_q + at.tile_of(j) * W); }, rz, q,
+          n, between);
+      GRU_EACH(j) { finish(now, at.row_of(j), at.tile_of(j), rz[N + j], n[j]); }
+    };
+    Range tiles = crew.tiles;
+    if constexpr (kPairs) {
+      if (now.rows == 1 && one_chain<P>(weights.first)) {
+        Pairs<P, 3>(weights.first, tiles, now.parity != 0).multiply(previous, close);
+        tiles.begin = tiles.end - tiles.size() % 2;
+      }
+    }
+    multiply<P, 3>(weights.first, previous, ldw_, now.rows, tiles, now.parity != 0,
+                   [&]<int N>(Items at, const V(&sums)[3][N])
+                       GRU_MEMBER_LAMBDA { close(at, sums, Nothing{}); });
+  }
+
+  void step_no_reset(const Step& now, const Crew& crew) const {
+    multiply<P, 2>(s_.layers[now.layer].first, operand(now.layer, now.parity, 0), ldw_, now.rows,
+                   crew.tiles, now.parity != 0,
+                   [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
+                     V z[N], n[N];
+                     GRU_EACH(j) z[j] = sums[0][j] + gx(now, at, j, 0);
+                     GRU_EACH(j) n[j] = sums[1][j] + gx(now, at, j, 1);
+                     sigmoid<float, N>(z);
+                     tanh<float, N>(n);
+                     GRU_EACH(j) { finish(now, at.row_of(j), at.tile_of(j), z[j], n[j]); }
+                   });
+  }
+
+  void step_reset_before(const Step& now, const Crew& crew) const {
+    const Snapshot::Layer& weights = s_.layers[now.layer];
+    multiply<P, 2>(weights.first, operand(now.layer, now.parity, 0), ldw_, now.rows, crew.tiles,
+                   now.parity != 0, [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
+                     V rz[2 * N];
+                     GRU_EACH(j) rz[j] = sums[0][j] + gx(now, at, j, 0);
+                     GRU_EACH(j) rz[N + j] = sums[1][j] + gx(now, at, j, 1);
+                     sigmoid<float, 2 * N>(rz);
+                     GRU_EACH(j) {
+                       const int64_t row = at.row_of(j), tile = at.tile_of(j);
+                       const V previous = load(h(now.layer, now.parity, row) + tile * W);
+                       store_operand(gated_ + row * ldw_, tile, rz[j] * previous);
+                       store(update_ + row * ld_ + tile * W, rz[N + j]);
+                     }
+                   });
+    crew.wait();
+    multiply<P, 1>(weights.second, gated_, ldw_, now.rows, crew.tiles, now.parity != 0,
+                   [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
+                     V n[N];
+                     GRU_EACH(j) n[j] = sums[0][j] + gx(now, at, j, 2);
+                     tanh<float, N>(n);
+                     GRU_EACH(j) {
+                       const int64_t row = at.row_of(j), tile = at.tile_of(j);
+                       finish(now, row, tile, load(update_ + row * ld_ + tile * W), n[j]);
+                     }
+                   });
   }
 
   const Snapshot& s_;

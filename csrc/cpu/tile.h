@@ -113,10 +113,13 @@ GRU_INLINE int rows_in_block(int64_t rows_left) {
   return rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1;
 }
 
-// Few rows need several tiles abreast to hide the latency of the fma chain.
+// Few rows need several tiles abreast to hide the latency of the fma chain: so many vectors for one
+// row, so many tiles at most.
+constexpr int kMostVectorsAbreast = 12, kMostTilesAbreast = 8;
+
 GRU_INLINE int tiles_abreast(int64_t rows, int vectors, int64_t tiles_left) {
-  const int room = (rows >= 4 ? 3 : rows >= 2 ? 6 : 12) / vectors;
-  const int want = room >= 8 ? 8 : room >= 4 ? 4 : room;
+  const int room = (rows >= 4 ? 3 : rows >= 2 ? 6 : kMostVectorsAbreast) / vectors;
+  const int want = room >= kMostTilesAbreast ? kMostTilesAbreast : room >= 4 ? 4 : room;
   if (tiles_left >= want) return want;
   return tiles_left >= 4 ? 4 : static_cast<int>(tiles_left);
 }

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient that a state has received so far, carried back from step to step.
+#pragma once
+#include "schedule.h"
+
+namespace gru_fast {
+namespace GRU_FAST_ISA {
+namespace {
+
+template <class Real>
+class Carry {
+ public:
+  static constexpr int W = kLanes<Real>;
+  using V = Vec<Real>;
+  using Number = Compute<Real>;
+
+  // `f` is a Backward or a NormBackward; a row has `units` columns.
+  template <class Call>
+  Carry(const Call& f, int64_t units, Layout& layout)
+      : p_(f.in),
+        rows_{f.in},
+        output_(f.output),
+        grad_h_n_(f.grad_h_n),
+        grad_h0_(f.grad_h0),
+        grad_reset_state_(f.grad_reset_state),
+        grad_h_scale_(f.grad_h_scale),
+        units_(units),
+        sums_(layout.template take<Number>(p_.G * p_.B * units)) {}
+
+  GRU_MEMBER Number* at(int64_t g, int64_t rank, int64_t tile) const {
+    return sums_ + (g * p_.B + rank) * units_ + tile * W;
+  }
+
+  // Starts from grad_h_n, in what belongs to one member.
+  void begin(const Share& share) const {
+    share.each_tile(p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
+      const int64_t offset = (g * p_.B + rows_.row(rank)) * p_.H + tile * W;
+      store(at(g, rank, tile), load_or_zero(grad_h_n_, offset, lanes_of<Real>(tile, p_.H)));
+    });
+  }
+
+  // Leaves what there is to grad_h0.
+  void finish(const Share& share) const {
+    if (grad_h0_ == nullptr) return;
+    share.each_tile(p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
+      const int64_t offset = (g * p_.B + rows_.row(rank)) * p_.H + tile * W;
+      store_n(grad_h0_ + offset, load(at(g, rank, tile)), lanes_of<Real>(tile, p_.H));
+    });
+  }
+
+  // `grad` is a term of Ds: equation (13).
+  GRU_MEMBER void add(int64_t g, int64_t t, int64_t rank, int64_t tile, V grad) const {
+    if (p_.h_scale != nullptr) {
+      const int64_t b = rows_.row(rank);
+      const int lanes = lanes_of<Real>(tile, p_.H);
+      const int64_t scale = (b * p_.G + g) * p_.H + tile * W;
+      if (grad_h_scale_ != nullptr) {
+        const V previous = load_or_zero(rows_.previous(output_, g, t, b), tile * W, lanes);
+        Number* to = grad_h_scale_ + scale;
+        store_n(to, load_n(to, lanes) + grad * previous, lanes);
+      }
+      grad *= load_n(p_.h_scale + scale, lanes);
+    }
+    store(at(g, rank, tile), load(at(g, rank, tile)) + grad);
+  }
+
+  // Equation (14) at a reset.
+  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t rank, int64_t tile) const {
+    if (grad_reset_state_ != nullptr) {
+      const int lanes = lanes_of<Real>(tile, p_.H);
+      Number* to = grad_reset_state_ + (g * p_.B + rows_.row(rank)) * p_.H + tile * W;
+      store_n(to, load_n(to, lanes) + load(at(g, rank, tile)), lanes);
+    }
+    store(at(g, rank, tile), V{});
+  }
+
+ private:
+  const Problem<Real>& p_;
+  const Schedule<Real> rows_;
+  const Real* const output_;
+  const Real* const grad_h_n_;
+  Real* const grad_h0_;
+  Number* const grad_reset_state_;
+  Number* const grad_h_scale_;
+  const int64_t units_;
+  Number* const sums_;
+};
+
+}  // namespace
+}  // namespace GRU_FAST_ISA
+}  // namespace gru_fast
