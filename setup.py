@@ -46,7 +46,7 @@ X86_KERNELS = {
 }
 PYBIND11 = {"module.cpp", "sampler.cpp", "stream.cpp"}
 DLPACK = {"exchange.cpp"}
-PYTHON = {"direct.cpp", "prepack.cpp"}
+PYTHON = {"direct.cpp", "direct_backward.cpp", "prepack.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),

@@ -5,17 +5,12 @@
 #include "direct.h"
 
 #include <cstdint>
-#include <exception>
 #include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
-#include "cell_names.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
-#include "exchange.h"
+#include "direct_call.h"
 #include "prepack.h"
 #include "run.h"
 
@@ -23,38 +18,6 @@ namespace gru_fast {
 namespace {
 
 constexpr int kMaxLayers = 8;
-constexpr int kMaxWeights = 4;
-
-bool read_cell(PyObject* given, Cell& cell) {
-  if (!PyUnicode_Check(given)) return false;
-  for (const CellName& known : kCellNames) {
-    if (PyUnicode_CompareWithASCIIString(given, known.name.data()) == 0) {
-      cell = known.cell;
-      return true;
-    }
-  }
-  return false;
-}
-
-// weight_ih, weight_hh and, of four, bias_ih and bias_hh; a cell may lack one of them.
-template <class Real>
-bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Problem<Real>& p) {
-  const int64_t rows = gate_count(p.cell) * p.H;
-  Dense<Real> w_ih, w_hh;
-  if (!read(weights[0], w_ih) || !w_ih.is(rows, p.I)) return false;
-  if (!read(weights[1], w_hh) || !w_hh.is(rows, p.H)) return false;
-  p.weight_ih = w_ih.data;
-  p.weight_hh = w_hh.data;
-  const Real** biases[] = {&p.bias_ih, &p.bias_hh};
-  for (Py_ssize_t i = 2; i < count; ++i) {
-    if (optional && weights[i] == Py_None) continue;
-    Dense<Real> bias;
-    if (!read(weights[i], bias) || bias.ndim != 1 || bias.width() != rows) return false;
-    *biases[i - 2] = bias.data;
-  }
-  return true;
-}
-
 constexpr long kCell = 0;  // in place of a number of layers
 
 struct Arguments {
@@ -63,7 +26,8 @@ struct Arguments {
   Py_ssize_t weight_count;
   long layers;
   bool bias, batch_first;
-  PyObject* cell;
+  Cell cell;
+  bool saves;  // what backward needs
 
   bool is_cell() const { return layers == kCell; }
   long layer_count() const { return is_cell() ? 1 : layers; }
@@ -71,7 +35,7 @@ struct Arguments {
 
 // What a call returns, allocated: a cell's h_n is its output.
 struct Results {
-  Reference output, h_n;
+  Reference output, h_n, workspace;
   bool turned = false;  // output is (T, B, H) and wanted as (B, T, H)
 };
 
@@ -138,6 +102,10 @@ bool allocate(const Arguments& a, const Sizes<Real>& size, Reference& zeros, Res
   PyObject* const state = zeros == nullptr ? a.hx : zeros.get();
   results.h_n = empty_like(state);
   if (results.h_n == nullptr) return false;
+  if (a.saves) {
+    results.workspace = new_empty(state, {T, B, 1, slot_count(a.cell) * H});
+    if (results.workspace == nullptr) return false;
+  }
   if (a.is_cell()) return true;
   results.turned = by_row && T > 1;
   if (T == 1 && a.layers == 1 && !by_row) {
@@ -157,14 +125,9 @@ bool allocate(const Arguments& a, const Sizes<Real>& size, Reference& zeros, Res
 template <class Real>
 bool read_stack(const Arguments& a, PyObject* state, const Results& results,
                 const KernelTable<Real>& table, Stack<Real>& stack) {
-  static constexpr uint8_t forward_only[1] = {0};
-  Cell cell;
   Sizes<Real> size;
   Dense<Real> output, h_n;
-  if (!read_cell(a.cell, cell) || !size.read_from(a, state, true) ||
-      !read(results.h_n.get(), h_n, true)) {
-    return false;
-  }
+  if (!size.read_from(a, state, true) || !read(results.h_n.get(), h_n, true)) return false;
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
   const long layers = a.layer_count();
   if (h_n.rows() != layers * B || h_n.width() != H) return false;
@@ -189,14 +152,15 @@ bool read_stack(const Arguments& a, PyObject* state, const Results& results,
     f.in.G = 1;
     f.in.I = width;
     f.in.H = H;
-    f.in.cell = cell;
-    f.in.reverse = forward_only;
+    f.in.cell = a.cell;
+    f.in.reverse = kForwardOnly;
     f.in.x = x;
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
     f.in.h0 = size.hx.data + k * B * H;
-    if (!read_weights(a.weights + k * per_layer, per_layer, a.is_cell(), f.in)) return false;
+    if (!read_weights(a.weights + k * per_layer, per_layer, a.is_cell() || a.saves, f.in))
+      return false;
     f.h_n = h_n.data + k * B * H;
     f.output = k + 1 == layers ? output.data
                : T == 1        ? f.h_n
@@ -205,8 +169,16 @@ bool read_stack(const Arguments& a, PyObject* state, const Results& results,
     width = stride_b = H;
     stride_t = B * H;
   }
-  for (long k = 0; k < layers; ++k) stack.layers[k].find_packed(table);
-  prefer_huge_pages(output.data, static_cast<size_t>(T * B * H) * sizeof(Real));
+  const size_t state_bytes = static_cast<size_t>(T * B * H) * sizeof(Real);
+  prefer_huge_pages(output.data, state_bytes);
+  if (a.saves) {
+    Dense<Real> workspace;
+    if (!read(results.workspace.get(), workspace, true)) return false;
+    prefer_huge_pages(workspace.data, state_bytes * slot_count(a.cell));
+    stack.layers[0].forward.workspace = workspace.data;
+  } else {  // a training step changes its weights
+    for (long k = 0; k < layers; ++k) stack.layers[k].find_packed(table);
+  }
   return true;
 }
 
@@ -215,32 +187,17 @@ template <class Real>
 bool run_stack(const Arguments& a, PyObject* state, const Results& results,
                const KernelTable<Real>& table) {
   Stack<Real> stack;
-  PyObject* kind = nullptr;
-  std::string text;
-  auto guarded = [&](auto&& body) {
-    try {
-      return body();
-    } catch (const std::bad_alloc&) {
-      kind = PyExc_MemoryError;
-    } catch (const std::invalid_argument& error) {
-      kind = PyExc_ValueError;
-      text = error.what();
-    } catch (const std::exception& error) {
-      kind = PyExc_RuntimeError;
-      text = error.what();
-    }
-    return false;
-  };
-  bool done = guarded([&] { return read_stack(a, state, results, table, stack); });
+  Failure failure;
+  bool done = failure.guard([&] { return read_stack(a, state, results, table, stack); });
   if (done) {
     Py_BEGIN_ALLOW_THREADS;
-    done = guarded([&] {
+    done = failure.guard([&] {
       for (long k = 0; k < a.layer_count(); ++k) run_forward_kernel(table, stack.layers[k].forward);
       return true;
     });
     Py_END_ALLOW_THREADS;
   }
-  if (kind != nullptr) PyErr_SetString(kind, text.c_str());
+  failure.raise();
   return done;
 }
 
@@ -257,36 +214,35 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
-  if (a.is_cell()) return results.h_n.release();
+  if (a.is_cell() && !a.saves) return results.h_n.release();
+  if (a.is_cell()) return PyTuple_Pack(2, results.h_n.get(), results.workspace.get());
   if (results.turned) results.output = transposed(results.output.get());
   if (results.output == nullptr) return nullptr;
-  return PyTuple_Pack(2, results.output.get(), results.h_n.get());
+  if (!a.saves) return PyTuple_Pack(2, results.output.get(), results.h_n.get());
+  return PyTuple_Pack(3, results.output.get(), results.h_n.get(), results.workspace.get());
 }
 
-// Arguments: input, hx or None, list or tuple of weights, layers, bias, batch_first, cell. As
-// functional.gru() in one direction: (output, h_n). With None for layers as functional.gru_cell():
-// the new state. None if the call is not a plain one.
+// Arguments: input, hx or None, list or tuple of weights, layers, bias, batch_first, cell, saves.
+// As functional.gru() in one direction: (output, h_n). With None for layers as
+// functional.gru_cell(): the new state. If it saves, of one layer only, the workspace comes last.
+// None if the call is not a plain one.
 PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 7) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 7 arguments, got %zd", nargs);
+  if (nargs != 8) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 8 arguments, got %zd", nargs);
     return nullptr;
   }
-  if (!PyList_CheckExact(args[2]) && !PyTuple_CheckExact(args[2])) Py_RETURN_NONE;
   const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
   const bool bias = PyObject_IsTrue(args[4]) == 1, batch_first = PyObject_IsTrue(args[5]) == 1;
+  const bool saves = PyObject_IsTrue(args[7]) == 1;
   if (PyErr_Occurred()) return nullptr;
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(args[2]);
-  if ((layers < 1 && args[3] != Py_None) || layers > kMaxLayers) Py_RETURN_NONE;
-  if (count > kMaxLayers * kMaxWeights) Py_RETURN_NONE;
-  // The caller holds the other tensors; the list may change while the lock is released, or by what
-  // the allocations set free.
-  PyObject* weights[kMaxLayers * kMaxWeights];
-  for (Py_ssize_t i = 0; i < count; ++i)
-    weights[i] = Py_NewRef(PySequence_Fast_GET_ITEM(args[2], i));
-  const Arguments given{args[0], args[1], weights, count, layers, bias, batch_first, args[6]};
+  if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
+  Cell cell;
+  Items<kMaxLayers * kMaxWeights> weights;
+  if (!read_cell(args[6], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  const Arguments given{args[0], args[1],     weights.get(), weights.size(), layers,
+                        bias,    batch_first, cell,          saves};
   PyObject* result = run(given, kernel_table<float>());
   if (result == nullptr && !PyErr_Occurred()) result = run(given, kernel_table<BFloat16>());
-  for (Py_ssize_t i = 0; i < count; ++i) Py_DECREF(weights[i]);
   if (result != nullptr || PyErr_Occurred()) return result;
   Py_RETURN_NONE;
 }
@@ -341,6 +297,8 @@ int add_direct(PyObject* module) {
        "Learn torch's types; whether this torch can be read without its dispatcher."},
       {"run_direct", as_method(&run_direct), METH_FASTCALL,
        "Layers past the dispatcher: (output, h_n), or a cell's state; None if it is not plain."},
+      {"run_direct_backward", as_method(&run_direct_backward), METH_FASTCALL,
+       "The gradients of a layer or cell that run_direct saved for; None if it is not plain."},
       {"prepack", as_method(&prepack_weight), METH_FASTCALL,
        "A capsule during whose life run_direct has a weight packed; None if it is not plain."},
       {nullptr, nullptr, 0, nullptr},

@@ -4,8 +4,14 @@
 
 namespace gru_fast {
 
-// Adds `enable_direct`, `run_direct` and `prepack` to the module; nonzero with a Python exception
-// on failure.
+// Arguments: grad_output and grad_h_n, each or None; input, hx; list or tuple of weight_ih,
+// weight_hh, bias_ih and bias_hh or None; output, workspace; whether it is a cell; its name; which
+// of input, hx and the weights want a gradient. These six gradients, or None; None if the call is
+// not a plain one.
+PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs);
+
+// Adds `enable_direct`, `run_direct`, `run_direct_backward` and `prepack` to the module; nonzero
+// with a Python exception on failure.
 int add_direct(PyObject* module);
 
 }  // namespace gru_fast

@@ -34,6 +34,12 @@ void run_forward_kernel(const KernelTable<Real>& table, const Forward<Real>& f) 
 }
 template void run_forward_kernel(const KernelTable<float>&, const Forward<float>&);
 template void run_forward_kernel(const KernelTable<BFloat16>&, const Forward<BFloat16>&);
+template <class Real>
+void run_backward_kernel(const KernelTable<Real>& table, const Backward<Real>& f) {
+  run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
+}
+template void run_backward_kernel(const KernelTable<float>&, const Backward<float>&);
+template void run_backward_kernel(const KernelTable<BFloat16>&, const Backward<BFloat16>&);
 
 namespace {
 
@@ -121,7 +127,7 @@ LayerGrads run_backward(const KernelTable<Real>& table, const Arguments& a, Back
   grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
 
   if (!empty) {
-    run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
+    run_backward_kernel(table, f);
   } else if (b.wanted[1] && b.grad_h_n.has_value()) {
     torch::stable::copy_(results[1], *b.grad_h_n);
   }

@@ -82,8 +82,9 @@ def run_direct(
     bias: bool,
     batch_first: bool,
     cell: str,
+    saves: bool,
     /,
-) -> tuple[Tensor, Tensor] | None: ...
+) -> tuple[Tensor, ...] | None: ...
 @overload
 def run_direct(
     input: Tensor,
@@ -93,6 +94,32 @@ def run_direct(
     bias: Literal[True],
     batch_first: bool,
     cell: str,
+    saves: Literal[False],
     /,
 ) -> Tensor | None: ...
+@overload
+def run_direct(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor | None],
+    layers: None,
+    bias: Literal[True],
+    batch_first: bool,
+    cell: str,
+    saves: Literal[True],
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
+def run_direct_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor | None],
+    output: Tensor,
+    workspace: Tensor,
+    is_cell: bool,
+    cell: str,
+    wanted: Sequence[bool],
+    /,
+) -> tuple[Tensor | None, ...] | None: ...
 def prepack(weight: Tensor, cell: str, recurrent: bool, /) -> object | None: ...

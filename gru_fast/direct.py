@@ -20,19 +20,20 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import ops
 
-_native: Any = None
+native: Any = None
+native_backward: Any = None
 # Without one of the functions that say who is watching, a call could not know.
 _WATCHERS = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
 if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
     from gru_fast import _C
 
     if hasattr(torch.autograd, "_profiler_enabled") and _C.enable_direct(Tensor, nn.Parameter):
-        _native = _C.run_direct
+        native, native_backward = _C.run_direct, _C.run_direct_backward
 
-_BACKENDS = ("auto", "cpu")
+BACKENDS = ("auto", "cpu")
 
 
-def _is_unobserved() -> bool:
+def is_unobserved() -> bool:
     """Whether nothing would see that no operator was called.
 
     Dynamo never gets behind `is_compiling`, to which it knows the answer.
@@ -57,11 +58,11 @@ def gru_cell(
     backend: str,
 ) -> Tensor | None:
     """`functional.gru_cell`, or None where the call is not plain."""
-    if _native is None or torch.is_grad_enabled() or not _is_unobserved():
+    if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
-    if backend not in _BACKENDS:
+    if backend not in BACKENDS:
         return None
-    return _native(input, hx, weights, None, True, False, cell)  # type: ignore[no-any-return]
+    return native(input, hx, weights, None, True, False, cell, False)  # type: ignore[no-any-return]
 
 
 def gru(
@@ -75,11 +76,11 @@ def gru(
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
     """`functional.gru` in one direction, or None where the call is not plain."""
-    if _native is None or torch.is_grad_enabled() or not _is_unobserved():
+    if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
-    if backend not in _BACKENDS:
+    if backend not in BACKENDS:
         return None
-    return _native(input, hx, params, num_layers, bias, batch_first, cell)  # type: ignore[no-any-return]
+    return native(input, hx, params, num_layers, bias, batch_first, cell, False)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def prepacked(weights: Iterable[tuple[Tensor, str, bool]]) -> Iterator[None]:
             call could bring here are ignored.
     """
     held = []
-    if _native is not None:
+    if native is not None:
         held = [_C.prepack(weight.detach(), cell, recurrent) for weight, cell, recurrent in weights]
     try:
         yield

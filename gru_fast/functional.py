@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast import direct, heads
+from gru_fast import direct, direct_training, heads
 from gru_fast.checks import check_rows
 from gru_fast.dropout import Dropout, PackedDropout, state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
@@ -54,7 +54,10 @@ def gru_cell(
         ValueError: input or hx is neither 1-D nor 2-D, or a dtype differs from the weights'.
         RuntimeError: sizes that do not fit, or a named backend that cannot take the call.
     """
-    h = direct.gru_cell(input, hx, [weight_ih, weight_hh, bias_ih, bias_hh], cell, backend)
+    weights = [weight_ih, weight_hh, bias_ih, bias_hh]
+    h = direct.gru_cell(input, hx, weights, cell, backend)
+    if h is None:
+        h = direct_training.gru_cell(input, hx, weights, cell, backend)
     if h is not None:
         return h
     if input.dim() not in (1, 2):
@@ -248,11 +251,15 @@ def gru(
     else:
         run = layer if num_heads == 1 else partial(heads.layer, num_heads=num_heads)
         run = partial(run, cell=cell, backend=backend, recompute=recompute)
+    one = None
+    if num_heads == 1 and not (return_gates or recompute):
+        one = partial(direct_training.layer, cell=cell, backend=backend)
     results = run_layers(
         input,
         hx,
         params,
         run,
+        one,
         num_layers=num_layers,
         dropout=dropout if training else 0.0,
         bidirectional=bidirectional,
@@ -311,6 +318,7 @@ def run_layers(
     hx: Tensor | None,
     params: Sequence[Tensor],
     run: Callable[..., tuple[Tensor, Tensor]],
+    run_one: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
     *,
     num_layers: int,
     dropout: float,
@@ -331,6 +339,8 @@ def run_layers(
             then weight_hh.
         run: one layer of G directions; takes (T, B, I), (G, B, H), each of the layer's tensors
             with G in front, and by keyword lengths, reset_mask, reset_state, h_scale and reverse.
+        run_one: a shorter way for a layer in one direction without any of these, if there is one:
+            takes (T, B, I), (1, B, H) and the layer's tensors; None where it is not for the call.
         num_layers: number of layers.
         dropout: probability of the dropout between layers, 0 outside training.
         bidirectional: as in `gru`.
@@ -377,7 +387,7 @@ def run_layers(
     drop = Dropout(dropout) if dropout and num_layers > 1 else None
     output, h_n = _stack(
         x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
-        reset_state, h_scale, drop,
+        reset_state, h_scale, drop, run_one,
     )  # fmt: skip
     if not batched:
         return output.squeeze(1), h_n.squeeze(1)
@@ -445,6 +455,7 @@ def _stack(
     reset_state: Tensor | None,
     h_scale: Tensor | None,
     drop: Callable[[Tensor], Tensor] | None,
+    run_one: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All layers over time-major (T, B, I)."""
     D = 2 if bidirectional else 1
@@ -461,24 +472,30 @@ def _stack(
     dtype = hx.dtype
     x, hx = _matching(x, hx, params[0])
     reverse = _BOTH if bidirectional else FORWARD
+    if bidirectional or not (lengths is reset_mask is reset_state is h_scale is None):
+        run_one = None
     finals: list[Tensor] = []
     for k in range(num_layers):
         own = params[k * D * per : (k + 1) * D * per]
-        if bidirectional:
-            weights = [torch.stack((own[i], own[i + per])) for i in range(per)]
-        else:
-            weights = [w.unsqueeze(0) for w in own]
         rows = slice(k * D, (k + 1) * D)
-        x, h_n = run(
-            x,
-            hx if num_layers == 1 else hx[rows],
-            *weights,
-            lengths=lengths,
-            reset_mask=reset_mask,
-            reset_state=None if reset_state is None else reset_state[rows],
-            h_scale=None if h_scale is None else h_scale[rows].transpose(0, 1).flatten(1),
-            reverse=reverse,
-        )
+        h0 = hx if num_layers == 1 else hx[rows]
+        done = None if run_one is None else run_one(x, h0, own)
+        if done is None:
+            if bidirectional:
+                weights = [torch.stack((own[i], own[i + per])) for i in range(per)]
+            else:
+                weights = [w.unsqueeze(0) for w in own]
+            done = run(
+                x,
+                h0,
+                *weights,
+                lengths=lengths,
+                reset_mask=reset_mask,
+                reset_state=None if reset_state is None else reset_state[rows],
+                h_scale=None if h_scale is None else h_scale[rows].transpose(0, 1).flatten(1),
+                reverse=reverse,
+            )
+        x, h_n = done
         finals.append(h_n)
         if drop is not None and k + 1 < num_layers:
             x = drop(x)

@@ -86,9 +86,9 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     """Counts the steps that go past the dispatcher."""
-    assert direct._native is not None, "this torch has no exchange API, or there are no kernels"
-    spy = Spy(direct._native)
-    monkeypatch.setattr(direct, "_native", spy)
+    assert direct.native is not None, "this torch has no exchange API, or there are no kernels"
+    spy = Spy(direct.native)
+    monkeypatch.setattr(direct, "native", spy)
     return spy
 
 

@@ -27,11 +27,11 @@ class Spy:
 
 @contextmanager
 def ops_only() -> Iterator[None]:
-    native, direct._native = direct._native, None
+    native, direct.native = direct.native, None
     try:
         yield
     finally:
-        direct._native = native
+        direct.native = native
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Tensor, ...] | tuple[type[Exception], str]:

@@ -237,8 +237,8 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     weights = gru_fast.GRUCell(I, H)._flat_weights
     x, h = torch.zeros(2, I), torch.zeros(2, H)
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
-    last = (False, "reset_after")
-    run = direct._native
+    last = (False, "reset_after", False)
+    run = direct.native
     assert run(x, h, weights, None, True, *last).shape == (2, H)
     assert [t.shape for t in run(x[None], h[None], tuple(weights), 1, True, *last)] == [
         (1, 2, H)
@@ -246,8 +246,8 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     assert run(x[None], states, two, 2, True, *last)[1].shape == (2, 2, H)
     for bad in (
         (x, h, weights, None, False, *last),
-        (x, h, weights, None, True, False, 3),
-        (x, h, weights, None, True, False, "gru"),
+        (x, h, weights, None, True, False, 3, False),
+        (x, h, weights, None, True, False, "gru", False),
         (x, h, dict(enumerate(weights)), None, True, *last),
         (x, h, weights[:3], None, True, *last),
         (x, h, [], None, True, *last),
@@ -270,7 +270,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None, None], h[None, None], weights, 1, True, *last),
     ):
         assert run(*bad) is None
-    with pytest.raises(TypeError, match="expected 7 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 8 arguments, got 1"):
         run(x)
     with pytest.raises(TypeError):
         run(x[None], h[None], weights, "one", True, *last)

@@ -41,7 +41,7 @@ LAYERS = [
         "onnx_*",
     ],
     ["recurrent"],
-    ["functional", "heads", "recurrence", "recurrence_*", "direct", "dropout", "gates"],
+    ["functional", "heads", "recurrence", "recurrence_*", "direct", "direct_*", "dropout", "gates"],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
     ["autocast", "checks", "errors", "measured", "reference", "reference_*", "kernels"],

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// What calls past the dispatcher have in common: weights and names as Python brings them, and what
+// a kernel throws as Python wants it.
+#pragma once
+#include <exception>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "cell_names.h"
+#include "exchange.h"
+
+namespace gru_fast {
+
+constexpr int kMaxWeights = 4;
+inline constexpr uint8_t kForwardOnly[1] = {0};
+
+inline bool read_cell(PyObject* given, Cell& cell) {
+  if (!PyUnicode_Check(given)) return false;
+  for (const CellName& known : kCellNames) {
+    if (PyUnicode_CompareWithASCIIString(given, known.name.data()) == 0) {
+      cell = known.cell;
+      return true;
+    }
+  }
+  return false;
+}
+
+// weight_ih, weight_hh and, of four, bias_ih and bias_hh, which may be None if they are optional.
+template <class Real>
+bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Problem<Real>& p) {
+  const int64_t rows = gate_count(p.cell) * p.H;
+  Dense<Real> w_ih, w_hh;
+  if (!read(weights[0], w_ih) || !w_ih.is(rows, p.I)) return false;
+  if (!read(weights[1], w_hh) || !w_hh.is(rows, p.H)) return false;
+  p.weight_ih = w_ih.data;
+  p.weight_hh = w_hh.data;
+  const Real** biases[] = {&p.bias_ih, &p.bias_hh};
+  for (Py_ssize_t i = 2; i < count; ++i) {
+    if (optional && weights[i] == Py_None) continue;
+    Dense<Real> bias;
+    if (!read(weights[i], bias) || bias.ndim != 1 || bias.width() != rows) return false;
+    *biases[i - 2] = bias.data;
+  }
+  return true;
+}
+
+// What has been thrown, kept until the interpreter's lock is held.
+class Failure {
+ public:
+  // body()'s result, or false if it threw.
+  template <class Body>
+  bool guard(Body&& body) {
+    try {
+      return body();
+    } catch (const std::bad_alloc&) {
+      kind_ = PyExc_MemoryError;
+    } catch (const std::invalid_argument& error) {
+      kind_ = PyExc_ValueError;
+      text_ = error.what();
+    } catch (const std::exception& error) {
+      kind_ = PyExc_RuntimeError;
+      text_ = error.what();
+    }
+    return false;
+  }
+  // Makes it a Python exception.
+  void raise() const {
+    if (kind_ != nullptr) PyErr_SetString(kind_, text_.c_str());
+  }
+
+ private:
+  PyObject* kind_ = nullptr;
+  std::string text_;
+};
+
+// References to the items of a list or tuple, which may change while the lock is released.
+template <int kMost>
+class Items {
+ public:
+  ~Items() {
+    for (Py_ssize_t i = 0; i < count_; ++i) Py_DECREF(items_[i]);
+  }
+  // False if it is no list or tuple, or too long.
+  bool hold(PyObject* sequence) {
+    if (!PyList_CheckExact(sequence) && !PyTuple_CheckExact(sequence)) return false;
+    if (PySequence_Fast_GET_SIZE(sequence) > kMost) return false;
+    while (count_ < PySequence_Fast_GET_SIZE(sequence)) {
+      items_[count_] = Py_NewRef(PySequence_Fast_GET_ITEM(sequence, count_));
+      ++count_;
+    }
+    return true;
+  }
+  PyObject* const* get() const { return items_; }
+  Py_ssize_t size() const { return count_; }
+
+ private:
+  PyObject* items_[kMost];
+  Py_ssize_t count_ = 0;
+};
+
+}  // namespace gru_fast

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training past the dispatcher: as `direct`, with a node of autograd behind the results.
+
+The gradients are the ops', to the bit. Where one is not a plain tensor, or is to be differentiated
+again, the ops take it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gru_fast import direct, ops
+
+
+class GRULayer(torch.autograd.Function):
+    """One layer in one direction, or a step of a cell, that has run already."""
+
+    @staticmethod
+    def forward(ctx: Any, results: tuple[Tensor, ...], cell: str, *tensors: Tensor | None) -> Any:
+        """Save what backward needs.
+
+        Args:
+            ctx: autograd's.
+            results: output and h_n, or a cell's new state; then the workspace.
+            cell: its name.
+            tensors: input, hx, weight_ih, weight_hh, bias_ih, bias_hh.
+
+        Returns:
+            The results.
+        """
+        ctx.set_materialize_grads(False)
+        ctx.cell, ctx.is_cell = cell, len(results) == 2
+        output = results[0].data if ctx.is_cell else ops.unwatched(results[0])
+        ctx.save_for_backward(*tensors, output, results[-1])
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of results, cell and tensors; the first two have none."""
+        *rest, grad_workspace = grads
+        grad_output, grad_h_n = (*rest, None)[:2]
+        needed = ctx.needs_input_grad[2:]
+        if grad_output is None and grad_h_n is None and grad_workspace is None:
+            return (None,) * (2 + len(needed))
+        x, h0, *weights, output, workspace = ctx.saved_tensors
+        found = None
+        if grad_workspace is None and not torch.is_grad_enabled() and direct.is_unobserved():
+            found = direct.native_backward(
+                grad_output, grad_h_n, x, h0, weights, output, workspace, ctx.is_cell, ctx.cell,
+                needed,
+            )  # fmt: skip
+        if found is not None:
+            return (None, None, *found)
+        # The op wants a dimension of groups, and one of steps.
+        if ctx.is_cell:
+            x, h0, output = x.unsqueeze(0), h0.unsqueeze(0), output.unsqueeze(0)
+            grad_output = None if grad_output is None else grad_output.unsqueeze(0)
+        weights = [None if weight is None else weight.unsqueeze(0) for weight in weights]
+        by_op = ops.layer_backward(
+            grad_output, grad_h_n, grad_workspace, x, h0, *weights, None, None, None, None, output,
+            workspace, ctx.cell, [False], False, [*needed, False, False],
+        )  # fmt: skip
+        has_group = (ctx.is_cell, ctx.is_cell, True, True, True, True)
+        shaped = [
+            None if not wanted else grad.squeeze(0) if grouped else grad
+            for wanted, grad, grouped in zip(needed, by_op, has_group, strict=False)
+        ]
+        return (None, None, *shaped)
+
+
+# Function.apply, less what it does for transforms, of which none is active here.
+_attach: Any = super(torch.autograd.Function, GRULayer).apply
+
+
+def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
+    return (
+        direct.native is not None
+        and torch.is_grad_enabled()
+        and backend in direct.BACKENDS
+        and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        and direct.is_unobserved()
+    )
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor | None, weights: list[Tensor | None], cell: str, backend: str
+) -> Tensor | None:
+    """`functional.gru_cell`, or None where the call is not plain or nothing is to be trained."""
+    if not _is_served((*weights, hx, input), backend):
+        return None
+    if not isinstance(input, Tensor) or input.dim() != 2:
+        return None
+    results = direct.native(input, hx, weights, None, True, False, cell, True)
+    if results is None:
+        return None
+    return _attach(results, cell, input, hx, *weights)[0]  # type: ignore[no-any-return]
+
+
+def layer(
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], cell: str, backend: str
+) -> tuple[Tensor, Tensor] | None:
+    """One layer over (T, B, I) from (1, B, H), or None as `gru_cell`; two weights or four."""
+    if not _is_served((*weights, h0, x), backend):
+        return None
+    four = (*weights, None, None)[:4]
+    results = direct.native(x, h0, four, 1, True, False, cell, True)
+    if results is None:
+        return None
+    return _attach(results, cell, x, h0, *four)[:2]  # type: ignore[no-any-return]
