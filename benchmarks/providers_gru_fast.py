@@ -12,7 +12,7 @@ import gru_fast
 from benchmarks.cases import DTYPES
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider, module_call
-from benchmarks.providers_torch import CELL_WEIGHTS
+from benchmarks.providers_torch import CELL_WEIGHTS, CellLoop
 from gru_fast import backends
 
 
@@ -73,6 +73,16 @@ class Cell(Layer):
             return h.unsqueeze(0), h.unsqueeze(0)
 
         return module_call(forward, problem, cell, CELL_WEIGHTS)
+
+
+class OwnCellLoop(CellLoop):
+    """A Python loop over `gru_fast.GRUCell`."""
+
+    def __init__(self) -> None:
+        super().__init__(gru_fast.GRUCell, "gru_fast.GRUCell")
+
+    def version(self) -> str:
+        return gru_fast.__version__
 
 
 class Prepacked(Layer):

@@ -88,16 +88,27 @@ def episodes(starts: Tensor) -> tuple[Tensor, ...]:
 
 
 class CellLoop(Provider):
-    """A Python loop over nn.GRUCell."""
+    """A Python loop over a cell.
 
-    name = "nn.GRUCell"
+    Args:
+        cell: nn.GRUCell or another of its form.
+        name: its name.
+        baseline: whether ratios are to this one.
+    """
+
+    def __init__(
+        self, cell: type[nn.RNNCellBase] = nn.GRUCell, name: str = "nn.GRUCell", *,
+        baseline: bool = False,
+    ) -> None:  # fmt: skip
+        self.cell, self.name = cell, name
+        self.is_baseline = baseline  # type: ignore[misc]
 
     def why_not(self, problem: Problem) -> str | None:
         return None
 
     def prepare(self, problem: Problem, threads: int) -> Prepared:
         case = problem.case
-        cell = nn.GRUCell(case.I, case.H, device=problem.device, dtype=DTYPES[problem.dtype])
+        cell = self.cell(case.I, case.H, device=problem.device, dtype=DTYPES[problem.dtype])
         mask = problem.reset_mask
 
         def forward(x: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
