@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,6 +23,7 @@ from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider
 from benchmarks.providers_gru_fast import Layer
+from gru_fast import direct
 
 OPERATORS = ("layer", "scan", "layer_backward", "scan_backward")
 
@@ -47,7 +48,9 @@ def served_by(functions: dict[str, Callable[..., Any]], key: str) -> Iterator[No
             warnings.filterwarnings("ignore", ".*only once for all operators", UserWarning)
             for name, function in functions.items():
                 library.impl(name, function, key, allow_override=True)
-        yield
+        # Calls on a CPU would not come to the operators.
+        with direct.turned_off() if key == "CPU" else nullcontext():
+            yield
     finally:
         library._destroy()
 

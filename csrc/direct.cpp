@@ -9,7 +9,6 @@
 #include <tuple>
 
 #include "cpu/huge_pages.h"
-#include "cpu/isa.h"
 #include "direct_call.h"
 #include "prepack.h"
 #include "run.h"
@@ -241,10 +240,7 @@ PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (!read_cell(args[6], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
   const Arguments given{args[0], args[1],     weights.get(), weights.size(), layers,
                         bias,    batch_first, cell,          saves};
-  PyObject* result = run(given, kernel_table<float>());
-  if (result == nullptr && !PyErr_Occurred()) result = run(given, kernel_table<BFloat16>());
-  if (result != nullptr || PyErr_Occurred()) return result;
-  Py_RETURN_NONE;
+  return by_number([&](const auto* table) { return run(given, table); });
 }
 
 // Where a weight lies, or null; its sizes go into `shape`.

@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "cpu/huge_pages.h"
-#include "cpu/isa.h"
 #include "direct.h"
 #include "direct_call.h"
 #include "run.h"
@@ -149,10 +148,7 @@ PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs
     a.wanted[i] = a.inputs[i] != Py_None && PyObject_IsTrue(wanted.get()[i]) == 1;
   }
   if (PyErr_Occurred()) return nullptr;
-  PyObject* result = run(a, kernel_table<float>());
-  if (result == nullptr && !PyErr_Occurred()) result = run(a, kernel_table<BFloat16>());
-  if (result != nullptr || PyErr_Occurred()) return result;
-  Py_RETURN_NONE;
+  return by_number([&](const auto* table) { return run(a, table); });
 }
 
 }  // namespace gru_fast

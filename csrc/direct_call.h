@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cell_names.h"
+#include "cpu/isa.h"
 #include "exchange.h"
 
 namespace gru_fast {
@@ -73,6 +74,25 @@ class Failure {
   PyObject* kind_ = nullptr;
   std::string text_;
 };
+
+// body(table) with the kernels for float, then for bfloat16, null where there are none, until one
+// returns an object or raises; else None.
+template <class Body>
+PyObject* by_number(Body&& body) {
+  const KernelTable<float>* f32 = nullptr;
+  const KernelTable<BFloat16>* bf16 = nullptr;
+  Failure failure;
+  const bool found = failure.guard([&] {  // an instruction set may be asked for that there is not
+    f32 = kernel_table<float>();
+    bf16 = kernel_table<BFloat16>();
+    return true;
+  });
+  failure.raise();
+  PyObject* result = found ? body(f32) : nullptr;
+  if (result == nullptr && !PyErr_Occurred()) result = body(bf16);
+  if (result != nullptr || PyErr_Occurred()) return result;
+  Py_RETURN_NONE;
+}
 
 // References to the items of a list or tuple, which may change while the lock is released.
 template <int kMost>

@@ -81,8 +81,8 @@ def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
         direct.native is not None
         and torch.is_grad_enabled()
         and backend in direct.BACKENDS
-        and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
         and direct.is_unobserved()
+        and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     )
 
 

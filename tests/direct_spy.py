@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which calls go past the dispatcher, and what they would be without that."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +22,6 @@ class Spy:
         results = self.native(*args)
         self.taken += results is not None
         return results
-
-
-@contextmanager
-def ops_only() -> Iterator[None]:
-    native, direct.native = direct.native, None
-    try:
-        yield
-    finally:
-        direct.native = native
 
 
 def outcome(call: Callable[[], Any]) -> tuple[Tensor, ...] | tuple[type[Exception], str]:
@@ -58,6 +48,6 @@ def assert_same(given: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
 
 def assert_as_by_ops(call: Callable[[], Any]) -> None:
     given = outcome(call)
-    with ops_only():
+    with direct.turned_off():
         expected = outcome(call)
     assert_same(given, expected)

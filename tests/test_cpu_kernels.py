@@ -221,19 +221,23 @@ def test_unknown_instruction_set() -> None:
     code = """if True:
         import torch, gru_fast
         gru = gru_fast.GRU(2, 3)
-        with torch.no_grad():
-            for T in (1, 2):  # one step goes past the dispatcher
+        for context in torch.no_grad(), torch.enable_grad():  # both go past the dispatcher
+            with context:
                 try:
-                    gru(torch.zeros(T, 1, 2), torch.zeros(1, 1, 3))
+                    gru(torch.zeros(1, 1, 2), torch.zeros(1, 1, 3))
                 except ValueError as error:
                     print(error)
+        try:
+            gru(torch.zeros(1, 1, 2), torch.zeros(1, 1, 3), lengths=torch.ones(1, dtype=int))
+        except ValueError as error:
+            print(error)
     """
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "GRU_FAST_CPU_ISA": "mmx"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert run.stdout.count("got 'mmx'") == 2
+    assert run.stdout.count("got 'mmx'") == 3
 
 
 def test_bfloat16_is_multiplied_as_it_is_where_the_cpu_does() -> None:

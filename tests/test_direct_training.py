@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy, ops_only
+from direct_spy import Spy
 from gru_fast import direct
 from test_direct import CONTEXTS, surrounded
 
@@ -50,7 +50,7 @@ def assert_trained_as_by_ops(
     call: Callable[[], Any], leaves: list[Tensor], used: tuple[int, ...] = (0, 1)
 ) -> None:
     given = trained(call, leaves, used)
-    with ops_only():
+    with direct.turned_off():
         expected = trained(call, leaves, used)
     for a, b in zip(given, expected, strict=True):
         assert (a is None) == (b is None)
@@ -145,7 +145,7 @@ def test_gradients_that_are_not_plain(spy: Spy, loss: Callable[[Tensor], Tensor]
     x, h = torch.randn(3, 2, I, requires_grad=True), torch.randn(1, 2, H, requires_grad=True)
     leaves = leaves_of(module, x, h)
     given = torch.autograd.grad(loss(module(x, h)[0]), leaves)
-    with ops_only():
+    with direct.turned_off():
         expected = torch.autograd.grad(loss(module(x, h)[0]), leaves)
     assert spy.taken == 1 and all(map(torch.equal, given, expected))
 
@@ -190,7 +190,7 @@ def test_second_derivatives(spy: Spy, cell: str) -> None:
         before = spy.taken
         given = twice(call, leaves)
         assert spy.taken > before
-        with ops_only():
+        with direct.turned_off():
             expected = twice(call, leaves)
         for a, b in zip(given, expected, strict=True):
             torch.testing.assert_close(a, b)

@@ -277,9 +277,12 @@ def test_with_gradients_it_is_as_outside(spy: Spy) -> None:
     with torch.enable_grad():
         expected = torch.autograd.grad(step().sum(), list(step.module.parameters()))
         with gru_fast.prepacked(step.module):
+            step.module.weight_hh_l0.data.mul_(2)  # not counted: shows what would be packed
+            doubled = step()
+            step.module.weight_hh_l0.data.div_(2)
             given = torch.autograd.grad(step().sum(), list(step.module.parameters()))
     assert all(map(torch.equal, given, expected))
-    assert spy.taken == 0
+    assert not torch.equal(doubled, step()) and spy.taken == 4
 
 
 def test_sequences_that_are_not_plain_go_by_the_ops(spy: Spy) -> None:
