@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a kernel on a team of torch's threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
+#include <functional>
 
 #include "cpu/arena.h"
 #include "cpu/parallel.h"
 #include "cpu/stats.h"
 #include "cpu/team.h"
+#include "pool.h"
 
 namespace gru_fast {
 
@@ -15,19 +16,14 @@ namespace gru_fast {
 template <class Call>
 void run_on_team(const Call& call, int passes, int64_t (*scratch_bytes)(const Call&, int),
                  void (*kernel)(const Call&, Team&, int, int, void*)) {
-  const int available = static_cast<int>(torch::stable::get_num_threads());
-  const int threads = threads_worth(call.in, passes, available);
+  const int threads = threads_worth(call.in, passes, pool_threads());
   const Scratch scratch(static_cast<size_t>(scratch_bytes(call, threads)));
   Team team(threads);
   auto part = [&](int64_t begin, int64_t end) {
     const int member = team.join(static_cast<int>(end - begin));
     if (member >= 0) kernel(call, team, threads, member, scratch.data());
   };
-  if (threads == 1) {
-    part(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, part);
-  }
+  run_parts(threads, std::ref(part));
   launches.fetch_add(1, std::memory_order_relaxed);
 }
 

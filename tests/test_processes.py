@@ -2,6 +2,8 @@
 """Training in several processes, and layers that go from one process to another."""
 
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,3 +63,38 @@ def test_workers_of_a_data_loader_run_layers():
     expected = torch.stack([features[i] for i in range(4)])
     loader = torch.utils.data.DataLoader(features, 4, num_workers=1, timeout=60)
     torch.testing.assert_close(next(iter(loader)), expected)
+
+
+AFTER_A_FORK = """if True:
+    import os, signal, torch, gru_fast
+    torch.set_num_threads(2)
+    layer, cell = gru_fast.GRU(64, 64), gru_fast.GRUCell(64, 64)
+    model = gru_fast.GRULanguageModel(65, 64, 64)
+    sampler = gru_fast.Sampler(model, threads=2)
+
+    def all_of_it():
+        # So small that torch's own operations take one thread: they are not ours to save.
+        x = torch.randn(50, 8, 64, generator=torch.Generator().manual_seed(0))
+        output, h_n = layer(x)
+        (grad,) = torch.autograd.grad(output, layer.weight_hh_l0, torch.ones_like(output))
+        lengths = layer(x, lengths=torch.full((8,), 20))[0]
+        step = cell(x[0])
+        tokens = sampler.generate(max_new_tokens=20, num_return_sequences=64, seed=1)
+        return [t.detach().clone() for t in (output, h_n, grad, lengths, step, tokens)]
+
+    before = all_of_it()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os._exit(0 if all(map(torch.equal, before, all_of_it())) else 1)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_process_runs_what_its_parent_ran():
+    """On one thread: OpenMP would wait for those of the parent."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AFTER_A_FORK],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+    assert run.stdout.strip() == "0"
