@@ -203,6 +203,7 @@ def test_killed_and_resumed_training_has_the_same_bits(corpus, tmp_path):
             [*command, *arguments, str(broken), "--save-every", "0", *resume],
             stderr=subprocess.PIPE,
             text=True,
+            cwd=tmp_path,  # beside the sources, -m would find them before an installed package
         )
         deadline = time.monotonic() + 120
         while steps(broken) < before + 5 and process.poll() is None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Python blocks of the README and of the pages run as they stand, each page's in order."""
+"""The Python blocks of the README and of the pages run as they stand, each page's in order; their
+links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ PAGES = [
     page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if BLOCK.search(page.read_text("utf-8"))
 ]  # fmt: skip
+ALL = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 NEEDS = {"onnx.md": ("onnx", "onnxruntime", "onnxscript")}
 
 
@@ -45,3 +47,19 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+
+
+def anchors(page):
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
+def test_links(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if not link.startswith(("http:", "https:")):
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
