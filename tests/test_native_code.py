@@ -49,6 +49,14 @@ def test_under_sanitizers(name: str, sanitizer: str, tmp_path: Path) -> None:
     run(name, tmp_path, f"-fsanitize={sanitizer}", *recover)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("kernels_test", "sampler_test"))
+def test_widest_registers_under_sanitizers(name: str, tmp_path: Path) -> None:
+    """The same code for the registers of this machine, as a build with CXXFLAGS=-march=native."""
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-march=native")
+    run(name, tmp_path, *flags)
+
+
 def test_wide_instructions_stay_in_their_files() -> None:
     """A weak symbol of a file with wide instructions may replace that of the others.
 

@@ -55,6 +55,31 @@ def test_a_bad_input_stays_in_its_row(
             assert same(one, all_rows[:, :1])
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("recompute", (False, True))
+def test_a_bad_gradient_stays_in_its_row(
+    isa: str, cell: str, dtype: torch.dtype, recompute: bool
+) -> None:
+    for H in SIZES:
+        arguments = layer_inputs(Case(cell, T=5, B=3, H=H), dtype).arguments(recompute=recompute)
+        output, _, workspace = ops.layer(*arguments)
+        grad = torch.randn(output.shape, dtype=torch.float64).to(dtype)
+
+        def rows_of(grad: Tensor, state: list[object]) -> list[Tensor]:
+            mask = [True, True] + [False] * 6
+            return ops.layer_backward(grad, None, None, *state, mask)[:2]
+
+        state = [*arguments[:10], output, workspace, *arguments[10:]]
+        clean = rows_of(grad, state)
+        for value in BAD:
+            bad = grad.clone()
+            bad[3, 0, H - 1] = value
+            for ours, others in zip(rows_of(bad, state), clean, strict=True):
+                assert not ours[:, 0].isfinite().all()
+                assert torch.equal(ours[:, 1:], others[:, 1:])
+
+
 @pytest.mark.parametrize("weights", packed.WEIGHTS)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("value", (BAD[0], BAD[2]))

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tables of one instruction set, for the kernels_*.cpp files.
+// The tables of one instruction set, for the kernels_*.cpp files: of float32 and float64, or, with
+// GRU_FAST_BFLOAT16, of bfloat16.
 #pragma once
 #include "backward.h"
 #include "forward.h"
@@ -12,7 +13,7 @@ constexpr KernelTable<Real> kTable = {forward_scratch_bytes<Real>,  forward<Real
                                       backward_scratch_bytes<Real>, backward<Real>,
                                       packed_weight_size<Real>,     pack_weight<Real>};
 
-#ifdef __AVX512BF16__
+#ifdef GRU_FAST_BFLOAT16
 const KernelTable<BFloat16>& bfloat16_table();
 const KernelTable<BFloat16>& bfloat16_table() { return kTable<BFloat16>; }
 #else
