@@ -37,7 +37,18 @@ Real* mutable_data_of(const Tensor& tensor) {
   return static_cast<Real*>(tensor.mutable_data_ptr());
 }
 
-inline Cell parse_cell(const std::string& name) {
+// The cell that an op was called with. The ops take the handle, which is theirs to delete: torch's
+// conversion to std::string (2.13) makes one on the heap for each call and never frees it.
+inline Cell take_cell(StringHandle handle) {
+  struct Owner {
+    StringHandle handle;
+    ~Owner() { torch_delete_string(handle); }
+  } const owner{handle};
+  size_t length = 0;
+  const char* text = nullptr;
+  STD_TORCH_CHECK(!torch_string_length(handle, &length) && !torch_string_c_str(handle, &text),
+                  "cell: expected text");
+  const std::string name(text, length);
   Cell cell{};
   STD_TORCH_CHECK(find_cell(name, cell), "cell: expected ", kExpectedCells, ", got '", name.c_str(),
                   "'");

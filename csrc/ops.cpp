@@ -142,21 +142,21 @@ std::vector<uint8_t> bytes_of(const std::vector<bool>& flags) {
 
 ForwardResult layer(Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh, MaybeTensor bias_ih,
                     MaybeTensor bias_hh, MaybeTensor lengths, MaybeTensor reset_mask,
-                    MaybeTensor reset_state, MaybeTensor h_scale, std::string cell,
+                    MaybeTensor reset_state, MaybeTensor h_scale, StringHandle cell,
                     std::vector<bool> reverse, bool recompute) {
-  const Arguments a{
-      x,          h0,          &weight_ih, weight_hh,        &bias_ih,          bias_hh, lengths,
-      reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
+  const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,        bias_hh,
+                    lengths, reset_mask, reset_state, h_scale,   take_cell(cell), bytes_of(reverse),
+                    "x"};
   return with_kernels("x", x, [&](const auto& table) { return run_forward(table, a, recompute); });
 }
 
 ForwardResult scan(Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
                    MaybeTensor lengths, MaybeTensor reset_mask, MaybeTensor reset_state,
-                   MaybeTensor h_scale, std::string cell, std::vector<bool> reverse,
+                   MaybeTensor h_scale, StringHandle cell, std::vector<bool> reverse,
                    bool recompute) {
   const Arguments a{
-      gates_x,    h0,          nullptr, weight_hh,        nullptr,           bias_hh,  lengths,
-      reset_mask, reset_state, h_scale, parse_cell(cell), bytes_of(reverse), "gates_x"};
+      gates_x,    h0,          nullptr, weight_hh,       nullptr,           bias_hh,  lengths,
+      reset_mask, reset_state, h_scale, take_cell(cell), bytes_of(reverse), "gates_x"};
   return with_kernels("gates_x", gates_x,
                       [&](const auto& table) { return run_forward(table, a, recompute); });
 }
@@ -170,13 +170,13 @@ LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTe
                           Tensor x, Tensor h0, Tensor weight_ih, Tensor weight_hh,
                           MaybeTensor bias_ih, MaybeTensor bias_hh, MaybeTensor lengths,
                           MaybeTensor reset_mask, MaybeTensor reset_state, MaybeTensor h_scale,
-                          Tensor output, Tensor workspace, std::string cell,
+                          Tensor output, Tensor workspace, StringHandle cell,
                           std::vector<bool> reverse, bool recompute,
                           std::vector<bool> output_mask) {
   check_output_mask(output_mask, 8);
-  const Arguments a{
-      x,          h0,          &weight_ih, weight_hh,        &bias_ih,          bias_hh, lengths,
-      reset_mask, reset_state, h_scale,    parse_cell(cell), bytes_of(reverse), "x"};
+  const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,        bias_hh,
+                    lengths, reset_mask, reset_state, h_scale,   take_cell(cell), bytes_of(reverse),
+                    "x"};
   const BackwardArguments b{grad_output, grad_h_n,  grad_workspace, output,
                             workspace,   recompute, output_mask};
   return with_kernels("x", x, [&](const auto& table) { return run_backward(table, a, b); });
@@ -185,12 +185,12 @@ LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTe
 ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTensor grad_workspace,
                         Tensor gates_x, Tensor h0, Tensor weight_hh, MaybeTensor bias_hh,
                         MaybeTensor lengths, MaybeTensor reset_mask, MaybeTensor reset_state,
-                        MaybeTensor h_scale, Tensor output, Tensor workspace, std::string cell,
+                        MaybeTensor h_scale, Tensor output, Tensor workspace, StringHandle cell,
                         std::vector<bool> reverse, bool recompute, std::vector<bool> output_mask) {
   check_output_mask(output_mask, 6);
   const Arguments a{
-      gates_x,    h0,          nullptr, weight_hh,        nullptr,           bias_hh,  lengths,
-      reset_mask, reset_state, h_scale, parse_cell(cell), bytes_of(reverse), "gates_x"};
+      gates_x,    h0,          nullptr, weight_hh,       nullptr,           bias_hh,  lengths,
+      reset_mask, reset_state, h_scale, take_cell(cell), bytes_of(reverse), "gates_x"};
   const auto& want = output_mask;
   const BackwardArguments b{grad_output,
                             grad_h_n,
