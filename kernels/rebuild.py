@@ -30,10 +30,12 @@ _BLOCK_B, _BLOCK_H = 8, 64
 @triton.jit
 def _place(step_begin, step_end, T, B, first_group, reverse_bits, tiles, BLOCK_H, BLOCK_B):
     """The tile of a program: time in the chunk, absolute time, group, direction, rows, units."""
-    backwards = is_backwards(reverse_bits, tl.program_id(2))
-    g = (first_group + tl.program_id(2)).to(tl.int64)
-    first_row = tl.program_id(1).to(tl.int64) * BLOCK_B
-    here = (tl.program_id(0) // tiles).to(tl.int64)
+    backwards = is_backwards(reverse_bits, tl.program_id(1))
+    g = (first_group + tl.program_id(1)).to(tl.int64)
+    place = tl.program_id(0) // tiles
+    batch_tiles = (B + BLOCK_B - 1) // BLOCK_B
+    first_row = (place % batch_tiles).to(tl.int64) * BLOCK_B
+    here = (place // batch_tiles).to(tl.int64)
     t = here + chunk_begin(step_begin, step_end, T, backwards)
     units = tl.program_id(0) % tiles * BLOCK_H + tl.arange(0, BLOCK_H)
     return here, t, g, backwards, first_row, units
@@ -164,8 +166,9 @@ def rebuild_gates(
 def _launch(kernel, problem: Problem, steps: tuple[int, int], **arguments) -> None:
     tiles = triton.cdiv(problem.H, _BLOCK_H)
     for first_group, groups, reverse_bits in problem.launches():
-        grid = ((steps[1] - steps[0]) * tiles, triton.cdiv(problem.B, _BLOCK_B), groups)
-        kernel[grid](
+        # All but groups on the first axis: the others end at 65535 programs.
+        programs = (steps[1] - steps[0]) * triton.cdiv(problem.B, _BLOCK_B) * tiles
+        kernel[(programs, groups)](
             **arguments,
             lengths_ptr=problem.lengths,
             step_begin=steps[0],

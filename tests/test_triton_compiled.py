@@ -122,6 +122,27 @@ def test_row(point):
     check_compiled(point)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kernel", ["cta", "step"])
+def test_large_batches_fit_the_axes_of_a_launch(kernel, recompute):
+    """CUDA takes 2**31 - 1 programs on the first axis of a launch and 65535 on the others."""
+    case = Case("reset_before", "everything", T=1, B=65535 * 8 + 1, I=1, H=1)
+    inputs = layer_inputs(case, torch.bfloat16)
+    mode = (case.cell, list(case.reverse), recompute)
+    with compiled.dry_launches(90) as found:
+        output, _, workspace = kernels.layer(*inputs.arguments(), kernel=kernel)
+        kernels.layer_backward(
+            output, inputs.h0, None, *inputs.arguments()[:10], output, workspace, *mode,
+            [True] * 8, kernel=kernel,
+        )  # fmt: skip
+    assert {f"forward_{kernel}", f"backward_{kernel}", "entering_states"} <= {
+        launch.kernel for launch in found
+    }
+    for launch in found:
+        first, *others = launch.grid
+        assert first < 2**31 and all(size <= 65535 for size in others), (launch.kernel, launch.grid)
+
+
 def check_wrappers(arch: int, sizes: list[tuple[int, int]], dtype: torch.dtype) -> set[str]:
     """Run what a user's call runs, up to the launch; the kernels that were chosen."""
     names = set()

@@ -125,6 +125,13 @@ class TestParity:
         compare(kernel, case, recompute=True)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_several_tiles_of_what_entered(recompute):
+    """Of `rebuild`, whose tiles are 8 rows and 64 units."""
+    case = Case("reset_before", "everything", (False, True), T=2, B=17, H=70)
+    compare("cta", case, recompute=recompute)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.slow
