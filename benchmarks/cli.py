@@ -18,7 +18,7 @@ OTHERS = {
     "sample": "tokens drawn one after the other",
     "lm": "a training step of a language model",
     "features": "what users do beyond a plain layer",
-    "layers": "directions, cells, padding, instruction sets, busy neighbours",
+    "layers": "directions, cells, step by step, padding, instruction sets, busy neighbours",
     "sweep": "nn.GRU beside ours over a grid of sizes",
     "scaling": "one size varied at a time, with fitted slopes",
     "import": "import, first call, wheel",

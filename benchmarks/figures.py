@@ -125,7 +125,7 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-scaling.json": ("How time grows", ["scaling"]),
     "cpu-features.json": ("Features", ["features"]),
     "cpu-layer-facts.json": (
-        "Directions, cells, padding, instruction sets, busy neighbours",
+        "Directions, cells, step by step, padding, instruction sets, busy neighbours",
         ["isas", "contention", "features"],
     ),
     "cpu-lm.json": ("Training a language model", ["lm"]),

@@ -65,7 +65,7 @@ PARTS = {
     ),
     "lm": Part("lm", 2.5),
     "features": Part("features", 15),
-    "layer-facts": Part("layers", 4.5),
+    "layer-facts": Part("layers", 6),
     "sample": Part("sample", 8.5),
     "scaling": Part("scaling", 3.5),
     "sweep": Part("sweep", 9.5),

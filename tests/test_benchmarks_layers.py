@@ -101,7 +101,7 @@ def test_rows_that_are_not_there(command, rows, capsys):
 
 def test_the_rows_of_the_command():
     names = {chosen.name.partition("/")[0] for chosen in features_cli.choose("layers", None)}
-    assert names == {"bidirectional", "cells", "isa", "padding"}
+    assert names == {"bidirectional", "cell_loop", "cells", "isa", "padding"}
     assert not names & {r.name.partition("/")[0] for r in features_cli.choose("features", None)}
 
 

@@ -19,6 +19,7 @@ def _row(suite: str) -> Row:
         [CellLoop(baseline=True), OwnCellLoop()],
         quick=Case(5, 8, 3, 9),
         more=[square(64, 32, 32), square(256, 32, 32), square(512, 8, 16)],
+        command="layers",
     )
 
 
