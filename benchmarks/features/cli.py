@@ -19,8 +19,8 @@ from benchmarks.runner import Setting, run_problem
 DESCRIPTIONS = {
     "features": "What users do beyond a plain layer, and what else they write.",
     "lm": "A whole training step of a character language model, in tokens a second.",
-    "layers": "The layer in its other forms: both directions, the other cells, step by step, padding, "
-    "every instruction set, and (contention) between processes that keep every core busy.",
+    "layers": "The layer in its other forms: both directions, the other cells, step by step, "
+    "padding, every instruction set, and (contention) between processes that keep every core busy.",
 }
 LAYERS_EFFORT = timing.Effort(budget_s=2.0, least=5, most=11)
 """Many ways and sizes, each of them short."""
