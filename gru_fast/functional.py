@@ -81,16 +81,8 @@ def gru_cell(
         )
     dtype = h0.dtype
     x, h0 = _matching(x, h0, weight_ih)
-    output, _ = layer(
-        x,
-        h0,
-        weight_ih.unsqueeze(0),
-        weight_hh.unsqueeze(0),
-        None if bias_ih is None else bias_ih.unsqueeze(0),
-        None if bias_hh is None else bias_hh.unsqueeze(0),
-        cell=cell,
-        backend=backend,
-    )
+    grouped: list[Any] = [None if w is None else w.unsqueeze(0) for w in weights]
+    output, _ = layer(x, h0, *grouped, cell=cell, backend=backend)
     output = output[0] if batched else output[0, 0]
     return output if output.dtype == dtype or not output.is_cpu else output.to(dtype)
 
