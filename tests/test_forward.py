@@ -30,13 +30,8 @@ SIZES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The sizes are too small for two, on a busy machine by a factor of twenty."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# The sizes are too small for two, on a busy machine by a factor of twenty.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def hidden(kind, module, batch, dtype):

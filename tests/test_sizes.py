@@ -76,15 +76,6 @@ def test_more_elements_than_32_bits_can_count(tmp_path):
     assert int(run.stdout) < 4 * 2**20, "folded memory was not used"
 
 
-@pytest.fixture
-def one_thread():
-    """For nn.GRU, whose small operations wait for threads many times a step."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def results(module, x):
     output, h_n = module(x)
     if not torch.is_grad_enabled():

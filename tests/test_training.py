@@ -15,13 +15,8 @@ STEPS, B, T, WIDTH, HIDDEN = 50, 6, 9, 5, 7
 LENGTHS = torch.tensor([4, 9, 1, 6, 9, 2])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The sizes are too small for two, on a busy machine by a factor of twenty."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# The sizes are too small for two, on a busy machine by a factor of twenty.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Recall(nn.Module):
