@@ -2,8 +2,11 @@
 // What calls past the dispatcher have in common: weights and names as Python brings them, and what
 // a kernel throws as Python wants it.
 #pragma once
+#include <pybind11/pybind11.h>
+
 #include <exception>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -54,6 +57,8 @@ class Failure {
   bool guard(Body&& body) {
     try {
       return body();
+    } catch (const pybind11::error_already_set& error) {
+      raised_ = error;
     } catch (const std::bad_alloc&) {
       kind_ = PyExc_MemoryError;
     } catch (const std::invalid_argument& error) {
@@ -66,11 +71,13 @@ class Failure {
     return false;
   }
   // Makes it a Python exception.
-  void raise() const {
+  void raise() {
+    if (raised_) raised_->restore();
     if (kind_ != nullptr) PyErr_SetString(kind_, text_.c_str());
   }
 
  private:
+  std::optional<pybind11::error_already_set> raised_;
   PyObject* kind_ = nullptr;
   std::string text_;
 };

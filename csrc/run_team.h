@@ -8,22 +8,26 @@
 #include "cpu/stats.h"
 #include "cpu/team.h"
 #include "pool.h"
+#include "signals.h"
 
 namespace gru_fast {
 
 // Runs kernel(call, team, threads, member, scratch) on every member of a team, of as many threads
-// as the call is worth. `passes`: see threads_worth().
+// as the call is worth. `passes`: see threads_worth(). A KeyboardInterrupt ends the call; what it
+// was to compute is undefined then.
 template <class Call>
 void run_on_team(const Call& call, int passes, int64_t (*scratch_bytes)(const Call&, int),
                  void (*kernel)(const Call&, Team&, int, int, void*)) {
   const int threads = threads_worth(call.in, passes, pool_threads());
   const Scratch scratch(static_cast<size_t>(scratch_bytes(call, threads)));
-  Team team(threads);
+  Signals signals;
+  Team team(threads, Signals::poll, &signals);
   auto part = [&](int64_t begin, int64_t end) {
     const int member = team.join(static_cast<int>(end - begin));
     if (member >= 0) kernel(call, team, threads, member, scratch.data());
   };
   run_parts(threads, std::ref(part));
+  signals.rethrow();
   launches.fetch_add(1, std::memory_order_relaxed);
 }
 

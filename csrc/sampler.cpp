@@ -24,6 +24,7 @@
 #include "cpu/team.h"
 #include "packed_stack.h"
 #include "pool.h"
+#include "signals.h"
 
 namespace py = pybind11;
 
@@ -34,7 +35,6 @@ namespace {
 // weights that a step has to read for it to be worth a meeting: more than a first cache holds.
 constexpr double kRegionProducts = 2e6;
 constexpr int64_t kSplitBytes = 48 << 10;
-constexpr auto kPollEvery = std::chrono::milliseconds(20);
 
 // Within these bounds the likeliest token is always left to be drawn.
 DrawRules checked_rules(bool do_sample, double temperature, std::optional<int64_t> top_k,
@@ -53,28 +53,6 @@ DrawRules checked_rules(bool do_sample, double temperature, std::optional<int64_
   }
   return rules;
 }
-
-// Looks for signals on the thread that Python called, now and then.
-struct Signals {
-  const std::thread::id caller = std::this_thread::get_id();
-  std::chrono::steady_clock::time_point last = std::chrono::steady_clock::now();
-  bool raised = false;
-
-  bool is_mine() const { return std::this_thread::get_id() == caller; }
-
-  // False on all other threads, which may not touch what the caller's writes.
-  static bool poll(void* context) {
-    auto& self = *static_cast<Signals*>(context);
-    if (!self.is_mine()) return false;
-    if (self.raised) return true;
-    const auto now = std::chrono::steady_clock::now();
-    if (now - self.last < kPollEvery) return false;
-    self.last = now;
-    const py::gil_scoped_acquire locked;
-    self.raised = PyErr_CheckSignals() != 0;
-    return self.raised;
-  }
-};
 
 int threads_worth(const PackedStack& stack, const Generation& g, int available) {
   if (available <= 1) return 1;
@@ -191,7 +169,7 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   GenerationState state{};
   const int pool = pool_threads();
   if (g.B > 0) run(stack, g, state, signals, threads > 0 ? std::min(threads, pool) : pool);
-  if (signals.raised) throw py::error_already_set();
+  signals.rethrow();
   if (state.bad_sequence > 0) {
     complain("logits", "no NaN or +inf and at least one finite value",
              "others in sequence " + std::to_string(state.bad_sequence - 1));

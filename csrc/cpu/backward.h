@@ -29,7 +29,9 @@ class BackwardPass {
     grads_.pack(team.size(), member);
     chunk_.clear(team.size(), member);
     team.barrier(member);
+    int64_t round = 0;
     for (int64_t end = f_.in.T; end > 0; end = chunk_.begin) {
+      if (!team.goes_on(round++)) return;
       chunk_.end_before(end);
       chunk_.locate(team.size(), member);
       if (f_.workspace == nullptr) rebuild_.run(team, member);

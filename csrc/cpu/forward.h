@@ -85,6 +85,7 @@ class ForwardScan {
     start();
     team.barrier(member);
     for (int64_t begin = 0; begin < p_.T; begin += chunk_) {
+      if (begin > 0 && !team.goes_on(begin / chunk_)) return;
       const int64_t end = begin + chunk_ < p_.T ? begin + chunk_ : p_.T;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) project(g, begin, end);
       for (int64_t step = begin; step < end; ++step) {

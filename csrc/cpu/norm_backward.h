@@ -164,7 +164,9 @@ class NormBackwardPass {
     scan_.begin(team.size(), member);
     chunk_.clear(team.size(), member);
     team.barrier(member);
+    int64_t round = 0;
     for (int64_t end = f_.in.T; end > 0; end = chunk_.begin) {
+      if (!team.goes_on(round++)) return;
       chunk_.end = end;
       chunk_.begin = (end - 1) / chunk_.steps * chunk_.steps;
       if (f_.workspace == nullptr) rebuild_.run(team, member);

@@ -93,6 +93,15 @@ void Team::wait_for(Flag& flag, uint32_t target) {
 
 int Team::size_for_latecomer() const { return members_of(door_.load(std::memory_order_acquire)); }
 
+// Others learn of the end at a barrier of this round, so it comes before the next.
+bool Team::goes_on(int64_t round) {
+  if (poll_ != nullptr && poll_(context_)) {
+    int64_t open = std::numeric_limits<int64_t>::max();
+    end_.compare_exchange_strong(open, size_ > 1 ? round + 1 : round, std::memory_order_relaxed);
+  }
+  return round < end_.load(std::memory_order_relaxed);
+}
+
 void Team::barrier(int member) {
   const uint64_t door = door_.load(std::memory_order_relaxed);
   const int members = members_of(door);

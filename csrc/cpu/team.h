@@ -6,13 +6,20 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 namespace gru_fast {
 
 class Team {
  public:
-  explicit Team(int parts) : parts_(parts), arrived_(parts > 1 ? new Flag[parts] : nullptr) {}
+  // `poll`, if there is one, is asked by goes_on() on every member, with `context`: true ends the
+  // work. It may say so on one thread only, always the same.
+  explicit Team(int parts, bool (*poll)(void*) = nullptr, void* context = nullptr)
+      : parts_(parts),
+        poll_(poll),
+        context_(context),
+        arrived_(parts > 1 ? new Flag[parts] : nullptr) {}
 
   // Called once by each thread of the region with the number of parts it was handed. Returns the
   // member's number, or -1 to one that comes after closing time, which must return at once.
@@ -27,6 +34,11 @@ class Team {
   // Returns once every member has called it. Spins briefly, then sleeps.
   void barrier(int member);
 
+  // Whether to begin another round of the work, asked by each member before each of its rounds,
+  // which are counted from 0. All members leave at the same round if every round has a barrier; if
+  // they leave at different ones, no barrier may follow.
+  bool goes_on(int64_t round);
+
  private:
   struct alignas(64) Flag {
     std::atomic<uint32_t> phase{0};
@@ -34,11 +46,14 @@ class Team {
   void announce(Flag& flag, uint32_t phase);
   void wait_for(Flag& flag, uint32_t phase);
   const int parts_;
+  bool (*const poll_)(void*);
+  void* const context_;
   int size_ = 0;
   std::atomic<uint64_t> door_{0};  // closed bit | members | parts
   const std::unique_ptr<Flag[]> arrived_;
   Flag released_;
   std::atomic<int> sleepers_{0};
+  std::atomic<int64_t> end_{std::numeric_limits<int64_t>::max()};  // no round from here on
 };
 
 }  // namespace gru_fast

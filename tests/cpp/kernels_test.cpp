@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and backward passes of layers, scans and layer-normalised scans for sanitizers: every
 // block of memory is as large as the kernels asked for, and filled with NaN. One thread and
-// several, and weights packed before and by the call, must agree in every bit. Exits non-zero on a
-// fault.
+// several, and weights packed before and by the call, must agree in every bit. A call that is told
+// to end does so on all its threads. Exits non-zero on a fault.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -142,11 +144,12 @@ class Results {
 
 template <class Call>
 void on_team(const Call& call, int threads, int64_t (*scratch_bytes)(const Call&, int),
-             void (*kernel)(const Call&, Team&, int, int, void*)) {
+             void (*kernel)(const Call&, Team&, int, int, void*), bool (*poll)(void*) = nullptr,
+             void* context = nullptr) {
   const auto bytes = static_cast<size_t>((scratch_bytes(call, threads) + 63) / 64 * 64);
   const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, bytes), std::free);
   std::memset(scratch.get(), 0xff, bytes);
-  Team team(threads);
+  Team team(threads, poll, context);
   auto part = [&] {
     const int member = team.join(1);
     if (member >= 0) kernel(call, team, threads, member, scratch.get());
@@ -249,9 +252,84 @@ Results norm_scan(const Case& c, const Inputs& in, int threads) {
   return results;
 }
 
+// Ends a call after some rounds of the thread that asks first.
+struct Ending {
+  std::atomic<std::thread::id> owner{};
+  int rounds = 0;
+
+  static bool poll(void* context) {
+    auto& self = *static_cast<Ending*>(context);
+    std::thread::id nobody;
+    const std::thread::id me = std::this_thread::get_id();
+    if (!self.owner.compare_exchange_strong(nobody, me) && nobody != me) return false;
+    return ++self.rounds >= 3;
+  }
+};
+
+// Whether some of the first `step` values were written and some of the last were not. Threads that
+// do not wait for each other may have come to the end.
+bool begun_only(const Values& values, int64_t step) {
+  auto written = [](float value) { return value == value; };
+  return std::any_of(values.begin(), values.begin() + step, written) &&
+         !std::all_of(values.end() - step, values.end(), written);
+}
+
+// Units are split where there is one row, rows where there are more.
+bool ends_early(int64_t B, int threads) {
+  const Case c{Cell::kResetAfter, 4000, B, 1, 3, 64, true, true, false, false, false, false};
+  const Inputs in(c);
+  const KernelTable<float>& kernels = baseline::table().f32;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const auto rows = static_cast<size_t>(c.T * B), states = static_cast<size_t>(B * c.H);
+  Values output(rows * 64, nan), workspace(rows * 4 * 64, nan), h_n(states);
+  Forward<float> f{};
+  f.in = in.problem(c, true);
+  f.output = output.data();
+  f.h_n = h_n.data();
+  f.workspace = workspace.data();
+  Ending forward_ends;
+  on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward, Ending::poll, &forward_ends);
+  if (!begun_only(output, B * c.H)) return false;
+
+  Values grad_x(in.x.size(), nan);
+  Backward<float> b{};
+  b.in = f.in;
+  b.output = f.output;
+  b.workspace = f.workspace;
+  b.grad_output = in.grad_output.data();
+  b.grad_x = grad_x.data();
+  on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
+  Ending backward_ends;
+  on_team(b, threads, kernels.backward_scratch_bytes, kernels.backward, Ending::poll,
+          &backward_ends);
+  std::ranges::reverse(grad_x);
+  if (!begun_only(grad_x, B * c.I)) return false;
+
+  NormForward<float> n{};
+  const Case norm_case{
+      Cell::kResetAfter, 4000, B, 1, 3, 64, false, false, false, false, false, true};
+  const Inputs gates_x(norm_case);
+  n.in = gates_x.problem(norm_case, false);
+  n.gamma = in.gamma.data();
+  n.eps = 1e-5f;
+  output.assign(output.size(), nan);
+  n.output = output.data();
+  n.h_n = h_n.data();
+  Ending norm_ends;
+  const NormTable<float>& norm = baseline::norm_table().f32;
+  on_team(n, threads, norm.forward_scratch_bytes, norm.forward, Ending::poll, &norm_ends);
+  return begun_only(output, B * c.H);
+}
+
 }  // namespace
 
 int main() {
+  for (int threads : {1, 2, 5}) {
+    if (!ends_early(1, threads) || !ends_early(12, threads)) {
+      std::fprintf(stderr, "fault: a call that was told to end did not\n");
+      return 1;
+    }
+  }
   constexpr int64_t kSizes[][5] = {
       // T, B, G, I, H: one step; one row; rows left over; more than a chunk of the backward pass;
       // more than a block of the sum
