@@ -44,16 +44,9 @@ X86_KERNELS = {
     "sampler_avx512.cpp": AVX2 + AVX512,
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
 }
-PYBIND11 = {
-    "direct.cpp",
-    "direct_backward.cpp",
-    "module.cpp",
-    "sampler.cpp",
-    "signals.cpp",
-    "stream.cpp",
-}
+PYBIND11 = {"module.cpp", "sampler.cpp", "signals.cpp", "stream.cpp"}
 DLPACK = {"exchange.cpp"}
-PYTHON = {"prepack.cpp"}
+PYTHON = {"direct.cpp", "direct_backward.cpp", "prepack.cpp"}
 COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),

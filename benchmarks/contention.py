@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -27,8 +26,7 @@ from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_gru_fast import Layer
 from benchmarks.providers_torch import TorchGRU
-from benchmarks.records import Record
-from benchmarks.runner import Setting, admit, describe_error
+from benchmarks.runner import Found, Setting, admit, describe_error
 
 CONTENTION = "contention"
 Figure = dict[str, Any]
@@ -112,22 +110,6 @@ def neighbours(count: int) -> Iterator[Neighbours]:
         yield found
     finally:
         found.close()
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a problem gave.
-
-    Attributes:
-        figures: of the providers that are right.
-        failed: records of those that are not, or that raised, or of all where a neighbour died:
-            an error, no number.
-        notes: who does not take the problem, and why.
-    """
-
-    figures: list[Figure]
-    failed: list[Record]
-    notes: list[str]
 
 
 def measure(

@@ -47,6 +47,11 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "calls then used, waiting included):",
         figures_cpu.contention,
     ),
+    "interrupts": (
+        "Ctrl-C during a call: the longest wait for `KeyboardInterrupt`, and the time of a whole "
+        "call:",
+        figures_cpu.interrupts,
+    ),
     "gpu": (
         "cuDNN's time / that of the fastest of our kernels, and ours per time step, Python and "
         "launches included:",
@@ -125,8 +130,8 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
     "cpu-scaling.json": ("How time grows", ["scaling"]),
     "cpu-features.json": ("Features", ["features"]),
     "cpu-layer-facts.json": (
-        "Directions, cells, step by step, padding, instruction sets, busy neighbours",
-        ["isas", "contention", "features"],
+        "Directions, cells, step by step, padding, instruction sets, busy neighbours, Ctrl-C",
+        ["isas", "contention", "interrupts", "features"],
     ),
     "cpu-lm.json": ("Training a language model", ["lm"]),
     "cpu-sample.json": ("Sampling", ["sample", "facts"]),

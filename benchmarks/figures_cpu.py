@@ -175,6 +175,19 @@ def contention(results: Results) -> str:
     return pivot("", cells())
 
 
+def interrupts(results: Results) -> str:
+    """From Ctrl-C to KeyboardInterrupt, and how long the calls take that nobody interrupts."""
+
+    def cells() -> Iterable[tuple[str, str, str]]:
+        for f in results.figures:
+            if f["name"] == "interrupt":
+                text = f"{f['value']:.0f} of {f['call_ms']:.0f} ms"
+                name = f"`{f['provider']}`, {many_threads(f['threads'])}"
+                yield f"{f['suite']} {f['case']}", name, text
+
+    return pivot("", cells())
+
+
 def features(results: Results) -> str:
     """Of each row every provider: the baseline's time, and how much faster the others are.
 

@@ -41,6 +41,21 @@ class Setting:
     gate_steps: int | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a problem gave that has figures of its own in place of records.
+
+    Attributes:
+        figures: of the providers that are right.
+        failed: records of those that are not, or that raised: an error, no number.
+        notes: who does not take the problem, and why.
+    """
+
+    figures: list[dict[str, Any]]
+    failed: list[Record] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 class Gate:
     """The parity verdict on each provider for one problem.
 

@@ -2,17 +2,15 @@
 // What calls past the dispatcher have in common: weights and names as Python brings them, and what
 // a kernel throws as Python wants it.
 #pragma once
-#include <pybind11/pybind11.h>
-
 #include <exception>
 #include <new>
-#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "cell_names.h"
 #include "cpu/isa.h"
 #include "exchange.h"
+#include "signals.h"
 
 namespace gru_fast {
 
@@ -57,14 +55,16 @@ class Failure {
   bool guard(Body&& body) {
     try {
       return body();
-    } catch (const pybind11::error_already_set& error) {
-      raised_ = error;
     } catch (const std::bad_alloc&) {
       kind_ = PyExc_MemoryError;
     } catch (const std::invalid_argument& error) {
       kind_ = PyExc_ValueError;
       text_ = error.what();
     } catch (const std::exception& error) {
+      if (is_pythons(error)) {
+        raised_ = std::current_exception();
+        return false;
+      }
       kind_ = PyExc_RuntimeError;
       text_ = error.what();
     }
@@ -72,12 +72,12 @@ class Failure {
   }
   // Makes it a Python exception.
   void raise() {
-    if (raised_) raised_->restore();
+    if (raised_) return restore(raised_);
     if (kind_ != nullptr) PyErr_SetString(kind_, text_.c_str());
   }
 
  private:
-  std::optional<pybind11::error_already_set> raised_;
+  std::exception_ptr raised_;
   PyObject* kind_ = nullptr;
   std::string text_;
 };

@@ -37,4 +37,16 @@ void Signals::throw_raised() {
   throw pybind11::error_already_set();
 }
 
+bool is_pythons(const std::exception& error) {
+  return dynamic_cast<const pybind11::error_already_set*>(&error) != nullptr;
+}
+
+void restore(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (pybind11::error_already_set& raised) {
+    raised.restore();
+  }
+}
+
 }  // namespace gru_fast

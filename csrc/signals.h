@@ -2,6 +2,7 @@
 // A KeyboardInterrupt during a long call.
 #pragma once
 #include <chrono>
+#include <exception>
 #include <thread>
 
 namespace gru_fast {
@@ -36,5 +37,10 @@ class Signals {
   Clock::time_point last_ = Clock::now();
   bool raised_ = false;
 };
+
+// Whether it is what rethrow() throws.
+bool is_pythons(const std::exception& error);
+// Makes such an exception Python's current one again.
+void restore(const std::exception_ptr& error);
 
 }  // namespace gru_fast

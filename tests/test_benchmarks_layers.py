@@ -2,13 +2,14 @@
 """The suite `layers`: what is particular to its rows, and busy neighbours. No time is judged."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -59,24 +60,24 @@ def state(pid: int) -> str:
 @NEEDS_KERNELS
 def test_the_command(tmp_path, capsys, two_threads):
     path = tmp_path / "cpu-layer-facts.json"
-    arguments = ["--quick", "--rows", "isa/infer,contention", "--json", str(path)]
+    arguments = ["--quick", "--rows", "isa/infer,contention,interrupt", "--json", str(path)]
     assert features_cli.main("layers", arguments) == 0
     found = records.read(path)
     sets = instruction_sets.instruction_sets()
     assert [r.provider for r in found.records] == ["nn.GRU", *(f"gru_fast.cpu.{s}" for s in sets)]
     assert {r.parity for r in found.records} == {"ok"}
     figs = [f for f in found.figures if f["name"] == "contention"]
-    assert [(f["suite"], f["provider"], f["threads"]) for f in figs] == [
-        (suite, provider, n)
-        for suite in ("train", "infer")
-        for provider in ("gru_fast.cpu", "nn.GRU")
-        for n in (1, 2)
-    ]
+    everybody = list(product(("train", "infer"), ("gru_fast.cpu", "nn.GRU"), (1, 2)))
+    assert [(f["suite"], f["provider"], f["threads"]) for f in figs] == everybody
     for f in figs:
         assert f["neighbours"] == contention.cpus() and f["rounds"] >= 2
         assert f["value"] > 0 and f["alone"] > 0 and f["cpus_used"] > 0
         assert f["alone"] == 1 or f["threads"] > 1
+    figs = [f for f in found.figures if f["name"] == "interrupt"]
+    assert [(f["suite"], f["provider"], f["threads"]) for f in figs] == everybody
+    assert all(f["calls"] == 4 and f["value"] >= f["median_ms"] > 0 for f in figs)
     page = figures.report(tmp_path)
+    assert re.search(r"\| train I5-H8-B3-T9 \| \d+ of \d+ ms \|", page)
     assert "| train I5-H8-B3-T9 |" in page and "`nn.GRU`, 2 threads" in page
     assert f"| {sets[-1]}, 1 thread |" in page and "| infer: I 5, 8, 3, 9 |" in page
     assert "isa/infer" not in page, "a second time, in another table"

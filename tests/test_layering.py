@@ -50,7 +50,7 @@ LAYERS = [
 LEAVES = {"checks", "errors", "measured", "reference", "_version"}
 THIRD_PARTY = {"gru_fast", "torch", "numpy"}
 ONNX = {"onnx", "onnxscript"}
-BINDINGS = {"module.cpp", "packed_stack.h", "sampler.cpp", "sampler.h", "stream.cpp"}
+BINDINGS = {"module.cpp", "packed_stack.h", "sampler.cpp", "sampler.h", "signals.cpp", "stream.cpp"}
 OPTIONAL_IN_JOURNEYS = {"click", "matplotlib", "names", "safetensors", "tqdm"}
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import contention, program, report, timing
-from benchmarks.contention import CONTENTION
+from benchmarks import contention, interrupts, program, report, timing
 from benchmarks.features import Row, all_rows
 from benchmarks.markdown import details
 from benchmarks.records import Record
@@ -20,12 +19,16 @@ DESCRIPTIONS = {
     "features": "What users do beyond a plain layer, and what else they write.",
     "lm": "A whole training step of a character language model, in tokens a second.",
     "layers": "The layer in its other forms: both directions, the other cells, step by step, "
-    "padding, every instruction set, and (contention) between processes that keep every core busy.",
+    "padding, every instruction set, and without a table of providers: between processes that keep "
+    "every core busy (contention), and Ctrl-C (interrupt).",
 }
 LAYERS_EFFORT = timing.Effort(budget_s=2.0, least=5, most=11)
 """Many ways and sizes, each of them short."""
 
 LAYERS_GATE_STEPS = 64
+
+SPECIAL = {contention.CONTENTION: contention.run, interrupts.INTERRUPT: interrupts.run}
+"""Rows of `layers` that have figures of their own instead of records."""
 
 
 def choose(suite: str, patterns: Sequence[str] | None) -> list[Row]:
@@ -64,9 +67,8 @@ def main(suite: str, arguments: list[str]) -> int:
     """Run; 0 if every gate was green and nothing failed, else 1."""
     parser = program.parser(suite, DESCRIPTIONS[suite])
     known = ", ".join(dict.fromkeys(row.name.split("/")[0] for row in choose(suite, None)))
-    contended = suite == "layers"
-    if contended:
-        known += f", {CONTENTION}"
+    special = dict(SPECIAL) if suite == "layers" else {}
+    known = ", ".join([known, *special])
     parser.add_argument(
         "--rows", metavar="NAMES", help=f"list of {known}, or parts like NAME/train; default: all"
     )
@@ -74,9 +76,9 @@ def main(suite: str, arguments: list[str]) -> int:
     default_threads = torch.get_num_threads()
     try:
         wanted = None if options.rows is None else options.rows.split(",")
-        if contended and wanted is not None:
-            contended = CONTENTION in wanted
-            wanted = [name for name in wanted if name != CONTENTION]
+        if wanted is not None:
+            special = {name: run for name, run in special.items() if name in wanted}
+            wanted = [name for name in wanted if name not in special]
         rows = choose(suite, wanted)
         threads = program.threads_of(options.threads, options.quick)
     except ValueError as error:
@@ -95,8 +97,8 @@ def main(suite: str, arguments: list[str]) -> int:
                 run.add(records, text(row, records))
                 for note in notes:
                     run.note(note)
-    if contended:
-        for found in contention.run(options.quick, default_threads):
+    for measure in special.values():
+        for found in measure(options.quick, default_threads):
             run.results.figures += found.figures
             lines = [*map(figure_line, found.figures)]
             lines += [f"{r.provider}: {r.error}" for r in found.failed]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import interrupts, timing
 from benchmarks.machine import OtherLoad
 from benchmarks.markdown import details
 from gru_fast import _C, GRU, GRULanguageModel, Sampler, Stream, packed, reference_sampling
@@ -150,28 +149,15 @@ def threads(quick: bool) -> list[Figure]:
 def interrupt(quick: bool) -> list[Figure]:
     """From the signal to KeyboardInterrupt in a call that would take ten seconds and more."""
     sampler = Sampler(language_model(256))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    waits = []
-    try:
-        for rows in (1, 64) if quick else (1, 64) * 5:
-            sent = []
-
-            def send(sent: list[float] = sent) -> None:
-                sent.append(time.perf_counter())
-                os.kill(os.getpid(), signal.SIGINT)
-
-            timer = threading.Timer(0.2, send)
-            timer.start()
-            try:
-                sampler.generate(max_new_tokens=3_000_000 // rows, num_return_sequences=rows)
-            except KeyboardInterrupt:
-                waits.append(time.perf_counter() - sent[0])
-            timer.join()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    found = []
+    for rows in (1, 64):
+        call = partial(
+            sampler.generate, max_new_tokens=3_000_000 // rows, num_return_sequences=rows
+        )
+        found += interrupts.waits(call, [0.2] if quick else [0.2] * 5)
     return [{
-        "name": "interrupt", "value": max(waits) * 1e3, "unit": "ms at most",
-        "calls": len(waits), "median_ms": float(np.median(waits)) * 1e3,
+        "name": "interrupt", "value": max(found) * 1e3, "unit": "ms at most",
+        "calls": len(found), "median_ms": float(np.median(found)) * 1e3,
     }]  # fmt: skip
 
 
