@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from gru_fast import ops
+from gru_fast import cudnn, ops
 
 NAMES = ("auto", "reference", "cpu", "triton", "cudnn")
 """Names that `backend=` accepts."""
@@ -148,9 +148,12 @@ def why_not(
         "other groups than the directions of one layer": grouped,
         f"{dtype}": dtype not in KERNEL_DTYPES,
     }
-    missing = [what for what, asked in cannot.items() if asked]
-    if missing:
-        reasons["cudnn"] = f"it does not have {missing[0]}"
+    lacking = [what for what, asked in cannot.items() if asked]
+    absent = cudnn.missing()
+    if absent is not None:
+        reasons["cudnn"] = absent
+    elif lacking:
+        reasons["cudnn"] = f"it does not have {lacking[0]}"
     return reasons
 
 
@@ -159,7 +162,7 @@ def available_backends() -> tuple[str, ...]:
     found = []
     if torch.cuda.is_available():
         found += ["triton"] if HAS_TRITON else []
-        found += ["cudnn"] if torch.backends.cudnn.is_available() else []  # type: ignore[no-untyped-call]
+        found += ["cudnn"] if cudnn.missing() is None else []
     if ops.HAS_CPU_KERNELS:
         found.append("cpu")
     return (*found, "reference")

@@ -11,6 +11,24 @@ from torch import Tensor
 _GRU = 3
 """cuDNN's number for this kind of layer."""
 
+ALIGNMENT = 16
+"""Bytes; PyTorch's own block has more, a part of somebody's buffer may have less."""
+
+
+def missing() -> str | None:
+    """Why this PyTorch does not call cuDNN; None if it does."""
+    if torch.version.hip is not None:
+        return "PyTorch for AMD devices does not have it"
+    if torch.version.cuda is not None and not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+        return "this PyTorch was built without it"
+    if not torch.backends.cudnn.enabled:
+        return "torch.backends.cudnn.enabled is False"
+    return None
+
+
+# What torch.compiler.assume_constant_result sets: that function itself loads the whole compiler.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 
 def layer(
     x: Tensor,
@@ -25,7 +43,7 @@ def layer(
 
     Args:
         x: as in `recurrence.layer`, like the tensors after it.
-        h0: (G, B, H), G 1 or 2.
+        h0: (G, B, H), G 1 or 2, copied unless it is contiguous: PyTorch's operator refuses others.
         weight_ih: (G, 3H, I).
         weight_hh: (G, 3H, H).
         bias_ih: (G, 3H) or None.
@@ -44,7 +62,7 @@ def layer(
         weights,
         len(parts),
         _weights_in_one_block(weights, len(parts), both),
-        h0,
+        h0.contiguous(),
         None,
         _GRU,
         weight_hh.shape[2],
@@ -84,6 +102,8 @@ def block_of(weights: Sequence[Tensor]) -> Tensor | None:
         return None
     size = sum(w.numel() for w in weights)
     held = first.untyped_storage().nbytes() // first.element_size()
+    if first.data_ptr() % ALIGNMENT:
+        return None
     if first.storage_offset() + size > held or not all(w.is_contiguous() for w in weights):
         return None
     with torch.no_grad():

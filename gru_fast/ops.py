@@ -206,11 +206,15 @@ def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         nonlocal chosen
+        if args[first].dtype == torch.float64:
+            return fallback(*args)
         if chosen is None:
             chosen = fallback
             if find_spec("triton") is not None:
                 chosen = getattr(importlib.import_module("gru_fast.kernels"), name)
-        return (fallback if args[first].dtype == torch.float64 else chosen)(*args)
+        if chosen is not fallback:
+            _CHECKS[name](*args)
+        return chosen(*args)
 
     return kernel
 

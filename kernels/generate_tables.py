@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from . import tables
@@ -50,8 +51,12 @@ class Model:
 
 @cache
 def triton_version() -> tuple[int, int]:
-    """Major and minor version of the Triton that is installed, without importing it."""
-    major, minor, *_ = version("triton").split(".")
+    """Major and minor version of the Triton that is installed, where its name tells: no import."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # triton-windows, triton-rocm, a checkout on the path
+        found = import_module("triton").__version__
+    major, minor, *_ = found.split(".")
     return int(major), int(minor)
 
 

@@ -157,14 +157,16 @@ def layer_backward(
     need_x, need_h0, need_ih, need_hh, need_b_ih, need_b_hh, need_start, need_scale = output_mask
     T, B = x.shape[:2]
     problem = problem_of(
-        x.new_empty(()).expand(T, B, *weight_ih.shape[:2]), h0, weight_hh, bias_hh, lengths,
-        reset_mask, reset_state, h_scale, cell, reverse,
+        x.new_empty(weight_ih.shape[1]).expand(T, B, *weight_ih.shape[:2]), h0, weight_hh, bias_hh,
+        lengths, reset_mask, reset_state, h_scale, cell, reverse,
     )  # fmt: skip
     shared = x.dim() == 3
     padded = products.without_padding(x, lengths) if need_ih else x
     weight, bias = products.Total(), products.Total()
-    several = len(products.direction_runs(problem.reverse)) > 1
-    grad_x = (x.new_zeros if shared and several else x.new_empty)(x.shape if need_x else (0,))
+    added = recompute and shared and len(products.direction_runs(problem.reverse)) > 1
+    grad_x = x.new_empty(0)
+    if need_x and (recompute or T == 0 or B == 0):
+        grad_x = (x.new_zeros if added else x.new_empty)(x.shape)
 
     def gates(begin: int, end: int) -> Tensor:
         parts = [
@@ -178,6 +180,7 @@ def layer_backward(
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def on_chunk(rows: Tensor, sums: Tensor | None, steps: tuple[int, int]) -> None:
+        nonlocal grad_x
         if need_b_ih and bias_ih is not None:
             assert sums is not None
             bias.add(sums)
@@ -186,9 +189,11 @@ def layer_backward(
             part = rows[:, :, groups]
             if need_x:
                 value = products.input_gradient(part, weight_ih[groups], shared)
-                if not shared:
+                if not recompute:
+                    grad_x = value.contiguous()
+                elif not shared:
                     grad_x[times, :, groups] = value
-                elif several:
+                elif added:
                     grad_x[times] += value
                 else:
                     grad_x[times] = value
@@ -204,9 +209,8 @@ def layer_backward(
             gates if recompute else None, on_chunk, need_b_ih and bias_ih is not None,
             (need_h0, need_hh, need_b_hh, need_start, need_scale), kernel,
         )  # fmt: skip
-    empty = x.new_empty(0)
     nothing = T == 0 or B == 0
-    grad_ih = grad_b_ih = empty
+    grad_ih, grad_b_ih = x.new_empty(0), x.new_empty(0)
     if need_ih:
         grad_ih = torch.zeros_like(weight_ih) if nothing else weight.result()
     if need_b_ih and bias_ih is not None:
@@ -297,20 +301,20 @@ def _backward(
                         (rows[..., :gate_rows], entering), (candidate, operand)
                     )
                 )
-    empty = h0.new_empty(0)
     nothing = T == 0 or B == 0
-    grad_w = grad_b = empty
+    # Each its own tensor: PyTorch complains of an operator that returns one of them twice.
+    grad_h0, grad_w, grad_b, grad_s, grad_d = (h0.new_empty(0) for _ in range(5))
+    if need_h0:
+        grad_h0 = grad_state.to(h0.dtype)
     if need_w:
         grad_w = torch.zeros_like(problem.weight_hh) if nothing else weight.result()
     if need_b:
         grad_b = torch.zeros_like(problem.bias_hh) if nothing else bias.result()
-    return (
-        grad_state.to(h0.dtype) if need_h0 else empty,
-        grad_w,
-        grad_b,
-        empty if grad_start is None else grad_start.to(h0.dtype),
-        empty if grad_scale is None else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
-    )
+    if grad_start is not None:
+        grad_s = grad_start.to(h0.dtype)
+    if grad_scale is not None:
+        grad_d = grad_scale.transpose(0, 1).flatten(1).to(h0.dtype)
+    return grad_h0, grad_w, grad_b, grad_s, grad_d
 
 
 def _copy(gradient: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MOST_TILE_STRIDE = 2**31 // 256
 
+MOST_UNITS = 2**31 // (64 * max(SLOTS.values()))
+"""G * H at most, where a tile of up to 64 rows has several."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -169,38 +172,18 @@ def problem_of(
     cell: str,
     reverse: Sequence[bool],
 ) -> Problem:
-    """Bring arguments into the form that the kernels take, copying only what has another."""
+    """Bring arguments that `gru_fast.ops` has checked into the form that the kernels take.
+
+    Only what has another form is copied.
+
+    Raises:
+        RuntimeError: a dtype without a kernel, or rows too wide for offsets of 32 bits in a tile.
+    """
     if gates_x.dtype not in DTYPES:
         raise RuntimeError(f"gates_x: expected a dtype of {DTYPES}, got {gates_x.dtype}")
-    if cell not in GATES:
-        raise RuntimeError(f"cell: expected one of {tuple(GATES)}, got {cell!r}")
-    T, B, G, _ = gates_x.shape
-    H = h0.shape[2]
-    expected = {
-        "gates_x": (gates_x, (T, B, G, GATES[cell] * H)),
-        "h0": (h0, (G, B, H)),
-        "weight_hh": (weight_hh, (G, GATES[cell] * H, H)),
-        "bias_hh": (bias_hh, (G, GATES[cell] * H)),
-        "lengths": (lengths, (B,)),
-        "reset_mask": (reset_mask, (T, B)),
-        "reset_state": (reset_state, (G, B, H)),
-        "h_scale": (h_scale, (B, G * H)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != gates_x.device:
-            raise RuntimeError(
-                f"{name}: expected the device of gates_x, {gates_x.device}, got {tensor.device}"
-            )
-        if name not in ("lengths", "reset_mask") and tensor.dtype != gates_x.dtype:
-            raise RuntimeError(
-                f"{name}: expected the dtype of gates_x, {gates_x.dtype}, got {tensor.dtype}"
-            )
-    if len(reverse) != G:
-        raise RuntimeError(f"reverse: expected {G} values, one per group, got {len(reverse)}")
+    G, B, H = h0.shape
+    if B > 1 and G * H > MOST_UNITS:
+        raise RuntimeError(f"h0: expected G * H <= {MOST_UNITS} with B > 1, got {G} * {H}")
     if gates_x.stride(3) != 1 or gates_x.stride(1) > _MOST_TILE_STRIDE:
         gates_x = gates_x.contiguous()
     return Problem(

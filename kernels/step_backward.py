@@ -17,6 +17,7 @@ from .tile import (
     load_gate,
     load_scale,
     row_lengths,
+    row_starts,
     store_gate,
     time_of,
 )
@@ -50,7 +51,8 @@ def _product(
     for k0 in range(0, H, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         in_weight = (units[:, None] < H) & (k[None, :] < H)
-        w = tl.load(weight_ptr + k[None, :] * H + units[:, None], mask=in_weight, other=0.0)
+        at = weight_ptr + row_starts(k[None, :], H) + units[:, None]
+        w = tl.load(at, mask=in_weight, other=0.0)
         mask = (k[:, None] < H) & in_rows[None, :]
         d = tl.load(rows_ptr + row + lane[None, :] * stride_row + k[:, None], mask=mask, other=0.0)
         acc = tl.dot(w, d, acc=acc, input_precision=PRECISION)

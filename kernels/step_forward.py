@@ -21,6 +21,7 @@ from .tile import (
     load_scale,
     next_state,
     row_lengths,
+    row_starts,
     save_gates,
     sigmoid,
     store_step,
@@ -131,7 +132,7 @@ def forward_step(
     acc_n = tl.zeros((BLOCK_H, BLOCK_B), tl.float32)
     for k0 in range(0, H, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        tile = weight_at + units[:, None] * H + k[None, :]
+        tile = weight_at + row_starts(units[:, None], H) + k[None, :]
         in_weight = (units[:, None] < H) & (k[None, :] < H)
         if PART == "candidate":
             mask = (k[:, None] < H) & in_rows[None, :]

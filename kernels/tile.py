@@ -179,6 +179,14 @@ def load_bias(
 
 
 @triton.jit
+def row_starts(rows, H: tl.constexpr):
+    """Where rows of a (H, H) matrix begin: in 64 bits if 32 do not hold all of them."""
+    if H * H >= 2147483648:
+        rows = rows.to(tl.int64)
+    return rows * H
+
+
+@triton.jit
 def load_weight(
     weight_ptr,  # (H, H), one gate, or that transposed
     rows,
@@ -186,7 +194,7 @@ def load_weight(
     H: tl.constexpr,
 ):
     """weight[rows, columns], 0 beyond H."""
-    at = weight_ptr + rows[:, None] * H + columns[None, :]
+    at = weight_ptr + row_starts(rows[:, None], H) + columns[None, :]
     return tl.load(at, mask=(rows[:, None] < H) & (columns[None, :] < H), other=0.0)
 
 

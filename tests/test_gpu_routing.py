@@ -2,6 +2,7 @@
 """Which kernel takes a CUDA call; without a GPU, on tensors that hold no data."""
 
 import math
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CELLS, Case, layer_inputs
 from gru_fast import GRU, backends, cudnn, explain, kernels, ops, recurrence, reference
-from gru_fast.kernels import measured, norm_tables, registry, tables
+from gru_fast.kernels import measured, norm_tables, problem, registry, tables
 from gru_fast.kernels.measured import Point
 from gru_fast.kernels.tiling import Device, Sizes
 
@@ -183,12 +184,12 @@ class TestTables:
         assert kernels.why_not("grid", *call) is None
         inputs = layer_inputs(Case(T=2, B=2, H=300), torch.float32)
         with pytest.raises(RuntimeError, match="kernel='cta': no compiled tiles for H=300 in tf32"):
-            problem = kernels.problem.problem_of(
+            call = problem.problem_of(
                 reference.project(inputs.x, inputs.weight_ih, inputs.bias_ih),
                 inputs.h0, inputs.weight_hh, inputs.bias_hh, None, None, None, None,
                 inputs.cell, [False],
             )  # fmt: skip
-            registry.take("cta", problem, "forward", "infer")
+            registry.take("cta", call, "forward", "infer")
 
 
 class TestMeasured:
@@ -331,14 +332,37 @@ def test_weights_reach_cudnn_in_its_order(monkeypatch, reverse, bias):
     def stand_in(x, weights, stride, buffer, h0, c0, mode, H, P, layers, first, p, train, both, *_):
         assert (stride, mode, H, P, layers, first) == (4 if bias else 2, 3, 7, 0, 1, False)
         assert train and buffer is None and c0 is None
+        assert h0.is_contiguous()  # cuDNN's operator checks it
         output, h_n = torch._VF.gru(x, h0, weights, bias, layers, p, train, both, first)
         return output, h_n, None, None, None
 
     monkeypatch.setattr(torch, "_cudnn_rnn", stand_in)
     inputs = layer_inputs(Case(reverse=reverse, bias=bias), grad=True)
+    inputs = replace(inputs, h0=inputs.h0[:, :1].expand(inputs.h0.shape))
     output, h_n = cudnn.layer(*inputs.arguments()[:6], True)
     expected = reference.layer(*inputs.arguments())
     torch.testing.assert_close((output, h_n), expected[:2])
+
+
+def test_cudnn_is_not_called_where_it_is_switched_off_or_absent(monkeypatch):
+    """Its error for a second derivative tells people to switch it off: then that has to work."""
+
+    def why():
+        reason = backends.why_not("cuda", torch.float32, lengths=True).get("cudnn")
+        assert (backends.select("auto", "cuda", torch.float32) == "cudnn") == (
+            reason == "it does not have lengths"
+        )
+        return reason
+
+    assert why() == "it does not have lengths"
+    with torch.backends.cudnn.flags(enabled=False):
+        assert why() == "torch.backends.cudnn.enabled is False"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        assert why() == "PyTorch for AMD devices does not have it"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert why() == "this PyTorch was built without it"
 
 
 def test_what_cudnn_does_not_take():
@@ -405,6 +429,8 @@ class TestWeightsOfCuDNN:
         assert cudnn.block_of([*weights[:2], weights[3], weights[2]]) is None
         assert cudnn.block_of([*weights[:3], weights[3].clone()]) is None
         assert cudnn.block_of([weights[0].t(), *weights[1:]]) is None
+        _, weights = self.block((1,), (6, 4), (6, 2), (6,), (6,))
+        assert cudnn.block_of(weights[1:]) is None  # 4 bytes into an allocation
 
 
 @pytest.mark.parametrize(
@@ -424,6 +450,20 @@ def test_the_dtype_that_autocast_asks_for(monkeypatch, dtype, asked, expected):
     assert backends.dtype_of_call("cuda", dtype) == expected
     assert backends.dtype_of_call("cpu", dtype) == dtype
     assert backends.dtype_of_call("meta", dtype) == dtype
+
+
+def test_rows_too_wide_for_a_tile_are_refused():
+    def of(B):
+        G = problem.MOST_UNITS + 1
+        one = torch.zeros(1)
+        gates_x, h0, weight = (one.expand(*s) for s in ((1, B, G, 3), (G, B, 1), (G, 3, 1)))
+        return problem.problem_of(
+            gates_x, h0, weight, None, None, None, None, None, "reset_after", [False] * G
+        )
+
+    with pytest.raises(RuntimeError, match=r"h0: expected G \* H <= 8388608 with B > 1"):
+        of(2)
+    assert of(1).G == problem.MOST_UNITS + 1
 
 
 def test_triton_dtypes_are_those_of_the_kernels():

@@ -2,6 +2,7 @@
 """Which loop takes a call of `generate` on CUDA, what `explain_generate` says, and the tiles."""
 
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from itertools import product
 from types import SimpleNamespace
 
@@ -51,6 +52,20 @@ def version(request, monkeypatch):
     generate_tables.config_of.cache_clear()
     yield request.param
     generate_tables.config_of.cache_clear()
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_the_version_of_triton(monkeypatch, raised):
+    """Also where it was installed under another name, as for Windows or AMD devices."""
+    triton = pytest.importorskip("triton")
+
+    def unknown(name):
+        raise PackageNotFoundError(name)
+
+    if raised:
+        monkeypatch.setattr(generate_tables, "version", unknown)
+    found = generate_tables.triton_version.__wrapped__()
+    assert triton.__version__.startswith("{}.{}.".format(*found))
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"sm_{d.arch}")

@@ -250,6 +250,9 @@ def wrong(t: Tensor) -> Tensor:
     return torch.cat([t, t], -1)
 
 
+ONLY_ON_THE_CPU = ("lengths above", "lengths below")
+"""Elsewhere values are not read: they are brought into 0 ... T."""
+
 BAD = {
     "cell": lambda i: {"cell": "lstm"},
     "x": lambda i: {"x": i.x[0]},
@@ -283,7 +286,18 @@ def test_bad_input(what: str) -> None:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.parametrize("what", [w for w in BAD if w not in ("lengths above", "lengths below")])
+@pytest.mark.parametrize("what", [w for w in BAD if w not in ONLY_ON_THE_CPU])
+def test_bad_input_on_cuda(what: str) -> None:
+    """The same errors, before a kernel is launched; the tensors lie on the CPU."""
+    inputs = layer_inputs(Case(features="everything"), torch.float32)
+    changes = BAD[what](inputs)
+    if what == "bias_hh":
+        changes = {"bias_hh": inputs.bias_hh.to(torch.float64)}
+    with pytest.raises(RuntimeError, match=rf"{what.split()[0]}: expected"):
+        ops._cuda_kernel("layer")(*inputs.arguments(**changes))
+
+
+@pytest.mark.parametrize("what", [w for w in BAD if w not in ONLY_ON_THE_CPU])
 def test_bad_input_on_meta(what: str) -> None:
     inputs = layer_inputs(Case(features="everything"))
     arguments = [
@@ -300,8 +314,9 @@ def test_bad_input_of_backward(index: int) -> None:
     bad = arguments[index]
     arguments[index] = bad[1:] if isinstance(bad, list) else wrong(bad)
     name = ops.layer_backward._schema.arguments[index].name
-    with pytest.raises(RuntimeError, match=f"{name}: expected"):
-        ops.layer_backward(*arguments)
+    for op in (ops.layer_backward, ops._cuda_kernel("layer_backward")):
+        with pytest.raises(RuntimeError, match=f"{name}: expected"):
+            op(*arguments)
 
 
 def test_meta_device() -> None:

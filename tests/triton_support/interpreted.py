@@ -20,6 +20,7 @@ from torch import Tensor
 from cases import CELLS, FEATURES, Case, layer_inputs
 from gru_fast import kernels, reference
 from gru_fast.kernels import ops, problem, registry
+from gru_fast.kernels.tile import load_weight
 from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
 from triton_support import interpreter
@@ -251,8 +252,25 @@ class TestCalls:
             for wanted in range(0, 8, 3):
                 mask = [i == wanted for i in range(8)]
                 part = kernels.layer_backward(None, ones, None, *tail, mask, kernel=kernel)
+                # A compiled caller warns of an operator that returns one tensor twice.
+                assert len({id(gradient) for gradient in part}) == len(part)
                 for i in range(8):
                     assert torch.equal(part[i], full[i]) if mask[i] else part[i].shape == (0,)
+
+
+def test_support_backward_allocates_no_projected_inputs(monkeypatch):
+    """The scan needs their shape only: a copy would be a third of the call's memory."""
+    made = []
+    monkeypatch.setattr(
+        ops, "problem_of", lambda *args: made.append(problem.problem_of(*args)) or made[-1]
+    )
+    inputs = layer_inputs(Case(T=7, B=3, H=5), torch.float32)
+    result = reference.layer(*inputs.arguments())
+    kernels.layer_backward(
+        result[0], None, None, *inputs.arguments()[:10], result[0], result[2], inputs.cell,
+        [False], False, [True] * 8,
+    )  # fmt: skip
+    assert made[0].T == 7 and made[0].gates_x.untyped_storage().nbytes() == 4 * 15
 
 
 class TestGridBarriers:
@@ -284,10 +302,23 @@ def test_support_messages():
     inputs = layer_inputs(Case(), torch.float32)
     with pytest.raises(ValueError, match=r"kernel: expected one of .*'nonsense'"):
         kernels.layer(*inputs.arguments(), kernel="nonsense")
-    with pytest.raises(RuntimeError, match=r"gates_x: expected shape \(4, 3, 1, 24\), got"):
-        kernels.layer(*replace(inputs, h0=torch.zeros(1, 3, 8)).arguments())
     with pytest.raises(RuntimeError, match="gates_x: expected a dtype of"):
         kernels.layer(*inputs.to(torch.float64).arguments())
+
+
+@triton.jit
+def _corner(weight_ptr, out_ptr, H: tl.constexpr):
+    at = tl.arange(0, 16)
+    corner = load_weight(weight_ptr, H - 16 + at, H - 16 + at, H)
+    tl.store(out_ptr + at[:, None] * 16 + at[None, :], corner)
+
+
+def test_support_weights_of_more_than_two_to_the_31_values():
+    weight = torch.from_numpy(np.zeros((46400, 46400), np.int8))  # its pages are not there yet
+    weight[-16:, -16:] = torch.arange(256).view(16, 16)
+    out = torch.zeros(16, 16, dtype=torch.int8)
+    _corner[(1,)](weight, out, 46400)
+    assert torch.equal(out, weight[-16:, -16:])
 
 
 @triton.jit
