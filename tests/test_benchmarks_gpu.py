@@ -105,6 +105,14 @@ class TestGpuProgram:
         assert reason in supervisor.watch(process, plan, time.time() + until)
         assert process.returncode == -signal.SIGKILL
 
+    def test_a_build_that_takes_too_long_leaves_time_for_one_without_cpu_kernels(
+        self, tmp_path, monkeypatch
+    ):
+        script = '[ "$GRU_FAST_SKIP_CPU_KERNELS" = 1 ] || exec sleep 60'
+        monkeypatch.setattr(supervisor, "BUILD", ["sh", "-c", script])
+        note = supervisor.build(a_plan(tmp_path, budget_s=6))
+        assert "build: not done after 2 s, build without CPU kernels: done" in note
+
     def test_rows_of_other_packages_may_compile_for_longer(self, tmp_path):
         (tmp_path / worker.RUNNING).write_text("peers/torchrl.triton/train/H128-B64-T512/tf32")
         command = [sys.executable, "-c", "import time; time.sleep(0.6)"]
@@ -134,6 +142,15 @@ class TestGpuProgram:
         assert "train/H256-B128-T128-R0.03/bfloat16" in rows
         assert "sample/H512-B8192-T512-L2-V256/bfloat16" in rows
         assert rows.index("train/H512-B64-T512/bfloat16") < rows.index("train/H192-B64-T512/tf32")
+
+    def test_a_short_run_meets_every_kind_of_row(self):
+        """The first fifty, which took four seconds each on the H200, are of everything."""
+        rows = [row.name for row in load("benchmarks.gpu.rows").gpu_rows()][:50]
+        assert {name.partition("/")[0] for name in rows} >= {"infer", "train", "step", "sample"}
+        for dtype in ("bfloat16", "tf32", "float16"):
+            assert f"train/H512-B64-T512/{dtype}" in rows
+        assert "train/H512-B1024-T512/bfloat16" in rows and "train/H192-B64-T512/tf32" in rows
+        assert any("-R0.03" in name for name in rows)
 
     def test_precompilation_meets_each_kernel_once(self):
         """Calls that compile the same stand under one key, which one process takes."""

@@ -170,14 +170,16 @@ def _diagonal(case: Case, suite: str) -> Row:
     return Row(f"{PEERS}diagonal/{suite}/{case}", run)
 
 
-def _sampler(case: Case, dtype: str) -> Row:
+def _sampler(case: Case, dtype: str, compiled: bool = True) -> Row:
+    """Ours beside what one writes with PyTorch; compiling that takes longer than all the rest."""
+
     def run(session: Session) -> Found:
         with float32_as(dtype):
             return sample(session)
 
     def sample(session: Session) -> Found:
         model = samplers.model_of(case, dtype, session.device)
-        names = samplers.names(case, session.device, bool(kernel_names()[0]))
+        names = samplers.names(case, session.device, bool(kernel_names()[0]), compiled)
         records, calls = {}, {}
         for name in names:
             ours = name == samplers.OURS
@@ -245,6 +247,28 @@ def _matmul(dtype: str, size: int) -> Callable[[str, timing.Effort], list[micro.
     return lambda device, effort: micro.product(device, effort, dtype, size)
 
 
+def first_rows(scans: Sequence[str]) -> list[Row]:
+    """A few of each kind, two minutes: what a GPU that is at hand for 15 minutes answers surely.
+
+    Args:
+        scans: kernels that run whole sequences.
+    """
+    few = [square(H, 64, 512) for H in (128, 512)]
+    rows = [row for case in few for row in _both(case, "bfloat16", scans, recompute=True)]
+    for H, B in ((128, 1), (128, 1024), (512, 1), (64, 8192)):
+        rows.append(_sampler(Case(H, H, B, 512, V=65), "bfloat16", compiled=False))
+    for case, dtype in product(few, ("tf32", "float16")):
+        rows += _both(case, dtype, scans)
+    for H in (128, 512):
+        rows += _both(square(H, 1024, 512), "bfloat16", scans, recompute=True)
+    for dtype in ("bfloat16", "tf32"):
+        rows.append(_row(square(128, 64, 1), "step", dtype, ["step"], graph=True))
+    rows += _both(RL[2], "bfloat16", scans)
+    for H in (160, 192):
+        rows += _both(square(H, 64, 512), "tf32", scans)
+    return rows
+
+
 def gpu_rows() -> list[Row]:
     """Everything, once, in order of worth."""
     rows = [
@@ -257,6 +281,7 @@ def gpu_rows() -> list[Row]:
             rows.append(_micro(f"barrier-{n}", lambda d, e, n=n: micro.barrier(d, e, n, 2000)))  # type: ignore[misc]
     kernels = kernel_names()[0]
     scans = [name for name in kernels if name != "step"]
+    rows += first_rows(scans)
     for dtype, (H, B) in product(("bfloat16", "tf32"), CORE):
         rows += _both(square(H, B, 512), dtype, scans, recompute=dtype == "bfloat16")
     for case in RL:

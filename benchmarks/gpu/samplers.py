@@ -21,26 +21,29 @@ from gru_fast import GRULanguageModel, Sampler, sampling
 BASELINE = "nn.GRU.sampler"
 OURS = "gru_fast.generate"
 CPU = "gru_fast.sampler.cpu"
+COMPILED = "nn.GRUCell.sampler.compiled"
 SAMPLERS = (
-    BASELINE, OURS, "nn.GRUCell.sampler", "nn.GRUCell.sampler.graph", "nn.GRUCell.sampler.compiled",
-    CPU,
+    BASELINE, OURS, "nn.GRUCell.sampler", "nn.GRUCell.sampler.graph", COMPILED, CPU,
 )  # fmt: skip
 
 MOST_ON_CPU = 64
 """Sequences that the CPU is asked for at most: it would take seconds for more."""
 
 
-def names(case: Case, device: str, kernels: bool) -> list[str]:
+def names(case: Case, device: str, kernels: bool, compiled: bool) -> list[str]:
     """The samplers that can take a case; the first is the baseline.
 
     Args:
         case: The sizes.
         device: "cuda" or "cpu".
         kernels: Whether Triton is there.
+        compiled: Whether to ask `torch.compile`, which takes its time.
     """
     left_out = set() if kernels else {OURS}
+    if not compiled or device != "cuda":
+        left_out.add(COMPILED)
     if device != "cuda":
-        left_out |= {"nn.GRUCell.sampler.graph", "nn.GRUCell.sampler.compiled"}
+        left_out.add("nn.GRUCell.sampler.graph")
     if case.B > MOST_ON_CPU:
         left_out.add(CPU)
     return [name for name in SAMPLERS if name not in left_out]
@@ -59,7 +62,7 @@ def sampler(name: str, model: GRULanguageModel, case: Case) -> Callable[[], Any]
         return lambda: draw(case.T, False)
     if name == BASELINE:
         return by_layer(model, case)
-    if name.endswith(".compiled"):
+    if name == COMPILED:
         return by_compiled_cells(model, case)
     call = by_cells(model, case)
     return captured(call) if name.endswith(".graph") else call
