@@ -197,8 +197,8 @@ def gru(
         recompute: save inputs and outputs only, and rebuild the gates in backward.
         num_heads: K > 1 makes the recurrent weights block-diagonal, each weight_hh (N*H, H/K); see
             `gru_fast.GRU`.
-        lengths: (B,) int64 or int32, 0 <= length <= T; output is 0 from there on. Not with a
-            PackedSequence.
+        lengths: (B,) int64 or int32, on any device, 0 <= length <= T; output is 0 from there on.
+            Not with a PackedSequence.
         reset_mask: (T, B), (B, T) with batch_first, or (T,) unbatched, bool: true where a step
             begins a new episode.
         reset_state: shaped as hx, the state of a new episode; None means zeros.
@@ -358,6 +358,8 @@ def run_layers(
     batched = input.dim() == 3
     if lengths is not None or reset_mask is not None:
         check_rows(input, batch_first, lengths, reset_mask)
+        # They come from a loader as often as from the model.
+        lengths = None if lengths is None else lengths.to(input.device)
     if not batched:
         if input.dim() != 2:
             raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")

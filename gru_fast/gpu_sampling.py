@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import backends
+from gru_fast.autocast import without_autocast
 from gru_fast.packed import TokenModel
 
 __all__ = ["chosen_form", "generate", "why_not", "why_not_form", "why_not_forms"]
@@ -27,6 +28,8 @@ def why_not(model: TokenModel) -> str | None:
         return "bidirectional layers need the whole sequence before its first output"
     if gru.num_heads > 1:
         return f"its recurrent weights are dense, and the layers have num_heads={gru.num_heads}"
+    if gru.learn_h0:
+        return "it starts from zeros, and the layers have learn_h0=True"
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not an nn.Linear"
     tensors = [*gru._flat_weights, *head.parameters()]
@@ -50,7 +53,8 @@ def _weights(model: TokenModel) -> Any:
     per = 4 if gru.bias else 2
     flat = gru._flat_weights
     layers = [flat[i : i + per] for i in range(0, len(flat), per)]
-    table = model.token_table().to(head.weight.dtype)
+    with without_autocast(head.weight.device.type):
+        table = model.token_table().to(head.weight.dtype)
     return kernels.weights_of(gru.cell, table, layers, head.weight, head.bias)
 
 

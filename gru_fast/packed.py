@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import ops
+from gru_fast.autocast import without_autocast
 from gru_fast.gru import GRU
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def stream(stack: PackedStack) -> Stream:
 
 def pack_model(model: TokenModel, weights: str = "float32") -> PackedStack:
     """`pack` for a language model."""
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast("cpu"):
         return pack(model.gru, weights, table=model.token_table(), head=model.head)
 
 

@@ -171,7 +171,8 @@ class Rules:
     def arguments(self, V: int) -> dict[str, Any]:
         """By the name of the parameter of a kernel; what has no effect is compiled out."""
         top_k = V if self.top_k is None else min(self.top_k, V)
-        top_p = 1.0 if self.top_p is None else self.top_p
+        # Of a smaller share no more is kept, and its bits would be an int32 to Triton.
+        top_p = 1.0 if self.top_p is None else max(self.top_p, 1e-300)
         shaped = self.temperature != 1 or top_k < V or top_p < 1 or bool(self.min_p)
         return {
             "eos": -1 if self.eos is None else self.eos,

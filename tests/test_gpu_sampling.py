@@ -241,6 +241,9 @@ class TestRouting:
         assert gpu_sampling.why_not(model) is None
         assert "float64" in gpu_sampling.why_not(GRULanguageModel(5, None, 8).double())
         odd = GRULanguageModel(5, None, 8)
+        odd.gru = gru_fast.GRU(5, 8, learn_h0=True)
+        assert "learn_h0=True" in gpu_sampling.why_not(odd)
+        odd = GRULanguageModel(5, None, 8)
         odd.head = odd.head.bfloat16()
         assert "several dtypes" in gpu_sampling.why_not(odd)
         odd.head = nn.Sequential(nn.Linear(8, 5))
@@ -248,6 +251,11 @@ class TestRouting:
         assert "Sequential" in gpu_sampling.why_not(odd)
         monkeypatch.setattr(backends, "HAS_TRITON", False)
         assert sampling.choose_loop(model) is sampling.generate_loop
+
+
+def test_thresholds_have_one_type_whatever_they_are():
+    for top_p in (5e-324, 1e-320, 1e-9, 0.5, None):
+        assert kernels.Rules(top_p=top_p).arguments(5)["top_p"] >= 2**31
 
 
 class TestWeights:
@@ -267,6 +275,12 @@ class TestWeights:
         found = self.weights(model)
         assert found.weight_ih is found.bias_ih is found.bias_hh is None
         assert found.weight_hh.data_ptr() == model.gru.weight_hh_l0.data_ptr()
+
+    def test_autocast_does_not_round_the_table(self):
+        model = GRULanguageModel(5, 3, 8)
+        expected = self.weights(model).table
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(self.weights(model).table, expected)
 
     def test_what_does_not_fit(self):
         table, head = torch.zeros(6, 24), torch.zeros(5, 8)

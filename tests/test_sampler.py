@@ -162,6 +162,15 @@ def test_threads_of_python_share_a_sampler():
         assert all(torch.equal(r, tokens) for r in result)
 
 
+def test_autocast_does_not_round_the_table():
+    model = GRULanguageModel(11, 5, 8)
+    call = {"max_new_tokens": 20, "seed": 1, "return_dict_in_generate": True}
+    expected = model.generate(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.generate(**call)
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
 def test_a_sampler_is_a_snapshot():
     lm = language_model()
     sampler = Sampler(lm)

@@ -111,3 +111,10 @@ def test_values_on_a_device_are_not_read(
         lengths = torch.empty(4, dtype=torch.int64, device="cuda")
         output, h_n = rnn(x, lengths=lengths, reset_mask=mask)
     assert output.device.type == h_n.device.type == "cuda"
+
+
+def test_lengths_of_another_device() -> None:
+    """As a loader gives them, beside an input that was moved to the GPU."""
+    lengths = torch.tensor([1, 0])
+    for rnn in (gru_fast.GRU(3, 4, device="meta"), gru_fast.LayerNormGRU(3, 4, device="meta")):
+        assert rnn(torch.empty(5, 2, 3, device="meta"), lengths=lengths)[0].is_meta
