@@ -179,11 +179,28 @@ class TestModule:
             gradients = torch.autograd.grad(loss, list(module.parameters()))
             return [t.clone() for t in (output, h_n, *gradients)]
 
-        for _ in range(3):
-            found = call()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*may not alias.*")
+            for _ in range(3):
+                found = call()
         for a, b in zip(found, expected, strict=True):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * float(b.abs().max()))
+
+    def test_on_several_streams_at_once(self, H):
+        """Cooperative launches that do not fit side by side wait for each other."""
+        module, x, h0 = self.make(H)
+        with torch.no_grad():
+            expected = list(module(x, h0))
+            torch.cuda.synchronize()
+            streams = [torch.cuda.Stream() for _ in range(4)]
+            found = []
+            for stream in streams * 5:
+                with torch.cuda.stream(stream):
+                    found.append(list(module(x, h0)))
+            torch.cuda.synchronize()
+        for results in found:
+            assert_same(results, expected)
 
     def test_long_runs_repeat(self, H):
         """A barrier that lets a program through too early shows as a run that differs."""
@@ -223,6 +240,24 @@ class TestCuDNN:
             warnings.simplefilter("error")
             module(torch.randn(7, 5, 16, device="cuda"))[0].sum().backward()
 
+    def test_states_of_any_strides(self):
+        """PyTorch's operator takes contiguous ones only; a learned state is expanded."""
+        module = gru_fast.GRU(16, 24, num_layers=2, device="cuda", backend="cudnn", learn_h0=True)
+        x = torch.randn(7, 5, 16, device="cuda")
+        module(x)[0].sum().backward()
+        assert module.h0.grad is not None
+        hx = torch.randn(5, 2, 24, device="cuda").transpose(0, 1)
+        torch.testing.assert_close(module(x, hx), module(x, hx.contiguous()))
+
+    def test_switched_off(self):
+        """As PyTorch's error for a second derivative asks for."""
+        module = gru_fast.GRU(16, 24, device="cuda")
+        x = torch.randn(7, 5, 16, device="cuda", requires_grad=True)
+        with torch.backends.cudnn.flags(enabled=False):
+            (gradient,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        assert module.weight_hh_l0.grad is not None
+
     def test_compiled_whole(self, fresh_compiler):
         module = gru_fast.GRU(16, 24, device="cuda")
         x = torch.randn(7, 5, 16, device="cuda")
@@ -258,6 +293,25 @@ def test_one_step_is_one_launch():
     names = [event.name for event in profile.events()]
     assert sum("forward_step" in name for name in names) == 1
     assert len([n for n in names if "Memcpy" in n or "Memset" in n]) == 0
+
+
+def test_memory_of_a_training_step():
+    """Input, output, workspace; in backward their gradients, what entered, the rows: 13H a step."""
+    T, B, H = 512, 256, 128
+    like = {"device": "cuda", "dtype": torch.bfloat16}
+    module = gru_fast.GRU(H, H, backend="triton", **like)
+
+    def step() -> None:
+        x = torch.randn(T, B, H, **like, requires_grad=True)
+        module(x)[0].sum().backward()
+
+    step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    used = (torch.cuda.max_memory_allocated() - before) / (T * B * H * 2)
+    assert used < 14.5, used
 
 
 def test_offsets_beyond_32_bits():
