@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 
 import pytest
+import torch
 
 from repository_tools import ROOT, load, run
 
@@ -157,6 +159,17 @@ class TestGpuProgram:
         keys = {key for row in load("benchmarks.gpu.rows").gpu_rows() for key in row.warm}
         for name in providers_kernels.kernel_names()[0]:
             assert f"{name}/H512/bfloat16/False" in keys
+
+    @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+    def test_tiles_are_refused_before_anything_is_measured(self, tmp_path, capsys, monkeypatch):
+        tiles = load("benchmarks.gpu.tiles")
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        for out, message in (("file/out", "out: expected a folder"), ("new", "there is no GPU")):
+            with pytest.raises(SystemExit, match="2"):
+                tiles.main(["--out", str(tmp_path / out)])
+            assert message in capsys.readouterr().err
+        assert (tmp_path / "new").is_dir()
 
     def test_json_is_plain(self, tmp_path):
         with pytest.raises(ValueError, match="JSON"):

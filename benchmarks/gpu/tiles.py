@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import program
 from benchmarks.cases import DTYPES
 from benchmarks.precision import float32_as
 from gru_fast import kernels
@@ -182,13 +184,23 @@ def microseconds(scan: Scan, candidate: Candidate) -> float:
     return statistics.median(found)
 
 
-def main() -> int:
+def write(out: Path, rows: list[dict[str, Any]]) -> None:
+    (out / "tiles.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tiles", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--batches", default="64,1024")
     parser.add_argument("--only", default="", help="kernels, dtypes or sizes, e.g. grid,H512")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    try:
+        program.make_folder(options.out)
+    except ValueError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
     wanted = set(filter(None, options.only.split(",")))
     every = [c for c in candidates() if wanted <= {c.kernel, c.dtype, f"H{c.H}", c.direction}]
     start = time.monotonic()
@@ -209,6 +221,8 @@ def main() -> int:
             if reason is not None:
                 row["error"] = reason
                 continue
+            # Whoever cuts the run off has what was measured before.
+            write(options.out, rows[:-1])
             with float32_as(candidate.dtype):
                 if place != here:
                     place, first = here, None
@@ -229,9 +243,9 @@ def main() -> int:
                 flush=True,
             )
             del value
-        (options.out / "tiles.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write(options.out, rows)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(main(sys.argv[1:]))
