@@ -3,14 +3,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gru_fast import direct
 from gru_fast.cell import GRUCell
 from gru_fast.gru import GRU
 
 __all__ = ["prepacked"]
+
+
+def _count_step(optimizer: Optimizer, *_: Any) -> None:
+    """Count a step as a change of its parameters, which a fused optimiser does not (torch 2.13)."""
+    for group in optimizer.param_groups:
+        increment_version(group["params"])
 
 
 @contextmanager
@@ -62,5 +72,9 @@ def prepacked(module: nn.Module) -> Iterator[None]:
                 )
             if weight.device.type == "cpu":
                 weights.append((weight, layer.cell, own.startswith("weight_hh")))
-    with direct.prepacked(weights):
-        yield
+    counting = register_optimizer_step_post_hook(_count_step)
+    try:
+        with direct.prepacked(weights):
+            yield
+    finally:
+        counting.remove()

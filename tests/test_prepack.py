@@ -153,9 +153,10 @@ def test_changes_are_seen(change: Any) -> None:
             before = after
 
 
-def test_an_optimisers_step_is_seen() -> None:
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_an_optimisers_step_is_seen(how: dict[str, bool]) -> None:
     step = Stepper()
-    optimiser = torch.optim.SGD(step.module.parameters(), 0.1)
+    optimiser = torch.optim.SGD(step.module.parameters(), 0.1, **how)
     with gru_fast.prepacked(step.module):
         before = step()
         with torch.enable_grad():
