@@ -105,6 +105,13 @@ def check_layer(
     _check_alike("x", {"x": x, "weight_ih": weight_ih, "bias_ih": bias_ih})
 
 
+def _check_rows_dtypes(lengths: Tensor | None, reset_mask: Tensor | None) -> None:
+    if lengths is not None and lengths.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"lengths: expected dtype int64 or int32, got {lengths.dtype}")
+    if reset_mask is not None and reset_mask.dtype != torch.bool:
+        raise RuntimeError(f"reset_mask: expected dtype bool, got {reset_mask.dtype}")
+
+
 def _check_recurrence(
     name: str,
     steps: Tensor,
@@ -134,10 +141,7 @@ def _check_recurrence(
     _check_shape("h_scale", h_scale, (B, G * H), "(B, G*H)")
     if reset_state is not None and reset_mask is None:
         raise RuntimeError("reset_state: expected None without reset_mask, got a tensor")
-    if lengths is not None and lengths.dtype not in (torch.int64, torch.int32):
-        raise RuntimeError(f"lengths: expected dtype int64 or int32, got {lengths.dtype}")
-    if reset_mask is not None and reset_mask.dtype != torch.bool:
-        raise RuntimeError(f"reset_mask: expected dtype bool, got {reset_mask.dtype}")
+    _check_rows_dtypes(lengths, reset_mask)
     for argument, tensor in (("lengths", lengths), ("reset_mask", reset_mask)):
         if tensor is not None and tensor.device != steps.device:
             raise RuntimeError(
@@ -242,9 +246,10 @@ def check_rows(
         raise RuntimeError(
             f"lengths: expected one value for an unbatched input, got shape {tuple(lengths.shape)}"
         )
+    if input.dim() == 3:
+        _check_shape("lengths", lengths, (input.shape[0 if batch_first else 1],), "(B,)")
     _check_shape("reset_mask", reset_mask, tuple(input.shape[:-1]), axes)
-    if reset_mask is not None and reset_mask.dtype != torch.bool:
-        raise RuntimeError(f"reset_mask: expected dtype bool, got {reset_mask.dtype}")
+    _check_rows_dtypes(lengths, reset_mask)
 
 
 def check_integers(name: str, given: Tensor) -> None:

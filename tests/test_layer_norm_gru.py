@@ -181,6 +181,15 @@ class TestInterface:
             torch.testing.assert_close(h_n[:, b : b + 1], h_alone, rtol=0, atol=1e-12)
             assert not output[length:, b].any()
 
+    @pytest.mark.parametrize("lengths", [torch.ones(4), torch.tensor([1, 2]), torch.ones(1, 4)])
+    def test_lengths_that_do_not_fit(self, lengths: Tensor) -> None:
+        rnn, x = LayerNormGRU(3, 5), torch.randn(6, 4, 3)
+        with pytest.raises(RuntimeError, match=r"^lengths: expected .* got "):
+            rnn(x, lengths=lengths)
+        rnn.batch_first = True
+        with pytest.raises(RuntimeError, match=r"^lengths: expected .* got "):
+            rnn(x.transpose(0, 1), lengths=lengths)
+
     def test_nan_in_the_padding_reaches_nothing(self) -> None:
         rnn = randomised(3, 5)
         lengths = torch.tensor([2, 4])
