@@ -24,6 +24,7 @@ bool may_be_main_thread() {
 bool Signals::look() {
   if (raised_) return true;
   const auto now = Clock::now();
+  if (last_ == Clock::time_point{}) last_ = now;  // the first time: short calls never come here
   if (now - last_ < kPollEvery) return false;
   last_ = now;
   if (!may_be_main_thread()) return false;

@@ -34,7 +34,7 @@ class Signals {
   [[noreturn]] static void throw_raised();
 
   const std::thread::id caller_ = std::this_thread::get_id();
-  Clock::time_point last_ = Clock::now();
+  Clock::time_point last_{};
   bool raised_ = false;
 };
 
