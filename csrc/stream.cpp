@@ -70,8 +70,9 @@ class Stream {
     if (shape.tokens > 0) {
       const auto given = py::array::ensure(inputs);
       if (!given) complain_of_type("tokens", "integers", inputs);
-      // NumPy would cut off the fractions of numbers in a list.
-      const bool whole = given.size() == 0 || given.dtype().kind() != 'f';
+      // NumPy would cut off the fractions of numbers in a list, and read digits out of texts.
+      const bool whole = given.size() == 0 || std::string_view("iub").find(given.dtype().kind()) !=
+                                                  std::string_view::npos;
       const auto wide = whole ? Integers<int64_t>::ensure(inputs) : Integers<int64_t>();
       if (!whole || !wide) complain_of_type("tokens", "integers", given);
       n = wide.size();
@@ -152,11 +153,14 @@ class Stream {
 
   int64_t state_size() const { return stack_->shape().layers * stack_->shape().H; }
   static int64_t as_integer(const py::object& token) {
-    try {
-      return py::cast<int64_t>(token);
-    } catch (const py::cast_error&) {
+    // Not py::cast, which goes on to __int__: that cuts off fractions.
+    const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(token.ptr()));
+    const int64_t value = index ? PyLong_AsLongLong(index.ptr()) : -1;
+    if (value == -1 && PyErr_Occurred() != nullptr) {
+      PyErr_Clear();
       complain_of_type("token", "an integer", token);
     }
+    return value;
   }
   int32_t checked_token(int64_t token) const {
     if (token < 0 || token > stack_->shape().tokens) {

@@ -197,6 +197,8 @@ class GRULanguageModel(nn.Module):
             IndexError: An id is outside its range (on the CPU).
         """
         refuse_tracing("GRULanguageModel")
+        if inputs.dim() != 2:
+            raise RuntimeError(f"inputs: expected 2 dimensions (B, T), got {inputs.dim()}")
         gru = self.gru
         weights = gru._flat_weights
         L, H, per = gru.num_layers, gru.hidden_size, 4 if gru.bias else 2
@@ -339,7 +341,7 @@ class GRULanguageModel(nn.Module):
                 max_new_tokens: Tokens to draw at most in each row; required.
                 num_return_sequences: Rows for each prompt, next to each other.
                 do_sample: False takes the most likely token instead, the lowest id among equals.
-                temperature: The logits are divided by it, > 0.
+                temperature: The logits are divided by it, > 0, within the range of float32.
                 top_k: Keep the k most likely tokens.
                 top_p: Keep the shortest prefix of the ranking that holds this share, in (0, 1].
                 min_p: Keep what is at least min_p times as likely as the likeliest.
@@ -375,6 +377,6 @@ class GRULanguageModel(nn.Module):
 
         Raises:
             ValueError: An id is outside its range, or a shape does not fit.
-            TypeError: Ids that are not integers.
+            TypeError: Ids that are not integers, or `prompt_lengths` no tensor.
         """
         return sampling.score(self, sequences, prompt_lengths=prompt_lengths)

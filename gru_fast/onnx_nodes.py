@@ -89,7 +89,7 @@ def load_gru(
     source: onnx.ModelProto | str | os.PathLike[str],
     name: str | Sequence[str] | None = None,
     *,
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
 ) -> GRU | ReverseGRU:
     """A module with the weights of a GRU node, wherever in an ONNX model the node is.
 
@@ -102,8 +102,8 @@ def load_gru(
         source: Path of a model, or the model.
         name: Name of the node, or of its first output if it has none. Several names make one module
             of several layers. None: the only GRU node.
-        ignore: `"initial_h"` or `"sequence_lens"`: leave this input to the caller of the module
-            even where the model has a constant for it.
+        ignore: `"initial_h"` or `"sequence_lens"`, or both: leave this input to the caller of the
+            module even where the model has a constant for it.
 
     Returns:
         A `gru_fast.GRU`, or a `ReverseGRU` for `direction="reverse"`.
@@ -114,6 +114,7 @@ def load_gru(
             fit, or constant lengths or different initial states of the rows that are not ignored.
         FileNotFoundError: No such file.
     """
+    ignore = (ignore,) if isinstance(ignore, str) else ignore
     unknown = set(ignore) - {"initial_h", "sequence_lens"}
     if unknown:
         raise ValueError(f"ignore: expected initial_h or sequence_lens, got {sorted(unknown)}")
@@ -200,6 +201,9 @@ def from_node(node: onnx.NodeProto, arrays: Mapping[str, np.ndarray]) -> GRU | R
     for key in ("activation_alpha", "activation_beta"):
         if options.get(key):
             raise ValueError(f"{where}: {key}: expected none, got {list(options[key])}")
+    for key in ("W", "R"):
+        if key not in arrays:
+            raise ValueError(f"{where}: expected an array {key}, got {sorted(arrays)}")
     gru = notations.from_onnx(
         arrays["W"],
         arrays["R"],

@@ -190,9 +190,10 @@ class Stream:
 
     @property
     def state(self) -> bytes:
-        """The state (L, H) as float32 in the machine's byte order; may be set.
+        """The state (L, H) as float32 in the machine's byte order; may be set, to any bytes-like.
 
         Raises:
+            TypeError: What it is set to is not bytes-like.
             ValueError: Another number of bytes; with int8 weights also values outside [-1, 1].
         """
         state: bytes = self._native.state
@@ -200,4 +201,4 @@ class Stream:
 
     @state.setter
     def state(self, value: bytes) -> None:
-        self._native.state = value
+        self._native.state = bytes(memoryview(value))

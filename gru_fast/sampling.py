@@ -7,7 +7,6 @@ vector x<1>, then its prompt is fed, then every token that is drawn.
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -37,6 +36,9 @@ PADDING = -100
 """What stands after the end of a row of tokens; `torch.nn.functional.cross_entropy` ignores it."""
 
 _UNIFORMS_AT_ONCE = 64
+# The draw divides by the temperature in float32.
+_SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
+_MOST_TOKENS = 2**48
 
 
 class LanguageModel(Protocol):
@@ -87,9 +89,9 @@ class SamplingOptions:
     """The options of one call of `generate`, checked.
 
     Attributes:
-        max_new_tokens: Tokens to draw at most in each row, >= 0.
+        max_new_tokens: Tokens to draw at most in each row, >= 0, < 2**48.
         do_sample: Draw; False takes the most likely token, the lowest id among equals.
-        temperature: Logits are divided by it, > 0.
+        temperature: Logits are divided by it, > 0, within the range of float32.
         top_k: Keep the k most likely tokens, >= 1, or None.
         top_p: Keep the shortest prefix of the ranking whose share reaches p, in (0, 1], or None.
         min_p: Keep what is at least min_p times as likely as the likeliest, in [0, 1], or None.
@@ -126,15 +128,19 @@ class SamplingOptions:
                 raise TypeError(f"{name}: expected a number, got {value!r}")
         if not isinstance(self.do_sample, int):
             raise TypeError(f"do_sample: expected a bool, got {self.do_sample!r}")
-        if self.max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens: expected >= 0, got {self.max_new_tokens}")
-        if not 0 < self.temperature < math.inf:
+        if not 0 <= self.max_new_tokens < _MOST_TOKENS:
             raise ValueError(
-                f"temperature: expected a finite value > 0, got {self.temperature} "
+                f"max_new_tokens: expected >= 0 and < 2**48, got {self.max_new_tokens}"
+            )
+        if not _SMALLEST <= self.temperature <= _LARGEST:
+            raise ValueError(
+                f"temperature: expected a float32 value > 0, got {self.temperature} "
                 "(do_sample=False takes the most likely token)"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected an integer >= 1 or None, got {self.top_k}")
+        if self.top_k is not None and self.top_k > _MOST_TOKENS:
+            object.__setattr__(self, "top_k", _MOST_TOKENS)  # no vocabulary has so many
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1 or None, got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -200,8 +206,8 @@ def generate(
     if seed is not None and generator is not None:
         raise ValueError("seed, generator: expected one of them at most, got both")
     repeats = _integer("num_return_sequences", num_return_sequences)
-    if repeats < 1:
-        raise ValueError(f"num_return_sequences: expected >= 1, got {repeats}")
+    if not 1 <= repeats < _MOST_TOKENS:
+        raise ValueError(f"num_return_sequences: expected >= 1 and < 2**48, got {repeats}")
     if seed is None:
         seed = reference_sampling.seed_from_generator(generator) if do_sample else 0
     options = SamplingOptions(
@@ -419,6 +425,10 @@ def score(
     position = torch.arange(L, device=tokens.device)
     counted = position < lengths[:, None]
     if prompt_lengths is not None:
+        if not isinstance(prompt_lengths, Tensor):
+            raise TypeError(
+                f"prompt_lengths should be a Tensor, got: {type(prompt_lengths).__name__}"
+            )
         if prompt_lengths.shape != (N,):
             raise ValueError(
                 f"prompt_lengths: expected shape {(N,)}, got {tuple(prompt_lengths.shape)}"
@@ -440,13 +450,18 @@ def _prompts(
     if isinstance(input_ids, Tensor):
         check_integers("input_ids", input_ids)
         ids = input_ids if input_ids.dim() != 1 else input_ids[None]
+    elif not isinstance(input_ids, Iterable):
+        raise TypeError(f"input_ids: expected integers, got {input_ids!r}")
     else:
-        given: list[Any] = list(input_ids)
+        # What a loop over a tensor gives are tensors without a dimension.
+        given: list[Any] = [
+            _integer("input_ids", i) if getattr(i, "ndim", 1) == 0 else i for i in input_ids
+        ]
         nested = [row for row in given if not isinstance(row, numbers.Integral)]
         if nested and len(nested) < len(given):
             raise TypeError("input_ids: expected integers or sequences of integers, got both")
         lists = nested if nested or not given else [given]
-        rows = [torch.tensor(_integers("input_ids", row)).long() for row in lists]
+        rows = [_ids_tensor(row) for row in lists]
         ids = torch.empty(0, 0, dtype=torch.int64)
         if rows:
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
@@ -464,6 +479,13 @@ def _prompts(
     if (real != (torch.arange(ids.shape[1], device=device) < lengths[:, None])).any():
         raise ValueError(f"input_ids: expected padding ({PADDING}) on the right, got it before ids")
     return ids, lengths
+
+
+def _ids_tensor(row: Any) -> Tensor:
+    ids = _integers("input_ids", row)
+    if ids and max(map(abs, ids)) >= 2**63:  # what a tensor cannot hold
+        raise ValueError(f"input_ids: expected 0 <= id < vocab_size, got {max(ids, key=abs)}")
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _append(prompts: Tensor, lengths: Tensor, new: Tensor, padding: int) -> Tensor:

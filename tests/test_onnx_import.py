@@ -215,6 +215,9 @@ def test_another_type_of_node_is_refused():
     node = onnx.helper.make_node("LSTM", ["X", "W", "R"], ["Y"])
     with pytest.raises(ValueError, match="node: expected the type GRU, got LSTM"):
         from_node(node, weights())
+    node = onnx.helper.make_node("GRU", ["X", "W", "R"], ["Y"])
+    with pytest.raises(ValueError, match=r"GRU: expected an array W, got \['R'\]"):
+        from_node(node, {"R": weights()["R"]})
 
 
 @pytest.mark.parametrize(
@@ -240,6 +243,7 @@ def test_constant_lengths_and_states_that_differ_are_not_dropped_silently():
         with pytest.raises(ValueError, match=f"gru: {name} is a constant of the model"):
             load_gru(model_of(weights() | constant))
         load_gru(model_of(weights() | constant), ignore=(name,))
+        load_gru(model_of(weights() | constant), ignore=name)
     # Rows are the first axis there.
     differ = {"initial_h": np.arange(B * H, dtype=np.float32).reshape(B, 1, H)}
     with pytest.raises(ValueError, match="gru: initial_h is a constant of the model"):

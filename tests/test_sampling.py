@@ -205,18 +205,23 @@ def test_one_place_chooses_the_loop(model, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": -1}, "max_new_tokens: expected >= 0, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens: expected >= 0 and < 2.*48, got -1"),
         ({"temperature": 0.0}, "temperature: expected .*> 0, got 0.0.*do_sample=False"),
         ({"temperature": float("nan")}, "temperature: expected"),
+        ({"temperature": 1e-46}, "temperature: expected a float32 value > 0, got 1e-46"),
+        ({"temperature": 1e39}, "temperature: expected a float32 value > 0, got 1e"),
+        ({"max_new_tokens": 2**64}, "max_new_tokens: expected .*, got 18446744073709551616"),
         ({"top_k": 0}, "top_k: expected an integer >= 1 or None, got 0"),
         ({"top_p": 0.0}, "top_p: expected"),
         ({"min_p": 1.1}, "min_p: expected"),
-        ({"num_return_sequences": 0}, "num_return_sequences: expected >= 1, got 0"),
+        ({"num_return_sequences": 0}, "num_return_sequences: expected >= 1 and < 2.*48, got 0"),
         ({"eos_token_id": V}, f"eos_token_id: expected 0 <= id < vocab_size = {V}, got {V}"),
         pytest.param(
             {"seed": 1, "generator": torch.Generator()}, "seed, generator: .*got both", id="both"
         ),
         ({"input_ids": [[1], [V]]}, f"input_ids: expected 0 <= id < vocab_size = {V}.*got {V}"),
+        ({"input_ids": [[2**70]]}, "input_ids: expected 0 <= id < vocab_size, got 11805"),
+        ({"num_return_sequences": 2**70}, "num_return_sequences: expected .*, got 1180"),
         ({"input_ids": [-1]}, "input_ids: expected 0 <= id.*got -1"),
         ({"input_ids": [[PADDING, 1]]}, "input_ids: expected padding .* on the right"),
         ({"input_ids": torch.zeros(1, 1, 1).long()}, "input_ids: expected 1 or 2 dimensions"),
@@ -233,7 +238,7 @@ def test_bad_values(model, options, message):
     [{"max_new_tokens": 1.5}, {"top_k": 2.0}, {"input_ids": torch.zeros(2)}, {"input_ids": [1.0]},
      {"input_ids": [1, [2]]}, {"top": 3}, {"seed": "x"}, {"max_new_tokens": None},
      {"temperature": "1"}, {"temperature": None}, {"top_p": "1"}, {"do_sample": "no"},
-     {"input_ids": [None]}],
+     {"input_ids": [None]}, {"input_ids": 3}, {"input_ids": [torch.tensor(1.0)]}],
     ids=str,
 )  # fmt: skip
 def test_bad_types(model, options):
@@ -245,7 +250,14 @@ def test_bad_types(model, options):
 def test_prompts_are_any_iterable_of_integers(model):
     options = {"max_new_tokens": 2, "seed": 1}
     expected = model.generate([1, 2], **options)
-    for prompt in (iter([1, 2]), list(np.array([1, 2])), np.array([1, 2]), (1, 2), range(1, 3)):
+    for prompt in (
+        iter([1, 2]),
+        list(torch.tensor([1, 2])),
+        list(np.array([1, 2])),
+        np.array([1, 2]),
+        (1, 2),
+        range(1, 3),
+    ):
         assert torch.equal(model.generate(prompt, **options), expected)
 
 
@@ -261,3 +273,5 @@ def test_method_and_function_are_one(model):
     assert torch.equal(generate(model, [1], **options), model.generate([1], **options))
     with pytest.raises(ValueError, match=r"prompt_lengths: expected shape \(1,\), got \(2,\)"):
         model.score([1, 2], prompt_lengths=torch.tensor([1, 2]))
+    with pytest.raises(TypeError, match="prompt_lengths should be a Tensor, got: list"):
+        model.score([1, 2], prompt_lengths=[1])

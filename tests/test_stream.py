@@ -127,6 +127,11 @@ def test_state_is_saved_and_restored(weights):
     one.push(x[:5])
     other.state = one.state
     assert other.state == one.state and len(one.state) == 2 * 21 * 4
+    for form in (bytearray, memoryview, lambda state: np.frombuffer(state, np.float32)):
+        other.state = form(one.state)
+        assert other.state == one.state
+    with pytest.raises(TypeError, match="bytes-like object"):
+        other.state = "0" * 2 * 21 * 4
     assert torch.equal(one.push(x[5:]), other.push(x[5:]))
     one.reset()
     assert one.state == bytes(2 * 21 * 4)
@@ -159,7 +164,15 @@ def test_frames_of_another_type_are_named(bad, given):
 
 @pytest.mark.parametrize(
     ("bad", "given"),
-    [(1.5, "float"), (None, "NoneType"), ([1], "list"), (torch.tensor([1]), "an array of int64")],
+    [
+        (1.5, "float"),
+        (np.float32(1.5), "float32"),
+        (torch.tensor(1.5), "an array of float32"),
+        (2**70, "int"),
+        (None, "NoneType"),
+        ([1], "list"),
+        (torch.tensor([1]), "an array of int64"),
+    ],
     ids=str,
 )
 def test_tokens_of_another_type_are_named(bad, given):
@@ -169,6 +182,8 @@ def test_tokens_of_another_type_are_named(bad, given):
         stream.step(bad)
     with pytest.raises(TypeError, match="tokens: expected integers, got an array of float64"):
         stream.push(np.zeros(2))
+    with pytest.raises(TypeError, match="tokens: expected integers, got an array of <U1"):
+        stream.push(["1", "2"])
     assert stream.state == before
 
 
