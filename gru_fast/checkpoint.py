@@ -7,6 +7,7 @@ new one. Nothing here can run code from a file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # half a file would only fill a disk that may be full
         raise InputError(f"{target}: {error.strerror}; cannot write there") from None
 
 
@@ -74,18 +77,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     Raises:
         InputError: The file is missing, damaged, or not a checkpoint of this format.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     try:
-        with safe_open(path, "pt") as file:
-            meta = json.loads((file.metadata() or {})["gru_fast"])
-            if meta["format"] != FORMAT:
-                raise InputError(f"{path}: expected format {FORMAT}, got {meta['format']!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
+        content = Path(path).read_bytes()  # safetensors opens paths of UTF-8 only
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        meta = json.loads(header["__metadata__"]["gru_fast"])
+        if meta["format"] != FORMAT:
+            raise InputError(f"{path}: expected format {FORMAT}, got {meta['format']!r}")
+        return tensors, meta
     except InputError:
         raise
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected a checkpoint") from None
+        raise InputError(f"{path}: {error.strerror}; expected a checkpoint") from None
     except (SafetensorError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} is damaged, or no checkpoint of gru_fast; train again, or restore it"
@@ -124,7 +130,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         InputError: A file is missing or damaged, or they do not fit together.
     """
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir() raises where a name is too long
         raise InputError(f"{folder} is not a folder; expected what `gru-fast train --out` made")
     config = load_config(folder)
     tokenizer = load_tokenizer(folder / VOCABULARY)
@@ -148,13 +154,20 @@ def create_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> No
     Raises:
         InputError: It exists and is not an empty folder, or cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already; --resume goes on, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # What there is before config.json is left of a call that did not come to its end.
+        taken = {path.name for path in folder.iterdir()} - {VOCABULARY, CONFIG + ".new"}
+    except FileExistsError:
+        taken = {folder.name}
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}; cannot make that folder") from None
-    tokenizer.save(folder / VOCABULARY)
+    if taken:
+        raise InputError(f"{folder} is there already; --resume goes on, or choose another --out")
+    try:
+        tokenizer.save(folder / VOCABULARY)
+    except OSError as error:
+        raise InputError(f"{folder / VOCABULARY}: {error.strerror}; cannot write there") from None
     save_config(folder, config)
 
 
@@ -220,7 +233,7 @@ def save_config(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         InputError: It cannot be written.
     """
-    text = json.dumps({"format": FORMAT, **config}, indent=2, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **config}, indent=2)  # a path may hold what UTF-8 cannot
     write_atomically(folder / CONFIG, (text + "\n").encode())
 
 

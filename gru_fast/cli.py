@@ -7,6 +7,7 @@ A mistake of the user is one line and exit code 2; an interrupted training is ex
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import platform
 import signal
@@ -63,8 +64,18 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except InputError as error:
             message = " ".join(str(error).split("\n"))
-            click.echo(f"gru-fast: {message}", err=True)
-            ctx.exit(2)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # a reader that has seen enough: click's to handle
+                raise
+            message = str(error.strerror or error)
+        except (MemoryError, RuntimeError) as error:
+            message = str(error).split("\n")[0]
+            # torch has no exception of its own for a CPU that is out of memory.
+            if not isinstance(error, MemoryError) and "can't allocate memory" not in message:
+                raise
+            message = f"not enough memory: {message}"
+        click.echo(f"gru-fast: {message}", err=True)
+        ctx.exit(2)
 
 
 @click.group(cls=_Commands, context_settings={"show_default": True, "max_content_width": 100})
@@ -78,6 +89,15 @@ def cli(threads: int | None) -> None:
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
+
+
+@contextmanager
+def _refusing_values() -> Iterator[None]:
+    """Make an `InputError` of what the draw says about options, or logits, that it cannot use."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 _run_argument = click.argument("run", type=click.Path())
@@ -102,7 +122,7 @@ _beside_option = click.option(
 @click.option("--chunk", type=click.IntRange(1), default=128, help="Steps a chunk of --text.")
 @click.option("--max-length", type=click.IntRange(1), default=256, help="Lines are cut there.")
 @click.option("--steps", type=click.IntRange(1), default=800, help="Updates of the weights in all.")
-@click.option("--lr", type=_Finite(0, min_open=True), default=4e-3)
+@click.option("--lr", type=_Finite(0, 1e30, min_open=True), default=4e-3)
 @click.option("--clip", type=_Finite(0, min_open=True), default=1.0)
 @click.option("--seed", type=_SEED, default=0)
 @click.option("--device", default="cpu")
@@ -183,6 +203,7 @@ def _train_on(
         if mode is None:
             raise InputError(f"{source}: say --lines (one sequence a line) or --text (running)")
     text = corpus.read_text(source)
+    _check_device(device)
     options = TrainingOptions(batch=batch or (128 if mode == "lines" else 32), **training)
     tokenizer = _tokenizer(text, mode, words, max_words)
     model_config: dict[str, Any] = {
@@ -219,6 +240,14 @@ def _train_on(
         sys.exit(130)
     if beside_torch:
         _say(compare_training(model.train(), data.batch(1)))
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise InputError(f"--device {device}: {reason}") from None
 
 
 def _tokenizer(text: str, mode: str, words: bool, max_words: int | None) -> Tokenizer:
@@ -316,10 +345,11 @@ def _sample(
     length = length or (100 if loaded.has_eos else 500)
     prompt_ids = loaded.tokenizer.encode(prompt)
     rows = max(num, _NOVELTY_ROWS) if novel else num
-    sequences = loaded.model.generate(
-        [prompt_ids], max_new_tokens=length, num_return_sequences=rows, do_sample=not greedy,
-        eos_token_id=eos, **options,
-    )  # fmt: skip
+    with _refusing_values():
+        sequences = loaded.model.generate(
+            [prompt_ids], max_new_tokens=length, num_return_sequences=rows, do_sample=not greedy,
+            eos_token_id=eos, **options,
+        )  # fmt: skip
     texts = [loaded.tokenizer.decode(row) for row in sequences.tolist()]
     new = [text for text in texts if text.strip() and text.strip() not in known]
     for text in (new if novel else texts)[:num]:
@@ -384,10 +414,11 @@ def _score(run: str, file: str) -> None:
 def _trace(run: str, text: str, temperature: float, seed: int) -> None:
     """Show what is fed and predicted: TEXT under teacher forcing, beside a sample."""
     loaded = load_run(run)
-    shown = trace(
-        loaded.model, loaded.tokenizer, text, has_eos=loaded.has_eos, temperature=temperature,
-        seed=seed,
-    )  # fmt: skip
+    with _refusing_values():
+        shown = trace(
+            loaded.model, loaded.tokenizer, text, has_eos=loaded.has_eos, temperature=temperature,
+            seed=seed,
+        )  # fmt: skip
     click.echo(shown)
 
 

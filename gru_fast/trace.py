@@ -170,7 +170,7 @@ def plot_gates(model: GRULanguageModel, tokenizer: Tokenizer, text: str) -> Any:
             rows, aspect="auto", origin="lower", vmin=0, vmax=1, interpolation="nearest"
         )
         axes.set(title=title, ylabel="unit, by mean")
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), labels, parse_math=False)
         figure.colorbar(image, ax=axes)
     axes.set_xlabel("fed x<t> (0: the zero vector)")
     return figure

@@ -264,7 +264,8 @@ def train(
         A report over all steps, those before the checkpoint included.
 
     Raises:
-        InputError: The checkpoint is damaged or of another model, or the loss is not finite.
+        InputError: The checkpoint is damaged or of another model, or the loss, the held-out loss or
+            the gradient is not finite; the checkpoint is then that of a step before.
     """
     optimiser = torch.optim.Adam(model.parameters(), lr=options.lr)
     hidden: Tensor | None = None
@@ -287,20 +288,18 @@ def train(
         loss, hidden, tokens = data.loss(model, step, hidden)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-        optimiser.step()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
         report.losses.append(loss.item())
-        if not math.isfinite(report.losses[-1]):
-            raise InputError(
-                f"the loss is {report.losses[-1]} at step {step}; use a learning rate below "
-                f"{options.lr}"
-            )
+        _check_finite("loss", report.losses[-1], step, options)
+        _check_finite("gradient's norm", norm.item(), step, options)
+        optimiser.step()
         seconds += time.perf_counter() - began
         seen += tokens
         report.tokens_per_second = seen / seconds
         report.finished = step == options.steps
         if step % every == 0 or report.finished:
             report.held_out.append((step, data.held_out_loss(model)))
+            _check_finite("held-out loss", report.held_out[-1][1], step, options)
         stopped = should_stop()
         due = time.monotonic() - saved >= save_every or report.finished or stopped
         if checkpoint is not None and due:
@@ -310,6 +309,13 @@ def train(
     report.finished = step >= options.steps
     model.eval()
     return report
+
+
+def _check_finite(name: str, value: float, step: int, options: TrainingOptions) -> None:
+    if not math.isfinite(value):
+        raise InputError(
+            f"the {name} is {value} at step {step}; use a learning rate below {options.lr}"
+        )
 
 
 def _seed(seed: int, step: int) -> int:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line end to end, tiny."""
 
+import errno
 import json
+import os
 import re
 import signal
 import subprocess
@@ -169,6 +171,15 @@ def test_gates_are_drawn(run, tmp_path):
     assert "expected a path of an image" in refused("gates", run, "b", "--out", tmp_path / "g.x")
 
 
+def test_gates_of_texts_that_look_like_formulas(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "sums").write_text("$a_{$ b\nb $a_{$ b\n$a_{$\n")
+    tiny = ["--lines", "--words", "--hidden", 4, "--steps", 1, "--out", tmp_path / "run"]
+    call("train", tmp_path / "sums", *tiny)
+    call("gates", tmp_path / "run", "$a_{$ b", "--out", tmp_path / "g.svg")
+    assert "$a_{$" in (tmp_path / "g.svg").read_text()
+
+
 def test_gate_values_are_those_of_the_layers():
     from gru_fast import GRULanguageModel
     from gru_fast.trace import gate_values
@@ -303,7 +314,9 @@ def test_bad_corpora(tmp_path):
         assert "expected one of builtin:names" in refused("train", "builtin:x", *mode, *out)
     assert "tie_weights: expected" in refused("train", "builtin:names", "--tie", *out)
     message = refused("train", "builtin:names", "--device", "nowhere", *out)
-    assert message.startswith("gru-fast: Expected one of cpu, cuda")
+    assert message.startswith("gru-fast: --device nowhere: Expected one of cpu, cuda")
+    message = refused("train", "builtin:names", "--device", "meta", *out)
+    assert message == "gru-fast: --device meta: Tensor.item() cannot be called on meta tensors"
     assert "Is a directory" in refused("train", tmp_path, "--lines", *out)
     assert not (tmp_path / "run").exists()
 
@@ -322,6 +335,79 @@ def test_bad_prompts_and_options(run):
     ):  # fmt: skip
         assert "is not a finite number" in refused(command, run, option, value)
     assert "not in the range" in refused("train", run, "--seed", 2**64)
+
+
+def test_values_beyond_what_can_be_computed(run):
+    for command in (["sample", run, "--length", 2**45], ["sample", run, "--num", 2**45]):
+        assert refused(*command).startswith("gru-fast: not enough memory: ")
+    assert "max_new_tokens: expected >= 0 and < 2**48" in refused("sample", run, "--length", 2**64)
+    assert "temperature: expected a float32" in refused("sample", run, "--temperature", 1e39)
+    for command in (["sample", run], ["trace", run, "bada"]):
+        assert "logits: expected" in refused(*command, "--temperature", 1e-44)
+    every = call("sample", run, "--seed", 1).stdout
+    assert call("sample", run, "--seed", 1, "--top-k", 2**64).stdout == every
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_a_full_disk_behind_stdout(run):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "gru_fast", "sample", str(run)],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == "gru-fast: No space left on device"
+
+
+def test_folders_of_any_name(corpus, tmp_path, monkeypatch):
+    """Bytes that are not UTF-8, and more of them than a name may have."""
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"\xe9.txt")
+    (tmp_path / odd).write_bytes(corpus.read_bytes())
+    tiny = ["--lines", "--hidden", 4, "--steps", 2]
+    call("train", odd, *tiny, "--out", os.fsdecode(b"\xe9"))
+    call("train", "--out", os.fsdecode(b"\xe9"), "--resume", "--steps", 3)
+    call("sample", os.fsdecode(b"\xe9"), "--novel")
+    long = "x" * 300
+    assert "File name too long; cannot make that folder" in refused(
+        "train", corpus, *tiny, "--out", long
+    )
+    assert "is not a folder" in refused("sample", long)
+
+
+def test_a_run_that_cannot_be_written_is_begun_again(corpus, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    command = ["train", corpus, "--lines", "--hidden", 4, "--steps", 2, "--out", out]
+
+    def no_space(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for failing, left in (("pathlib.Path.write_text", set()), ("os.fsync", {"vocabulary.json"})):
+        with monkeypatch.context() as patched:
+            patched.setattr(failing, no_space)
+            message = refused(*command)
+        assert message.endswith("No space left on device; cannot write there")
+        assert {path.name for path in out.iterdir()} == left
+    assert "expected a run of gru-fast train" in refused("train", "--out", out, "--resume")
+    call(*command)
+    call("sample", out)
+    (out / "checkpoint.safetensors").unlink()
+    assert refused("sample", out) == (
+        f"gru-fast: {out / 'checkpoint.safetensors'}: No such file or directory; expected a "
+        "checkpoint"
+    )
+
+
+def test_weights_that_are_not_finite_are_not_kept(corpus, tmp_path):
+    """The gradient of step 2 overflows: step 1 stays what can be sampled."""
+    out = tmp_path / "run"
+    tiny = ["--lines", "--hidden", 4, "--embedding", 4, "--steps", 2, "--save-every", 0]
+    assert refused("train", corpus, *tiny, "--lr", 1e30, "--out", out) == (
+        "gru-fast: the gradient's norm is inf at step 2; use a learning rate below 1e+30"
+    )
+    tensors = load_file(out / "checkpoint.safetensors")
+    assert len(tensors["losses"]) == 1 and all(t.isfinite().all() for t in tensors.values())
+    assert "not in the range" in refused("train", corpus, *tiny, "--lr", 1e31, "--out", out)
 
 
 @pytest.mark.parametrize("file", ["config.json", "vocabulary.json", "checkpoint.safetensors"])

@@ -158,7 +158,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.os, "fsync", fail)
     with pytest.raises(InputError, match="No space left"):
         write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
     monkeypatch.undo()
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == ["file"]
@@ -210,11 +210,19 @@ def test_a_loss_that_is_not_finite_stops_it():
     options = TrainingOptions(steps=3, batch=2)
 
     class Data:
+        held_out = 0.0
+
         def loss(self, model, step, hidden):
             return model.head.bias.sum(), None, 1
 
         def held_out_loss(self, model):
-            return 0.0
+            return self.held_out
 
     with pytest.raises(InputError, match="the loss is inf at step 1; use a learning rate below"):
+        train(model, Data(), options)
+    with torch.no_grad():
+        model.head.bias.zero_()
+    Data.held_out = float("nan")
+    options = TrainingOptions(steps=1, batch=2)
+    with pytest.raises(InputError, match="the held-out loss is nan at step 1; use a learning rate"):
         train(model, Data(), options)
