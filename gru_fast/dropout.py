@@ -17,8 +17,11 @@ class Dropout:
         self.p = p
 
     def __call__(self, output: Tensor) -> Tensor:
-        """The output of a layer, (T, B, D*H), as the input of the next."""
-        return F.dropout(output, self.p, True)
+        """The output of a layer, (T, B, D*H), as the input of the next.
+
+        The random numbers are dealt out in the order of memory, which a composed layer may change.
+        """
+        return F.dropout(output.contiguous(), self.p, True)
 
 
 class PackedDropout(Dropout):

@@ -133,6 +133,18 @@ def test_dropout_takes_the_random_stream_of_nn_gru(packed: bool) -> None:
     assert torch.equal(torch.rand(1), after)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_dropout_of_one_unit_in_both_directions(backend: str) -> None:
+    """The one size at which the reference's output lies otherwise in memory than its shape says."""
+    theirs = nn.GRU(I, 1, L, bidirectional=True, dropout=0.4).double()
+    options: Any = {"num_layers": L, "bidirectional": True, "dropout": 0.4, "training": True}
+    x = torch.randn(T, B, I).double()
+    torch.manual_seed(3)
+    truth = theirs(x)
+    torch.manual_seed(3)
+    same(functional.gru(x, None, theirs._flat_weights, backend=backend, **options), truth)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("batched", [False, True])
 def test_one_step(cell: str, batched: bool) -> None:
