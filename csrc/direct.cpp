@@ -221,11 +221,10 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
   return PyTuple_Pack(3, results.output.get(), results.h_n.get(), results.workspace.get());
 }
 
-// Arguments: input, hx or None, list or tuple of weights, layers, bias, batch_first, cell, saves.
-// As functional.gru() in one direction: (output, h_n). With None for layers as
-// functional.gru_cell(): the new state. If it saves, of one layer only, the workspace comes last.
-// None if the call is not a plain one.
-PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+// Calls body(arguments, table) with the kernels for each type of numbers, as by_number() does. They
+// are input, hx or None, list or tuple of weights, layers, bias, batch_first, cell, saves.
+template <class Body>
+PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
   if (nargs != 8) {
     PyErr_Format(PyExc_TypeError, "run_direct: expected 8 arguments, got %zd", nargs);
     return nullptr;
@@ -240,7 +239,30 @@ PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   if (!read_cell(args[6], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
   const Arguments given{args[0], args[1],     weights.get(), weights.size(), layers,
                         bias,    batch_first, cell,          saves};
-  return by_number([&](const auto* table) { return run(given, table); });
+  return by_number([&](const auto* table) { return body(given, table); });
+}
+
+// As functional.gru() in one direction: (output, h_n). With None for layers as
+// functional.gru_cell(): the new state. If it saves, of one layer only, the workspace comes last.
+// None if the call is not a plain one.
+PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  return with_arguments(args, nargs,
+                        [](const auto& a, const auto* table) { return run(a, table); });
+}
+
+// True if run_direct() would take a call that saves, else None.
+PyObject* takes_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  return with_arguments(
+      args, nargs, []<class Real>(const Arguments& a, const KernelTable<Real>* table) -> PyObject* {
+        Sizes<Real> size;
+        if (table == nullptr || !a.saves || a.weight_count != kMaxWeights) return nullptr;
+        if (!size.read_from(a, a.hx)) return nullptr;
+        Problem<Real> p{};
+        p.I = size.input.width();
+        p.H = size.H;
+        p.cell = a.cell;
+        return read_weights(a.weights, kMaxWeights, true, p) ? Py_NewRef(Py_True) : nullptr;
+      });
 }
 
 // Where a weight lies, or null; its sizes go into `shape`.
@@ -293,6 +315,8 @@ int add_direct(PyObject* module) {
        "Learn torch's types; whether this torch can be read without its dispatcher."},
       {"run_direct", as_method(&run_direct), METH_FASTCALL,
        "Layers past the dispatcher: (output, h_n), or a cell's state; None if it is not plain."},
+      {"takes_direct", as_method(&takes_direct), METH_FASTCALL,
+       "Whether run_direct takes a call that saves for backward: True or None."},
       {"run_direct_backward", as_method(&run_direct_backward), METH_FASTCALL,
        "The gradients of a layer or cell that run_direct saved for; None if it is not plain."},
       {"prepack", as_method(&prepack_weight), METH_FASTCALL,

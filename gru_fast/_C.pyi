@@ -109,6 +109,17 @@ def run_direct(
     saves: Literal[True],
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
+def takes_direct(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor | None],
+    layers: int | None,
+    bias: bool,
+    batch_first: bool,
+    cell: str,
+    saves: bool,
+    /,
+) -> Literal[True] | None: ...
 def run_direct_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,

@@ -19,8 +19,10 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import ops
+from gru_fast.backends import counts_flops
 
 native: Any = None
+native_takes: Any = None
 native_backward: Any = None
 # Without one of the functions that say who is watching, a call could not know.
 _WATCHERS = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
@@ -28,7 +30,8 @@ if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
     from gru_fast import _C
 
     if hasattr(torch.autograd, "_profiler_enabled") and _C.enable_direct(Tensor, nn.Parameter):
-        native, native_backward = _C.run_direct, _C.run_direct_backward
+        native, native_takes = _C.run_direct, _C.takes_direct
+        native_backward = _C.run_direct_backward
 
 BACKENDS = ("auto", "cpu")
 
@@ -81,6 +84,17 @@ def gru(
     if backend not in BACKENDS:
         return None
     return native(input, hx, params, num_layers, bias, batch_first, cell, False)  # type: ignore[no-any-return]
+
+
+def is_only_watched() -> bool:
+    """Whether who would see that no operator was called does nothing but look at operators."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+        or counts_flops()
+    )
 
 
 @contextmanager

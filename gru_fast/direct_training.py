@@ -81,9 +81,32 @@ def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
         direct.native is not None
         and torch.is_grad_enabled()
         and backend in direct.BACKENDS
-        and direct.is_unobserved()
         and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
     )
+
+
+def _run(
+    input: Tensor,
+    hx: Tensor | None,
+    weights: Sequence[Tensor | None],
+    layers: int | None,
+    cell: str,
+) -> tuple[Tensor, ...] | None:
+    """The results that `GRULayer` takes, or None where the call is not plain.
+
+    Where somebody watches, the operator computes them. What is saved stays the same: a checkpoint
+    compares it, and its two passes need not be watched both.
+    """
+    call = (input, hx, weights, layers, True, False, cell, True)
+    if direct.is_unobserved():
+        return direct.native(*call)  # type: ignore[no-any-return]
+    if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
+        return None
+    grouped = [None if weight is None else weight.unsqueeze(0) for weight in weights]
+    x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
+    optional = (None, None, None, None)
+    results = ops.without_grad(ops.layer, x, h0, *grouped, *optional, cell, [False], False)
+    return results if layers else (results[0].squeeze(0).clone(), results[2])
 
 
 def gru_cell(
@@ -94,7 +117,7 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    results = direct.native(input, hx, weights, None, True, False, cell, True)
+    results = _run(input, hx, weights, None, cell)
     if results is None:
         return None
     return _attach(results, cell, input, hx, *weights)[0]  # type: ignore[no-any-return]
@@ -107,7 +130,7 @@ def layer(
     if not _is_served((*weights, h0, x), backend):
         return None
     four = (*weights, None, None)[:4]
-    results = direct.native(x, h0, four, 1, True, False, cell, True)
+    results = _run(x, h0, four, 1, cell)
     if results is None:
         return None
     return _attach(results, cell, x, h0, *four)[:2]  # type: ignore[no-any-return]

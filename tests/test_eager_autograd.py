@@ -85,7 +85,7 @@ class TestWhoIsServed:
                 return function(*args, **(kwargs or {}))
 
         seen: list[str] = []
-        module = gru_fast.GRU(4, 5)
+        module = gru_fast.GRU(4, 5, bidirectional=True)
         with Mode():
             self.train(module)
         assert taken == ["layer"]
