@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -116,7 +117,7 @@ def chrono_(
 
     Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
     """
-    numbers = all(isinstance(t, (int, float)) for t in (t_min, t_max))
+    numbers = all(isinstance(t, Real) for t in (t_min, t_max))
     if not numbers or not 1 < t_min <= t_max < float("inf"):
         raise ValueError(
             f"t_min, t_max: expected 1 < t_min <= t_max < infinity, got {t_min!r}, {t_max!r}"

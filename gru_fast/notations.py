@@ -2,7 +2,7 @@
 """Weights from and to other notations: Keras, ONNX, and the one that concatenates [c, x].
 
 In each, one array holds what is split or ordered differently here. Arrays are NumPy arrays or
-whatever `numpy.asarray` takes.
+whatever `numpy.asarray` takes; those of a bfloat16 module come in float32: NumPy has no bfloat16.
 """
 
 from __future__ import annotations
@@ -89,6 +89,11 @@ def from_keras(
                 both = rest[0] if reset_after else (rest[0], np.zeros_like(rest[0]))
                 state |= {"bias_ih": both[0], "bias_hh": both[1]}
             for name, value in state.items():
+                if value.shape[:1] != (3 * gru.hidden_size,):
+                    raise ValueError(
+                        f"layers[{k}]: expected arrays of {3 * gru.hidden_size} columns, got "
+                        f"{name} with {value.T.shape}"
+                    )
                 parameter = f"{name}_l{k}" + "_reverse" * d
                 _set(gru, parameter, _swap_first_two(value))
     return gru
@@ -286,7 +291,9 @@ def _swap_first_two(rows: np.ndarray) -> np.ndarray:
 
 
 def _array(gru: nn.Module, name: str) -> np.ndarray:
-    return gru.get_parameter(name).detach().cpu().numpy()
+    parameter = gru.get_parameter(name).detach().cpu()
+    # NumPy itself has no bfloat16.
+    return (parameter.float() if parameter.dtype == torch.bfloat16 else parameter).numpy()
 
 
 def _dtype(argument: str, array: np.ndarray) -> torch.dtype:

@@ -54,7 +54,7 @@ class Sampler:
         check_int("threads", threads)
         if threads < 0:
             raise ValueError(f"threads: expected at least 0, got {threads}")
-        self._model, self._weights, self._threads = model, weights, threads
+        self._model, self._weights, self._threads = model, weights, min(threads, 2**31 - 1)
         self.refresh()
 
     def refresh(self) -> None:
@@ -139,10 +139,10 @@ class Stream:
                 raise ValueError(f"weights: expected None with a Sampler, got {weights!r}")
             stack = model._stack
         elif isinstance(model, GRU):
-            stack = packed.pack(model, weights or "float32")
+            stack = packed.pack(model, "float32" if weights is None else weights)
         else:
             _check_language_model(model, ", a Sampler or a gru_fast.GRU")
-            stack = packed.pack_model(model, weights or "float32")
+            stack = packed.pack_model(model, "float32" if weights is None else weights)
         self._native = packed.stream(stack)
         self._step = self._native.step
         self.output: Tensor = torch.from_numpy(self._native.output)

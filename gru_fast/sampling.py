@@ -462,7 +462,7 @@ def _prompts(
             raise TypeError("input_ids: expected integers or sequences of integers, got both")
         lists = nested if nested or not given else [given]
         rows = [_ids_tensor(row) for row in lists]
-        ids = torch.empty(0, 0, dtype=torch.int64)
+        ids = torch.empty(0, 0, dtype=torch.int64, device="cpu")
         if rows:
             ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
     if ids.dim() != 2:
@@ -485,7 +485,7 @@ def _ids_tensor(row: Any) -> Tensor:
     ids = _integers("input_ids", row)
     if ids and max(map(abs, ids)) >= 2**63:  # what a tensor cannot hold
         raise ValueError(f"input_ids: expected 0 <= id < vocab_size, got {max(ids, key=abs)}")
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _append(prompts: Tensor, lengths: Tensor, new: Tensor, padding: int) -> Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Initial values of each gate on its own."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -120,7 +121,7 @@ def test_chrono_draws_uniformly_and_from_the_generator():
     T = 1 + big.bias_ih_l0[1000:2000].detach().exp()
     assert 2 <= T.min() < 3 and 99 < T.max() <= 100.001
     assert abs(float(T.mean()) - 51) < 3
-    again = chrono_(gru_fast.GRU(1, 1000), 100, generator=seeded(0))
+    again = chrono_(gru_fast.GRU(1, 1000), np.float32(100), generator=seeded(0))
     assert torch.equal(again.bias_ih_l0[1000:2000], big.bias_ih_l0[1000:2000])
 
 

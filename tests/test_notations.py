@@ -132,6 +132,14 @@ def test_to_course(cell, bias):
     np.testing.assert_allclose(course_cell(x, to_course(gru)), expected, atol=1e-12)
 
 
+def test_bfloat16_becomes_float32():
+    gru = GRU(2, 3, dtype=torch.bfloat16)
+    narrow = to_keras(gru)[0]
+    wide = to_keras(gru.float())[0]
+    for a, b in zip(narrow, wide, strict=True):
+        assert a.dtype == np.float32 and np.array_equal(a, b)
+
+
 def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="no_reset"):
         to_keras(GRU(WIDTH, H, cell="no_reset"))
@@ -146,6 +154,13 @@ def test_what_does_not_fit_is_named():
         from_keras(after, keras_weights(H, True, False))
     with pytest.raises(ValueError, match="weight_ih_l1: expected shape"):
         from_keras(after, after)
+    above = keras_weights(H, True, True)
+    for odd in (
+        [above[0][:, 1:], above[1], above[2][:, 1:]],
+        [above[0], above[1][:, 1:], above[2]],
+    ):
+        with pytest.raises(ValueError, match=r"layers\[1\]: expected arrays of 18 columns, got"):
+            from_keras(after, odd)
     with pytest.raises(ValueError, match="got none"):
         from_keras()
     with pytest.raises(ValueError, match=r"expected a kernel \(I, 3H\) first, got \(4, 7\)"):

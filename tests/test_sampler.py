@@ -352,7 +352,8 @@ def test_what_a_sampler_refuses():
     with pytest.raises(RuntimeError, match=r"weights are torch.float64"):
         Sampler(language_model().double())
     # No more than torch has: it would need memory for each.
-    assert Sampler(lm, threads=2**31 - 1).generate(max_new_tokens=2, seed=0).shape == (1, 2)
+    for many in (2**31 - 1, 2**70):
+        assert Sampler(lm, threads=many).generate(max_new_tokens=2, seed=0).shape == (1, 2)
     sampler = Sampler(lm)
     with pytest.raises(ValueError, match="input_ids: expected 0 <= id"):
         sampler.generate([[11]], max_new_tokens=3)

@@ -259,6 +259,8 @@ def test_prompts_are_any_iterable_of_integers(model):
         range(1, 3),
     ):
         assert torch.equal(model.generate(prompt, **options), expected)
+    with torch.device("meta"):  # where other tensors would be made does not matter
+        assert torch.equal(model.generate([1, 2], **options), expected)
 
 
 def test_bad_logits_stop_it(model):

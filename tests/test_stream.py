@@ -196,6 +196,9 @@ def test_models_of_another_type_are_named(make):
 
 
 def test_what_a_stream_refuses():
+    for model in (GRU(4, 8), GRULanguageModel(5, None, 8)):
+        with pytest.raises(ValueError, match="weights: expected one of float32"):
+            Stream(model, "")
     stream = Stream(GRU(4, 8))
     stream.push(torch.randn(3, 4))
     state = stream.state
