@@ -17,7 +17,18 @@ from torch import Tensor
 
 from . import problem
 from .generate_tables import FORMS, Model, choose, config_of, unfit
-from .generation import ALIVE, BAD_ID, ENDED, PADDING, Generation, Rows, Rules, Weights, new_rows
+from .generation import (
+    ALIVE,
+    BAD_ID,
+    ENDED,
+    PADDING,
+    Generation,
+    Rows,
+    Rules,
+    Weights,
+    model_of,
+    new_rows,
+)
 from .problem import on_device
 from .tiling import Device, Sizes, device_of
 
@@ -90,7 +101,7 @@ def generate(
                 seen = _hand_over(rows.tokens, seen, complete, on_tokens)
             if least != ALIVE:
                 break
-    return rows.tokens, rows.log_probs, rows.state
+    return rows.tokens, rows.log_probs, rows.state[..., : weights.units].contiguous()
 
 
 def _hand_over(tokens: Tensor, seen: int, complete: int, on_tokens: OnTokens) -> int:
@@ -110,13 +121,6 @@ def _complaint(rows: Rows, status: int, V: int) -> str:
         "logits: expected no NaN or +inf and at least one finite value in every row, got others "
         f"in sequence {row}"
     )
-
-
-def model_of(weights: Weights, B: int) -> Model:
-    """What the tables need to know of a call."""
-    dtype = weights.table.dtype
-    sizes = Sizes(1, B, 1, weights.H, weights.cell, dtype, weights.precision)
-    return Model(sizes, weights.L, weights.V)
 
 
 def chosen_form(

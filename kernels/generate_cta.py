@@ -11,9 +11,10 @@ import triton.language as tl
 
 from .draw import draw, random_bits
 from .generate_inputs import last_drawn, next_input, record, table_gates
-from .generation import Generation
+from .generate_tables import compiled_as
+from .generation import Generation, model_of
 from .tile import load_bias, load_weight, sigmoid, tanh
-from .tiling import Config
+from .tiling import Config, device_of
 
 
 @triton.jit
@@ -101,6 +102,7 @@ def generate_cta(
     BLOCK_H: tl.constexpr,  # a power of two, at least H
     BLOCK_B: tl.constexpr,
     BLOCK_V: tl.constexpr,  # a power of two, at least V
+    ANEW: tl.constexpr,  # as `generate_tables.computed_anew` says
     SAMPLE: tl.constexpr,
     SHAPED: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -139,7 +141,7 @@ def generate_cta(
     drawn = last_drawn(tokens_ptr, row, step_begin, length, in_rows, S)
     shortest = tl.min(tl.where(in_rows, length, 2147483647), 0)
     going = tl.sum((status == 0).to(tl.int32), 0)
-    for position in range(step_begin, step_end):
+    for position in tl.range(step_begin, step_end, disable_licm=ANEW != "nothing"):
         # A loop that ended early would be `while`: weights would be kept in registers through it.
         if going > 0:
             alive = status == 0
@@ -202,10 +204,12 @@ def generate_cta(
 
 def launch_generate_cta(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive."""
+    device, model = device_of(call.rows.state), model_of(call.weights, call.rows.B)
     generate_cta[(triton.cdiv(call.rows.B, config.BLOCK_B),)](
         **call.arguments(max(16, triton.next_power_of_2(call.weights.V))),
         state_out_ptr=call.rows.state,
         step_begin=steps[0],
         step_end=steps[1],
         **config.arguments("BLOCK_H", "BLOCK_B"),
+        **compiled_as("cta", device, model, config),
     )

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
-from .generate_tables import computed_anew
-from .generation import LOGITS_IN_PART, Generation, exchange_of
+from .generate_tables import compiled_as
+from .generation import LOGITS_OF_WARP, Generation, exchange_of, model_of
 from .grid import arrive, load_panels, wait
 from .tile import anew, anew_in_a_row
 from .tiling import Config, device_of
@@ -200,12 +200,14 @@ def generate_grid(
 def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive; each launch fits."""
     B, H, device = call.rows.B, call.weights.H, device_of(call.rows.state)
+    model = model_of(call.weights, B)
     unit_tiles, batch_tiles = triton.cdiv(H, config.BLOCK_H), triton.cdiv(B, config.BLOCK_B)
     DRAW_B = triton.next_power_of_2(triton.cdiv(config.BLOCK_B, unit_tiles))
     known = (
-        call.split_arguments(DRAW_B, LOGITS_IN_PART)
+        call.split_arguments(DRAW_B, LOGITS_OF_WARP * config.num_warps)
         | exchange_of(call, steps[0]).arguments()
         | config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K", "RESIDENT")
+        | compiled_as("grid", device, model, config)
     )
     counters = torch.zeros(batch_tiles, dtype=torch.int32, device=call.rows.state.device)
     most = max(1, device.processors // unit_tiles)
@@ -218,6 +220,5 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
             step_end=steps[1],
             first_tile=first_tile,
             DRAW_B=DRAW_B,
-            ANEW=computed_anew(device, call.weights.numbers, config),
             launch_cooperative_grid=True,
         )

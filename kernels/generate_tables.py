@@ -28,7 +28,7 @@ from .tables import (
     RTX_50,
     TURING_ONLY,
 )
-from .tiling import Config, Device, Sizes
+from .tiling import Config, Device, Sizes, whole
 
 FORMS = ("cta", "grid", "step")
 """Every form of `generate`: the whole loop in one program, over several programs, in launches."""
@@ -98,16 +98,9 @@ class GenerateRow:
         return enough and known and self.since <= triton_version()
 
     def holds(self, model: Model) -> bool:
-        """Whether the model is within the row's sizes.
-
-        Only copies of 16 bytes go past the L1 cache where `grid` loads ahead, and neither weights
-        on chip nor tiles of 16 rows leave registers for other addresses: as `tables.Row.holds`.
-        """
-        config = self.config
-        simple = not config.RESIDENT and config.num_stages == 1 and config.BLOCK_B == 8
-        if self.form == "grid" and model.sizes.H % 16 and not simple:
-            return False
-        within = model.L <= self.L and self.least_H <= model.sizes.H <= self.H and model.V <= self.V
+        """Whether the model is within the row's sizes, padded as `weights_of` does."""
+        H = whole(model.sizes.H)
+        within = model.L <= self.L and self.least_H <= H <= self.H and model.V <= self.V
         same = model.sizes.numbers == self.numbers and model.sizes.cell in self.cells
         return within and same
 
@@ -154,26 +147,45 @@ def row_of(form: str, device: Device, model: Model) -> GenerateRow | None:
 
 
 def _step(device: Device, sizes: Sizes) -> Config:
-    """Those of the scan of that name, but for one that spills 4 bytes under Triton 3.6."""
+    """Those of the scan of that name, but for one that spills 8 bytes under Triton 3.6."""
     found = tables.config("step", device, sizes, "forward")
     assert found is not None
-    if sizes.numbers == "tf32x3" and device.arch >= BLACKWELL[0]:
+    old = triton_version() < NOT_OLD
+    if old and sizes.numbers == "tf32x3" and device.arch >= BLACKWELL[0]:
         return replace(found, num_stages=2)
     return found
 
 
-def computed_anew(device: Device, numbers: str, config: Config) -> str:
-    """What `grid` computes at each position, where the compiler would compute it once.
+def computed_anew(form: str, device: Device, model: Model, config: Config) -> str:
+    """What a loop computes at each position, where the compiler would compute it once.
 
-    It would then stand in registers through the loop, and from Hopper on Triton 3.9 spilled 8 to 88
-    bytes. "addresses": LLVM takes nothing out of the loop. "tiles": nor does Triton, for which
-    there are few registers in tiles of 16 rows and where TF32 weights are streamed. "nothing":
-    before Hopper, and under Triton 3.6, where the assembler stops at 128 registers if it can.
+    It would then stand in registers through the loop, and spilled 8 to 88 bytes. "addresses": LLVM
+    takes nothing out of the loop. "tiles": nor does Triton, for which there are few registers in
+    tiles of 16 rows and where TF32 weights are streamed. "nothing": where that makes spills or ends
+    none; before Hopper and under Triton 3.6 it ends some where logits are read in parts.
     """
-    if device.arch < HOPPER[0] or triton_version() < NOT_OLD:
-        return "nothing"
-    few = config.BLOCK_B > 8 or (numbers == "tf32" and not config.RESIDENT)
-    return "tiles" if few else "addresses"
+    old, grid = triton_version() < NOT_OLD, form == "grid"
+    streamed = model.sizes.numbers == "tf32" and not config.RESIDENT
+    if old or device.arch < HOPPER[0]:
+        other_cell = old and streamed and model.sizes.cell != "reset_after"
+        return "addresses" if grid and (model.V > IN_ONE_TILE or other_cell) else "nothing"
+    if not grid:
+        needed = config.BLOCK_B > 8 or (device.arch >= RTX_50[0] and model.L > 1)
+        return "addresses" if needed else "nothing"
+    gated = model.sizes.cell == "reset_before" and device.arch >= BLACKWELL[0]
+    few = streamed and not gated
+    return "tiles" if config.BLOCK_B > 8 or few else "addresses"
+
+
+def compiled_as(form: str, device: Device, model: Model, config: Config) -> dict[str, Any]:
+    """`ANEW`, and where the assembler stops by itself at 80 or 128 registers and spills, 255."""
+    anew = computed_anew(form, device, model, config)
+    before = triton_version() < NOT_OLD or device.arch < HOPPER[0]
+    without_reset = model.sizes.cell == "no_reset" and device.arch >= RTX_50[0]
+    few_layers = form == "grid" and not config.RESIDENT and model.L <= 2
+    in_parts = anew == "addresses" and model.V > IN_ONE_TILE
+    stops = in_parts if before else without_reset and few_layers
+    return {"ANEW": anew} | ({"maxnreg": 255} if stops else {})
 
 
 def choose(device: Device, model: Model) -> str:
@@ -253,6 +265,7 @@ ROWS = (
     _resident("tf32", 256, 99, 16, 64, 4, RTX_50),
     _resident("tf32", 512, 227, 32, 64, 8, HOPPER, since=NOT_OLD),
     _streamed("16", 8, 32, 32, 8, 128, TURING_ONLY, V=IN_ONE_TILE),
+    _streamed("16", 8, 32, 32, 8, 128, TURING_ONLY, since=NOT_OLD),
     _streamed("16", 8, 32, 64, 8, 64, AMPERE, H=128, V=256, since=NOT_OLD),
     _streamed("16", 8, 32, 64, 8, 128, AMPERE_ONLY, V=IN_ONE_TILE, since=NOT_OLD),
     _streamed("16", 8, 32, 64, 8, 128, HOPPER, since=NOT_OLD),
@@ -270,7 +283,7 @@ ROWS = (
         "tf32", 16, 32, 32, 8, 256, HOPPER_ONLY, V=IN_ONE_TILE, since=NOT_OLD, cells=NOT_BEFORE
     ),
     _streamed("tf32", 16, 32, 32, 8, 256, HOPPER_ONLY, since=NOT_OLD, cells=NOT_BEFORE),
-    _streamed("tf32", 16, 32, 32, 8, 256, B200, since=NOT_OLD),
+    _streamed("tf32", 16, 32, 32, 8, 256, B200, since=NOT_OLD, cells=NOT_BEFORE),
     _streamed("tf32", 8, 32, 32, 8, 256, AMPERE_ONLY),
     _streamed("tf32x3", 8, 32, 16, 8, 256, AMPERE),
     _streamed("ieee", 8, 16, 16, 4, 128, TURING_ONLY),

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import problem
+from .generate_tables import Model
 from .problem import DTYPES, GATES
+from .tiling import Sizes, whole
 
 PADDING = -100
 """What stands after the end of a row of tokens."""
@@ -23,10 +26,10 @@ ALIVE, ENDED, BAD_LOGITS, BAD_ID = range(4)
 MOST_DRAWN_FROM = 1024
 """Tokens whose logits, for all rows that a program draws for, are one tile in forms that split."""
 
-LOGITS_IN_PART = 512
-"""Where there are more tokens, the logits of a tile beside weights or states, over all of its rows.
+LOGITS_OF_WARP = 64
+"""Where there are more tokens, those of a tile beside weights or states, over all of its rows.
 
-They are read in parts, once for each pass; with 1024, weights on chip spilled 8 to 12 bytes.
+They are read in parts, once for each pass; with 128, weights on chip spilled 8 to 40 bytes.
 """
 
 MOST_OF_HEAD = 32
@@ -48,6 +51,7 @@ class Weights:
         head: (V, H).
         head_bias: (V,), or None.
         precision: As in `Problem`.
+        units: Hidden units of the model: those after them, up to H, are padding.
     """
 
     cell: str
@@ -59,6 +63,7 @@ class Weights:
     head: Tensor
     head_bias: Tensor | None
     precision: str
+    units: int
 
     @property
     def L(self) -> int:
@@ -104,7 +109,8 @@ def weights_of(
 ) -> Weights:
     """Weights from those of each layer: weight_ih, weight_hh and, with biases, bias_ih, bias_hh.
 
-    The first layer's weight_ih and bias_ih are in the table. Several layers are copied.
+    The first layer's weight_ih and bias_ih are in the table. Several layers are copied, and so is
+    everything if H is not `whole`: padding are units whose weights, and so states, are 0.
 
     Raises:
         RuntimeError: A dtype without a kernel, an unknown cell, or a shape that does not fit.
@@ -135,25 +141,44 @@ def weights_of(
                 f"{name}: expected the device of table, {table.device}, got {tensor.device}"
             )
 
-    def stacked(number: int, first: int) -> Tensor | None:
-        tensors = [layer[number].detach() for layer in layers[first:]]
+    def stacked(number: int, first: int, *axes: int) -> Tensor | None:
+        tensors = [_whole(layer[number].detach(), H, *axes) for layer in layers[first:]]
         if not tensors:
             return None
         return tensors[0].unsqueeze(0).contiguous() if len(tensors) == 1 else torch.stack(tensors)
 
-    weight_hh = stacked(1, 0)
+    weight_hh = stacked(1, 0, 0, 1)
     assert weight_hh is not None
     return Weights(
         cell,
-        table.detach().contiguous(),
-        stacked(0, 1),
+        _whole(table.detach(), H, 1).contiguous(),
+        stacked(0, 1, 0, 1),
         weight_hh,
-        stacked(2, 1) if biased else None,
-        stacked(3, 0) if biased else None,
-        head.detach().contiguous(),
+        stacked(2, 1, 0) if biased else None,
+        stacked(3, 0, 0) if biased else None,
+        _whole(head.detach(), H, 1).contiguous(),
         None if head_bias is None else head_bias.detach().contiguous(),
         problem.dot_precision(table),
+        H,
     )
+
+
+def model_of(weights: Weights, B: int) -> Model:
+    """What the tables need to know of a call."""
+    dtype = weights.table.dtype
+    sizes = Sizes(1, B, 1, weights.units, weights.cell, dtype, weights.precision)
+    return Model(sizes, weights.L, weights.V)
+
+
+def _whole(tensor: Tensor, H: int, *axes: int) -> Tensor:
+    """The tensor with zeros after every H elements along the axes, up to `tiling.whole(H)`."""
+    if H == whole(H):
+        return tensor
+    for axis in axes:
+        parts = tensor.unflatten(axis, (-1, H))
+        after = [0, 0] * (parts.ndim - axis - 2)
+        tensor = F.pad(parts, [*after, 0, whole(H) - H]).flatten(axis, axis + 1)
+    return tensor
 
 
 @dataclass(frozen=True)

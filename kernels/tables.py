@@ -137,9 +137,10 @@ def _resident(BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int) -> Confi
 
 
 def _streamed(
-    BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int, num_stages: int = 1
-) -> Config:
-    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, num_stages, RESIDENT=False)
+    BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int, num_stages: int = 1,
+    maxnreg: int | None = None,
+) -> Config:  # fmt: skip
+    return Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, num_stages, RESIDENT=False, maxnreg=maxnreg)
 
 
 FORWARD, BACKWARD = ("forward",), ("backward",)
@@ -167,6 +168,7 @@ def _large(numbers: str, H: int, shared_kib: int) -> list[Row]:
 ROWS = (
     Row("cta", "16", 32, 64, _cta(8, 32, 4), TURING),
     Row("cta", "16", 32, 64, _cta(16, 32, 4), TURING),
+    Row("cta", "16", 64, 64, _cta(8, 64, 4, maxnreg=168), RTX_30_40, FORWARD),
     Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING, FORWARD),
     Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING_TO_B200, BACKWARD),
     Row("cta", "16", 64, 64, _cta(8, 64, 4, maxnreg=255), RTX_50, BACKWARD),
@@ -179,8 +181,7 @@ ROWS = (
     Row("cta", "tf32", 32, 64, _cta(16, 32, 4), AMPERE),
     Row("cta", "tf32", 64, 99, _cta(8, 64, 4), AMPERE, FORWARD),
     Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE_TO_HOPPER, BACKWARD),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 2), B200, BACKWARD),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), RTX_50, BACKWARD),
+    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 2), BLACKWELL, BACKWARD),
     Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
     Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER),
     Row("cta", "tf32", 128, 227, _cta(16, 128, 8), AMPERE_TO_HOPPER),
@@ -192,12 +193,16 @@ ROWS = (
     Row("cta", "ieee", 32, 64, _cta(16, 32, 4), TURING_ONLY),
     Row("cta", "ieee", 64, 64, _cta(8, 64, 8), TURING_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 4), HOPPER),
-    Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY),
+    Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY, FORWARD),
+    Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY, BACKWARD, plain=True),
+    Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 3), HOPPER_ONLY, BACKWARD),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 8), AMPERE_ONLY),
+    Row("grid", "16", 256, 99, _resident(8, 32, 64, 4), RTX_50, BACKWARD),
     Row("grid", "16", 256, 99, _resident(8, 32, 128, 4), AMPERE),
     Row("grid", "16", 512, 227, _resident(8, 64, 128, 4), HOPPER_ONLY),
     *_large("16", 512, 227),
     Row("grid", "16", 512, 163, _resident(8, 32, 128, 8), AMPERE),
+    Row("grid", "16", 512, 99, _resident(8, 16, 64, 4), RTX_50, BACKWARD),
     Row("grid", "16", 512, 99, _resident(8, 16, 128, 4), AMPERE),
     Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER, FORWARD, plain=True),
     Row("grid", "16", 1024, 227, _resident(8, 32, 128, 8), HOPPER, BACKWARD),
@@ -207,7 +212,7 @@ ROWS = (
     *_large("16", ANY, 163),
     Row("grid", "16", ANY, 163, _streamed(16, 64, 64, 8), HOPPER_ONLY),
     Row("grid", "16", ANY, 64, _streamed(16, 64, 64, 8), AMPERE),
-    Row("grid", "16", ANY, 64, _streamed(16, 32, 32, 4), TURING_ONLY),
+    Row("grid", "16", ANY, 64, _streamed(16, 32, 32, 4, maxnreg=255), TURING_ONLY),
     Row("grid", "tf32", 256, 227, _resident(8, 64, 64, 4), HOPPER_ONLY),
     Row("grid", "tf32", 256, 227, _streamed(32, 64, 32, 8, 3), HOPPER_ONLY, plain=True),
     Row("grid", "tf32", 256, 163, _resident(8, 32, 64, 8), AMPERE),

@@ -17,6 +17,15 @@ AMD = 0
 """Below every compute capability: torch numbers gfx942 as 9.4, between Hopper and Blackwell."""
 
 
+WHOLE = 16
+"""Elements at whose multiples rows begin where 16 bytes can be read, or copied, at once."""
+
+
+def whole(H: int) -> int:
+    """The next multiple of `WHOLE`."""
+    return -(-H // WHOLE) * WHOLE
+
+
 @dataclass(frozen=True)
 class Device:
     """What the tables need to know of a GPU.
@@ -71,8 +80,8 @@ class Config:
     """Compile-time sizes of one kernel; names as in the kernels.
 
     Attributes:
-        maxnreg: Registers of a thread at most; None lets the assembler choose. On Blackwell it
-            stops at 128 for some kernels and spills, where 255 are there.
+        maxnreg: Registers of a thread at most; None lets the assembler choose. For some kernels it
+            stops at 80 to 168 and spills, where 255 are there.
     """
 
     BLOCK_B: int

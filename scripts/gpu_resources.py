@@ -52,21 +52,21 @@ def write(archs: list[int], only: str, *, again: bool) -> int:
 
 def markdown() -> str:
     """One line per architecture and row: registers and shared memory, forward and backward."""
-    lines: dict[tuple[str, ...], dict[str, list[int]]] = {}
-    for name, used in resources.read().items():
-        label, _, tiles = name.partition(": ")
-        arch, what, numbers, cell, features, *_, most = label.split()
-        if (cell, features) == ("reset_after", "everything"):
-            direction, kernel = what.split("_")
-            key = (arch, kernel, numbers, most, tiles.partition(" #")[0])
+    snapshot = resources.read()
+    lines: dict[tuple[Any, ...], dict[str, list[int]]] = {}
+    for point in resources.scans():
+        if (point.cell, point.features) == ("reset_after", "everything"):
+            name = str(point)
+            tiles = name.partition(": ")[2]
+            key = (point.arch, point.kernel, point.numbers, point.most, tiles)
             several = lines.setdefault(key, {})
-            before = several.get(direction, used)
-            several[direction] = [max(pair) for pair in zip(before, used, strict=True)]
+            for used in (u for n, u in snapshot.items() if n.partition(" #")[0] == name):
+                before = several.get(point.direction, used)
+                several[point.direction] = [max(pair) for pair in zip(before, used, strict=True)]
     text = "| arch | kernel | numbers | H to | tiles | forward | backward | wgmma |\n"
     text += "|---|---|---|---|---|---|---|---|\n"
-    order = sorted(lines, key=lambda k: (int(k[0][3:]), k[1], k[2], int(k[3]), k[4]))
-    for key in order:
-        cells = [*key]
+    for key in sorted(lines):
+        cells = [f"sm_{key[0]}", *map(str, key[1:])]
         for direction in ("forward", "backward"):
             used = lines[key].get(direction)
             cells.append(f"{used[0]} / {used[2] / 1024:.0f}" if used else "")

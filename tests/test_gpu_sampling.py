@@ -84,8 +84,6 @@ def test_every_model_has_a_form_that_fits(device, version):
             if form == "grid":
                 programs = -(-H // config.BLOCK_H)
                 assert programs <= device.processors
-                simple = config.num_stages == 1 and not config.RESIDENT and config.BLOCK_B == 8
-                assert H % 16 == 0 or simple
                 # What each draws for is held in registers.
                 rows = -(-config.BLOCK_B // programs)
                 assert rows <= 2 or (rows <= 4 and V <= 256)
@@ -142,6 +140,16 @@ class TestForms:
             assert form_of(arch, 128, V=V) == "grid"
             assert generate_tables.config_of("grid", BY_ARCH[arch], model_of(128, V=V)).RESIDENT
 
+    def test_any_hidden_size_takes_the_tiles_of_the_next_multiple_of_16(self):
+        for arch, H, L in product(BY_ARCH, (19, 57, 121, 300, 497), (1, 2)):
+            for B, numbers in product((4, 4096), ("16",) if arch < 80 else ("16", "tf32")):
+                for form in FORMS[:2]:
+                    odd, whole = (
+                        generate_tables.row_of(form, BY_ARCH[arch], model_of(h, L, 65, numbers, B))
+                        for h in (H, tiling.whole(H))
+                    )
+                    assert odd is whole
+
     @pytest.mark.parametrize(
         "form, arch, H, L, numbers",
         [
@@ -173,6 +181,26 @@ def test_every_row_is_reached(monkeypatch):
                 for offered in (replace(device, shared_bytes=size) for size in shared):
                     reached.add(generate_tables.row_of(row.form, offered, model))
     assert set(generate_tables.ROWS) <= reached
+
+
+@pytest.mark.usefixtures("version")
+def test_what_is_computed_at_each_position(version):
+    """Addresses in `grid` where logits are read in parts; from Hopper on by Triton 3.9 always."""
+
+    def compiled(form, arch, *args, **options):
+        model = model_of(*args, **options)
+        config = generate_tables.config_of(form, BY_ARCH[arch], model)
+        return generate_tables.compiled_as(form, BY_ARCH[arch], model, config)
+
+    found = [
+        compiled("grid", 80, 256, V=1000), compiled("grid", 80, 256, V=50_000),
+        compiled("grid", 90, 512, V=1000), compiled("cta", 90, 64),
+        compiled("cta", 90, 128, B=4096),
+    ]  # fmt: skip
+    nothing, addresses = {"ANEW": "nothing"}, {"ANEW": "addresses"}
+    in_parts = addresses | {"maxnreg": 255}
+    new = [addresses, nothing, addresses] if version == (3, 9) else [nothing] * 3
+    assert found == [nothing, in_parts, *new]
 
 
 def test_amd_devices_are_offered_launches_only():
@@ -263,15 +291,34 @@ class TestWeights:
         return gpu_sampling._weights(model)
 
     def test_layers_are_stacked(self):
-        model = GRULanguageModel(5, None, 8, 3, cell="no_reset")
+        model = GRULanguageModel(5, None, 16, 3, cell="no_reset")
         found = self.weights(model)
-        assert found.weight_hh.shape == (3, 16, 8) and found.weight_ih.shape == (2, 16, 8)
+        assert found.weight_hh.shape == (3, 32, 16) and found.weight_ih.shape == (2, 32, 16)
         assert torch.equal(found.weight_ih[1], model.gru.weight_ih_l2)
         assert torch.equal(found.bias_hh[2], model.gru.bias_hh_l2)
-        assert (found.L, found.H, found.V) == (3, 8, 5)
+        assert (found.L, found.H, found.units, found.V) == (3, 16, 16, 5)
+
+    def test_hidden_units_are_padded(self):
+        """To a multiple of 16, each gate by itself, with zeros."""
+        model = GRULanguageModel(5, None, 19, 2)
+        found, gru = self.weights(model), model.gru
+        assert (found.H, found.units) == (32, 19)
+        for mine, theirs in (
+            (found.table, model.token_table()), (found.weight_ih[0], gru.weight_ih_l1),
+            (found.weight_hh[1], gru.weight_hh_l1), (found.bias_ih[0], gru.bias_ih_l1),
+            (found.bias_hh[1], gru.bias_hh_l1), (found.head, model.head.weight),
+        ):  # fmt: skip
+            assert mine.is_contiguous()
+            units = [
+                torch.arange(size).remainder(32) < 19 if size % 32 == 0 else torch.ones(size).bool()
+                for size in mine.shape
+            ]
+            kept = units[0] if mine.ndim == 1 else units[0][:, None] & units[1]
+            assert torch.equal(mine[kept], theirs.flatten())
+            assert bool((mine[~kept] == 0).all()) and not bool(kept.all())
 
     def test_one_layer_is_not_copied(self):
-        model = GRULanguageModel(5, None, 8, bias=False)
+        model = GRULanguageModel(5, None, 16, bias=False)
         found = self.weights(model)
         assert found.weight_ih is found.bias_ih is found.bias_hh is None
         assert found.weight_hh.data_ptr() == model.gru.weight_hh_l0.data_ptr()

@@ -4,6 +4,7 @@
 import re
 from dataclasses import astuple, replace
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ if find_spec("triton") is None:
 import triton
 
 from gru_fast import kernels
-from gru_fast.kernels import problem, tiling
+from gru_fast.kernels import problem, tables, tiling
 from triton_support import compiled, known_spills, resources
 
 ARCHITECTURES = tuple(compiled.DEVICES)
@@ -98,6 +99,31 @@ def check_compiled(point: resources.Point) -> None:
         check(point, name, used)
         if snapshot:
             assert snapshot[name] == list(astuple(used))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["everything", "plain"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_a_call_takes_is_a_point(arch, plain):
+    """Rows that no call takes are not compiled; whatever tiles a call takes are."""
+    known = {
+        (point.kernel, point.numbers, point.cell, point.direction, point.config)
+        for point in resources.scans()
+        if point.arch == arch and (plain or point.features == "everything")
+    }
+    numbers = ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee")
+    sizes = product((1, 300, 4096, 10**5), (1, 32, 57, 64, 128, 200, 256, 300, 512, 1024, 2000))
+    taken = set()
+    for (B, H), kind, cell, way in product(
+        sizes, numbers, ("reset_after", "reset_before"), ("forward", "backward")
+    ):
+        call = tiling.Sizes(9, B, 1, H, cell, resources.dtype_of(kind, arch), kind, plain)
+        for kernel in ("cta", "grid", "step"):
+            config = tables.config(kernel, compiled.DEVICES[arch], call, way)
+            # Plain calls of the other cells are compiled with everything.
+            if config is not None and (cell == "reset_after" or not plain):
+                taken.add((kernel, kind, cell, way, config))
+    assert taken <= known, taken - known
+    assert len({kernel for kernel, *_ in taken}) == 3
 
 
 def test_snapshot_is_whole_and_clean():

@@ -179,8 +179,8 @@ class TestDraw:
         assert abs(chi_square(torch.bincount(tokens, minlength=V).double(), p)) < 4
 
 
-def language_model(cell=CELLS[0], layers=1, hidden=19, vocabulary=11, **options):
-    """Sharp enough that a wrong input shows."""
+def language_model(cell=CELLS[0], layers=1, hidden=41, vocabulary=11, **options):
+    """Sharp enough that a wrong input shows; a hidden size that is padded, and fills no tile."""
     torch.manual_seed(1)
     model = GRULanguageModel(vocabulary, None, hidden, layers, cell=cell, **options)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def tiles(
     def config(form, device, model):
         if form == "cta":
             return Config(rows, max(16, triton.next_power_of_2(model.sizes.H)), 0, 4)
-        return Config(rows, 16, 16, 4, 1, resident)
+        return Config(rows, 32, 32, 4, 1, resident)
 
     interleaved = interpreter.concurrent_grid(seed, limit) if form == "grid" else nullcontext()
     with interleaved, mock.patch.multiple(driver, config_of=config, LAUNCH=launch, QUEUED=launch):
@@ -360,14 +360,16 @@ class TestGrid:
         """Three programs a tile, weights streamed."""
         for seed in range(2):
             compare(
-                "grid", language_model(cell, 2, hidden=40), [[1], []], max_new_tokens=3, seed=6,
+                "grid", language_model(cell, 2, hidden=75), [[1], []], max_new_tokens=3, seed=6,
                 schedule={"seed": seed, "resident": False},
             )  # fmt: skip
 
     @pytest.mark.slow
     def test_logits_read_tile_by_tile(self):
         model = language_model(vocabulary=37)
-        with mock.patch.multiple(generation, MOST_DRAWN_FROM=16, LOGITS_IN_PART=16):
+        grid = sys.modules["gru_fast.kernels.generate_grid"]
+        in_parts = mock.patch.object(generation, "MOST_DRAWN_FROM", 16)
+        with in_parts, mock.patch.object(grid, "LOGITS_OF_WARP", 4):
             for options in ({}, {"top_k": 9, "top_p": 0.8}, {"do_sample": False}):
                 compare("grid", model, [[1], []], max_new_tokens=2, seed=7, **options)
 

@@ -15,7 +15,8 @@ import triton
 from cases import Case, layer_inputs
 from gru_fast import kernels
 from gru_fast.kernels import norm_ops, norm_tables, problem, registry, tables
-from gru_fast.kernels.tiling import Config
+from gru_fast.kernels.tables import Row
+from gru_fast.kernels.tiling import Config, Sizes
 from norm_cases import norm_arguments
 from triton_support import compiled, resources_generate
 from triton_support.compiled import DEVICES, Resources
@@ -23,15 +24,23 @@ from triton_support.resources_generate import GeneratePoint, dtype_of
 
 SNAPSHOT = Path(__file__).parent / f"resources-triton-{triton.__version__}.json"
 VARIANTS = (
-    ("reset_after", "everything", (90, 80, 100, 75, 86, 120)),
-    ("reset_before", "everything", (90,)),
-    ("reset_after", "plain", (90,)),
-    ("reset_after", "everything", (89,)),
+    ("reset_after", "everything", tuple(DEVICES)),
+    ("reset_before", "everything", tuple(DEVICES)),
+    ("reset_after", "plain", tuple(DEVICES)),
 )
-"""Cells and optional inputs that rows are compiled for, and where: what takes most comes first."""
+"""Cells and optional inputs that rows are compiled for, and where."""
+
+EVERY_PLAIN = (90,)
+"""Architectures where every row is compiled for plain calls; elsewhere those for no others are."""
 
 MOST_H = 1024
 """The H that rows without a limit are compiled for."""
+
+NOT_ALIGNED = 300
+"""An H that is no multiple of 16, for `reset_after`; where a row's limit is lower, 7 below it."""
+
+EVERY_ODD = (75,)
+"""Architectures where every row is compiled for such an H; elsewhere those for no others are."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Point:
     direction: str
     H: int
     config: Config
+    most: int
+    """The largest H that the row holds for; `H` is what it is compiled for."""
 
     def __str__(self) -> str:
         c = self.config
@@ -59,28 +70,53 @@ class Point:
 
 def points() -> Iterator[Point | GeneratePoint]:
     """Every row of the scans and of `generate`."""
-    yield from _scans()
+    yield from {str(point): point for point in scans()}.values()
     yield from resources_generate.points()
 
 
-def _scans() -> Iterator[Point]:
-    """Every row where it may be taken, and the tiles of `step`."""
+def scans() -> Iterator[Point]:
+    """Every row where it may be taken, and the tiles of `step`; a point may come twice."""
     for cell, features, archs in VARIANTS:
         for arch in archs:
-            device = DEVICES[arch]
             for direction in ("forward", "backward"):
-                norm = norm_tables.offered(device, direction) if cell == "reset_after" else ()
-                for row in (*tables.offered(device, direction), *norm):
-                    if features == "plain" or not row.plain:
-                        yield Point(
-                            arch, row.kernel, row.numbers, cell, features, direction,
-                            min(row.H, MOST_H), row.config,
-                        )  # fmt: skip
-            for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
-                sizes = tables.Sizes(2, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
-                for direction in ("forward", "backward"):
-                    config = tables.config("step", device, sizes, direction)
-                    yield Point(arch, "step", numbers, cell, features, direction, 256, config)
+                yield from _rows(arch, cell, features, direction)
+                if features != "plain" or arch in EVERY_PLAIN:
+                    yield from _steps(arch, cell, features, direction)
+
+
+def _rows(arch: int, cell: str, features: str, direction: str) -> Iterator[Point]:
+    """Those that some call with such inputs takes, at their largest H and at an odd one."""
+    device, plain = DEVICES[arch], features == "plain"
+    norm = norm_tables.offered(device, direction) if cell == "reset_after" else ()
+    rows = (*tables.offered(device, direction), *norm)
+    for number, row in enumerate(rows):
+        if plain and arch not in EVERY_PLAIN and not row.plain:
+            continue
+        taken = []
+        for H in (min(row.H, MOST_H), min(row.H - 7, NOT_ALIGNED)):
+            sizes = Sizes(2, 4, 1, H, cell, dtype_of(row.numbers, arch), row.numbers, plain)
+            before = [other for other in rows[:number] if other.holds(sizes)]
+            if row.holds(sizes) and not any(_goes_before(other, row) for other in before):
+                taken.append(H)
+        both = (cell, plain) == ("reset_after", False) and arch in EVERY_ODD
+        for H in taken if both else taken[:1]:
+            of = (cell, features, direction)
+            yield Point(arch, row.kernel, row.numbers, *of, H, row.config, min(row.H, MOST_H))
+
+
+def _goes_before(earlier: Row, row: Row) -> bool:
+    """Whether it is taken in place of the other: it fills the device no more often."""
+    tiles, others = earlier.config, row.config
+    same = (earlier.kernel, earlier.H) == (row.kernel, row.H)
+    return same and tiles.BLOCK_B >= others.BLOCK_B and tiles.BLOCK_H >= others.BLOCK_H
+
+
+def _steps(arch: int, cell: str, features: str, direction: str) -> Iterator[Point]:
+    for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
+        sizes = Sizes(2, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
+        config = tables.config("step", DEVICES[arch], sizes, direction)
+        for H in (256, NOT_ALIGNED) if features == "everything" else (256,):
+            yield Point(arch, "step", numbers, cell, features, direction, H, config, 256)
 
 
 def sample() -> Iterator[Point | GeneratePoint]:
@@ -95,7 +131,7 @@ def _sample_of_scans() -> Iterator[Point]:
         (75, "cta", "ieee", 64), (100, "grid", "tf32", 256), (120, "step", "16", 256),
         (90, "norm", "16", 64),
     }  # fmt: skip
-    for point in _scans():
+    for point in scans():
         key = (point.arch, point.kernel, point.numbers, point.H)
         if key in wanted and (point.direction == "backward" or point.arch == 90):
             if point.direction == "backward" or point.config.BLOCK_B == 8:

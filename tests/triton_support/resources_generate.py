@@ -13,9 +13,6 @@ from gru_fast.kernels.tiling import Config, Sizes
 from triton_support import compiled
 from triton_support.compiled import DEVICES, Resources
 
-EVERY_ROW = {"reset_after": tuple(DEVICES), "reset_before": (90, 80), "no_reset": (90,)}
-"""Cells, and the architectures that rows are compiled for them."""
-
 RULES = {"filters": {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "min_p": 0.1}, "plain": {}}
 
 MOST = {"L": 2, "H": 1024, "V": 1000}
@@ -24,14 +21,8 @@ MOST = {"L": 2, "H": 1024, "V": 1000}
 MOST_LAYERS = 4
 """Layers that they are compiled for where a program draws for most rows, at their least H."""
 
-FURTHER = (75, 90)
-"""Architectures that rows are compiled for at the next two sizes as well, for `reset_after`."""
-
 IN_PARTS = 50_000
-"""A vocabulary whose logits are read in parts, for rows without a limit of V."""
-
-NOT_ALIGNED = 300
-"""A hidden size whose rows begin at no multiple of 16 elements, for rows that take them."""
+"""A vocabulary whose logits are read in parts, for rows without a limit of V, for `reset_after`."""
 
 FILTERS = "filters"
 """The rules that take most."""
@@ -72,8 +63,8 @@ class GeneratePoint:
 def points() -> Iterator[GeneratePoint]:
     """Every row where it may be taken, and the tiles of `step`."""
     seen = set()
-    for cell, archs in EVERY_ROW.items():
-        for arch in archs:
+    for cell in problem.GATES:
+        for arch in DEVICES:
             for row, of in (*_rows(arch, cell), *_steps(arch, cell)):
                 point = GeneratePoint(arch, row, cell, FILTERS, of)
                 if str(point) not in seen:
@@ -94,37 +85,20 @@ def _rows(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
         ends = [most]
         if row.least_H > 1:
             ends.append(most | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
-        if cell == "reset_after" and arch in FURTHER:
-            if row.V > IN_PARTS:
-                ends += [end | {"V": IN_PARTS} for end in ends]
-            if _takes_odd(row, arch):
-                ends.append(most | {"H": _odd(row)})
+        if cell == "reset_after" and row.V > IN_PARTS:
+            ends += [end | {"V": IN_PARTS} for end in ends]
         for sizes in ends:
             yield replace(row, **sizes), row
 
 
-def _odd(row: GenerateRow) -> int:
-    return min(row.H - 7, NOT_ALIGNED)
-
-
-def _takes_odd(row: GenerateRow, arch: int) -> bool:
-    cell = row.cells[0]
-    sizes = Sizes(1, 4, 1, _odd(row), cell, dtype_of(row.numbers, arch), row.numbers)
-    return row.holds(Model(sizes, 1, min(row.V, MOST["V"])))
-
-
 def _steps(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
-    if cell != "reset_after":
-        return
     for numbers in ("16", "tf32", "tf32x3") if arch >= 80 else ("16", "ieee"):
         sizes = Sizes(1, 4, 1, 256, cell, dtype_of(numbers, arch), numbers)
         config = generate_tables.config_of("step", DEVICES[arch], Model(sizes, 2, 1000))
         of = GenerateRow("step", numbers, ANY, ANY, ANY, 64, config)
         yield replace(of, L=2, H=256, V=MOST["V"]), of
-        if arch in FURTHER or numbers == "16":  # the draw is the same for all numbers
+        if cell == "reset_after" and numbers == "16":  # the draw is the same for all numbers
             yield replace(of, L=2, H=256, V=IN_PARTS), of
-        if arch in FURTHER:
-            yield replace(of, L=2, H=NOT_ALIGNED, V=MOST["V"]), of
 
 
 def sample() -> Iterator[GeneratePoint]:
