@@ -86,8 +86,8 @@ def test_spills_are_seen():
 
 @pytest.mark.parametrize("arch, names", [(90, "HGMMA"), (100, "UTCHMMA|UTCMMA")])
 def test_warpgroup_products_reach_the_machine_code(arch, names):
-    """What `resources` counts in the PTX."""
-    found = launches(arch, "cta", Case(H=64, B=32), torch.bfloat16)
+    """What `resources` counts in the PTX; of tiles of 16 rows, as Triton 3.6 has none for 8."""
+    found = launches(arch, "cta", Case(H=64, B=1300), torch.bfloat16)
     scan = next(launch for launch in found if launch.kernel == "forward_cta")
     counted = compiled.resources(scan).warpgroup_products
     assert counted == len(re.findall(rf"\b(?:{names})", compiled.machine_code(scan))) > 0
