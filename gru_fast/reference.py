@@ -210,7 +210,7 @@ def _stack_time(
 ) -> Tensor:
     """Steps of (G, B, K) in scan order to (T, *shape) in time order."""
     if not steps:
-        return like.new_zeros(0, *shape)
+        return like.new_zeros(0, *shape) + 0 * like.sum()  # of which a gradient can be asked
     return _scan_order(torch.stack(steps), reverse).transpose(1, 2).reshape(len(steps), *shape)
 
 

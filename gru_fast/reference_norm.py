@@ -47,7 +47,9 @@ def _norm_gates(
     H = s.shape[-1]
     u = s @ weight_hh.transpose(-1, -2)
     centred = u - u.mean(-1, keepdim=True)
-    rstd = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    # As PyTorch's norms: rstd^3, which the gradient needs, is beyond float16 where s is zero.
+    wide = centred.float() if centred.dtype.itemsize == 2 else centred
+    rstd = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps).to(u.dtype)
     v = centred * rstd
     k = v * gamma[:, None]
     if bias_hh is not None:

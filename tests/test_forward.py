@@ -249,6 +249,14 @@ def test_length_zero_and_no_time_steps(cell, bidirectional, batch_first):
     assert rnn(empty[:, 0] if not batch_first else empty[0])[0].shape == (0, 4 * D)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_no_time_steps_have_gradients(backend):
+    rnn = gru_fast.GRU(3, 4, 2, bidirectional=True, backend=backend)
+    x = torch.randn(0, 2, 3, requires_grad=True)
+    rnn(x)[0].sum().backward()
+    assert x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(map(str, c.values())))
 def test_lengths_are_a_packed_sequence_without_packing(config, dtype):

@@ -209,13 +209,23 @@ class TestInterface:
         torch.testing.assert_close(output[:3], rnn(x[:3])[0], rtol=0, atol=1e-12)
         torch.testing.assert_close(output[3:], rnn(x[3:], start)[0], rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("backend", ("auto", "reference"))
     @pytest.mark.parametrize("T, B", [(0, 2), (3, 0)])
-    def test_empty(self, T: int, B: int) -> None:
-        rnn = LayerNormGRU(3, 5, bidirectional=True)
+    def test_empty(self, T: int, B: int, backend: str) -> None:
+        rnn = LayerNormGRU(3, 5, bidirectional=True, backend=backend)
         hx = torch.randn(2, B, 5)
         output, h_n = rnn(torch.randn(T, B, 3), hx)
         assert output.shape == (T, B, 10) and torch.equal(h_n, hx)
         output.sum().backward()
+
+    @pytest.mark.parametrize("backend", ("auto", "reference"))
+    @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+    def test_16_bits_from_a_state_of_zeros(self, dtype: torch.dtype, backend: str) -> None:
+        """Where the variance is 0: rstd^3 is beyond float16."""
+        rnn = LayerNormGRU(4, 8, dtype=dtype, backend=backend)
+        rnn(torch.randn(2, 3, 4, dtype=dtype))[0].sum().backward()
+        for name, parameter in rnn.named_parameters():
+            assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
 
     def test_dropout_between_layers(self) -> None:
         rnn = LayerNormGRU(3, 5, 2, dropout=0.5)
