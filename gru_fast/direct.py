@@ -87,7 +87,10 @@ def gru(
 
 
 def is_only_watched() -> bool:
-    """Whether who would see that no operator was called does nothing but look at operators."""
+    """Whether who would see that no operator was called does nothing but look at operators.
+
+    It repeats part of `is_unobserved`, which every small call makes and a further call would slow.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

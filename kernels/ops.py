@@ -189,7 +189,7 @@ def layer_backward(
             part = rows[:, :, groups]
             if need_x:
                 value = products.input_gradient(part, weight_ih[groups], shared)
-                if not recompute:
+                if not recompute:  # one chunk, all groups at once
                     grad_x = value.contiguous()
                 elif not shared:
                     grad_x[times, :, groups] = value

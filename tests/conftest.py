@@ -12,6 +12,7 @@ from torch.utils import deterministic
 from direct_spy import Spy
 from gru_fast import direct, ops
 from repository_tools import load
+from torch_threads import torch_threads
 
 if ops.HAS_CPU_KERNELS:
     from gru_fast import _C
@@ -113,16 +114,19 @@ def quick_results(tmp_path_factory):
 @pytest.fixture(params=(1, 2), ids=("1thread", "2threads"))
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Each number of threads in turn."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """A single thread, whatever the machine has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads() -> Iterator[int]:
+    """Two threads, whatever the machine has."""
+    with torch_threads(2):
+        yield 2

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cases import Case, LayerInputs
 from gru_fast import reference
+from torch_threads import torch_threads
 
 DIRECTIONS = ((False,), (True,), (False, True), (True, False, False))
 
@@ -34,12 +35,8 @@ def run(op: Any, arguments: Sequence[Any], grads: Sequence[Tensor]) -> list[Tens
 
 def run_specification(name: str, arguments: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
     """`run` on the reference, on one thread: its small operations are five times faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         return run(getattr(reference, name), arguments, grads)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def labels(arguments: Sequence[Any], op: Any) -> list[str]:

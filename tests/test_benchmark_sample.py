@@ -8,6 +8,7 @@ import torch
 
 from gru_fast import GRULanguageModel
 from repository_tools import load
+from torch_threads import torch_threads
 
 cli = load("benchmarks.sample.cli")
 facts = load("benchmarks.sample.facts")
@@ -60,12 +61,9 @@ def test_bad_arguments(capsys):
 def test_facts_have_a_value_and_a_unit(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "QUICK", timing.DRY)
     file = tmp_path / "facts.json"
-    before = torch.get_num_threads()
-    try:
+    with torch_threads():
         arguments = ["--quick", "--shapes", "none", "--facts", "all", "--json", str(file)]
         assert cli.main("sample", arguments) == 0
-    finally:
-        torch.set_num_threads(before)
     found = {}
     for figure in records.read(file).figures:
         found.setdefault(figure["name"], []).append(figure)

@@ -333,14 +333,6 @@ class Wrong(providers_torch.TorchGRU):
         return super().prepare(replace(problem, seed=problem.seed + 1), threads)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield 2
-    torch.set_num_threads(before)
-
-
 def contended(suite: str) -> "problem.Problem":
     return problem.Problem(
         contention.QUICK[0], suite, "float32", "cpu", feature=f"contention/{suite}"

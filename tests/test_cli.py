@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from gru_fast.cli import cli
+from torch_threads import torch_threads
 
 TINY = ["--hidden", "24", "--batch", "32", "--steps", "60", "--lr", "0.02"]
 CONSONANTS, VOWELS = "bdkmt", "aeiou"
@@ -24,10 +25,8 @@ CONSONANTS, VOWELS = "bdkmt", "aeiou"
 
 @pytest.fixture(autouse=True)
 def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 def write_names(path):

@@ -15,6 +15,7 @@ from cases import CELLS, Case, LayerInputs, layer_inputs
 from conftest import forced_isa
 from gru_fast import ops, reference
 from helpers import assert_parity
+from torch_threads import torch_threads
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
@@ -91,15 +92,11 @@ class TestOrderOfSummation:
     @pytest.mark.parametrize("T, B", ((12, 1), (12, 3), (12, 40), (1, 3), (1, 40)))
     def test_threads(self, isa: str, cell: str, dtype: torch.dtype, T: int, B: int) -> None:
         inputs = layer_inputs(Case(cell, reverse=(False, True), T=T, B=B, **WIDE), dtype)
-        before = torch.get_num_threads()
         results = []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
+        for threads in (1, 2, 3):
+            with torch_threads(threads):
                 output, h_n, workspace = forward(inputs)
                 results.append((output, h_n, workspace, *backward(inputs, output, workspace)))
-        finally:
-            torch.set_num_threads(before)
         for other in results[1:]:
             for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
                 assert_same_bits(f"result {i}", a, b)

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gru_fast
 from gru_fast import GRU, GRUCell, backends, explain, measured, ops
+from torch_threads import torch_threads
 
 needs_cpu_kernels = pytest.mark.skipif(not ops.HAS_CPU_KERNELS, reason="no compiled CPU kernels")
 CELLS = ("reset_after", "reset_before", "no_reset")
@@ -189,21 +190,16 @@ def test_an_input_of_another_type():
 @pytest.mark.parametrize("training", [False, True])
 def test_quotes_the_committed_figure(training):
     """Of a call that the README has: the figure, the bound and the machine of that run."""
-    threads = torch.get_num_threads()
     rnn, x = GRU(64, 64), torch.randn(256, 1, 64)
-    try:
-        torch.set_num_threads(1)
-        with torch.set_grad_enabled(training):
-            explanation = explain(rnn, x)
-            others = [
-                explain(GRU(64, 64, 2), x),
-                explain(GRU(64, 64, cell="no_reset"), x),
-                explain(rnn, x, lengths=torch.tensor([3])),
-                explain(rnn, x[1:]),
-                explain(rnn.bfloat16(), x.bfloat16()),
-            ]
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(1), torch.set_grad_enabled(training):
+        explanation = explain(rnn, x)
+        others = [
+            explain(GRU(64, 64, 2), x),
+            explain(GRU(64, 64, cell="no_reset"), x),
+            explain(rnn, x, lengths=torch.tensor([3])),
+            explain(rnn, x[1:]),
+            explain(rnn.bfloat16(), x.bfloat16()),
+        ]
     suite = "train" if training else "infer"
     seconds, bound = measured.MEASURED["cpu", suite, "float32", 1, 64, 64, 1, 256]
     assert explanation.measured_seconds == pytest.approx(seconds * 1e-6)

@@ -11,6 +11,7 @@ from cases import Case
 from gru_fast import LayerNormGRU, ops, ops_norm, reference_norm
 from helpers import assert_parity
 from norm_cases import GRADIENTS, backward_arguments, cast, norm_arguments, with_recompute
+from torch_threads import torch_threads
 
 if not ops.HAS_CPU_KERNELS:
     pytest.skip("no compiled CPU kernels", allow_module_level=True)
@@ -69,15 +70,12 @@ class TestOrderOfSummation:
         case = Case("reset_after", "everything", BOTH, T=12, B=B, H=WIDE)
         arguments = norm_arguments(case, dtype)
         grads = [torch.randn(12, B, 2 * WIDE).to(dtype), torch.randn(2, B, WIDE).to(dtype)]
-        before, results = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
+        results = []
+        for threads in (1, 2, 3):
+            with torch_threads(threads):
                 given = backward_arguments(ops_norm.norm_scan, arguments, False, grads)
                 found = ops_norm.norm_scan_backward(*given)
                 results.append((*ops_norm.norm_scan(*arguments), *found))
-        finally:
-            torch.set_num_threads(before)
         for other in results[1:]:
             for name, a, b in zip((*RESULTS, *GRADIENTS), results[0], other, strict=True):
                 same_bits(name, a, b)

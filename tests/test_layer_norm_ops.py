@@ -22,6 +22,7 @@ from norm_cases import (
     with_recompute,
 )
 from op_calls import DIRECTIONS, draws
+from torch_threads import torch_threads
 
 SCHEMAS = {
     "norm_scan": "gru_fast::norm_scan(Tensor gates_x, Tensor h0, Tensor weight_hh, "
@@ -59,12 +60,8 @@ def run(op: Any, arguments: list[Any], grads: list[Tensor]) -> list[Tensor]:
 
 def run_specification(arguments: list[Any], grads: list[Tensor]) -> list[Tensor]:
     """`run` on the reference, on one thread: its small operations are five times faster so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         return run(reference_norm.norm_scan, arguments, grads)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def random_grads(case: Case) -> list[Tensor]:

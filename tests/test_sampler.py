@@ -19,14 +19,6 @@ _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its C
 CELLS = ("reset_after", "reset_before", "no_reset")
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def language_model(vocabulary=11, hidden=19, layers=1, cell="reset_after", **options):
     """Sharper than a new model, so that a wrong state shows in the tokens."""
     lm = GRULanguageModel(vocabulary, 7, hidden, layers, cell=cell, **options)

@@ -2,6 +2,7 @@
 """The state as a feature: learned or expanded initial states, recurrent dropout, gate values."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import gru_fast
 from cases import CELLS
 from gru_fast import functional, notations
+from torch_threads import torch_threads
 
 T, B, I, H, L = 6, 4, 3, 5, 2  # noqa: E741
 DIRECTIONS = pytest.mark.parametrize("bidirectional", [False, True])
@@ -200,18 +202,14 @@ class TestRecurrentDropout:
     def test_threads_and_recompute_change_no_bit(self, H):
         rnn = gru_fast.GRU(I, H, L, recurrent_dropout=0.3, dropout=0.2)
         x = torch.randn(9, 33, I)
-        results, before = [], torch.get_num_threads()
-        try:
-            for threads in (1, 2):
-                for recompute in (False, True):
-                    torch.set_num_threads(threads)
-                    rnn.recompute = recompute
-                    torch.manual_seed(11)
-                    output, h_n = rnn(x)
-                    grads = torch.autograd.grad(output.sum() + h_n.sum(), list(rnn.parameters()))
-                    results.append((output, h_n, *grads))
-        finally:
-            torch.set_num_threads(before)
+        results = []
+        for threads, recompute in product((1, 2), (False, True)):
+            with torch_threads(threads):
+                rnn.recompute = recompute
+                torch.manual_seed(11)
+                output, h_n = rnn(x)
+                grads = torch.autograd.grad(output.sum() + h_n.sum(), list(rnn.parameters()))
+                results.append((output, h_n, *grads))
         for other in results[1:]:
             assert all(map(torch.equal, results[0], other))
 

@@ -15,6 +15,7 @@ from cases import CELLS, Case, LayerInputs, layer_inputs
 from gru_fast import ops
 from helpers import assert_parity
 from op_calls import labels, run, run_specification
+from torch_threads import torch_threads
 
 needs_kernels = pytest.mark.skipif(not ops.HAS_CPU_KERNELS, reason="built without CPU kernels")
 
@@ -46,9 +47,8 @@ def ragged(cell: str, lengths: torch.Tensor, dtype: torch.dtype) -> LayerInputs:
 
 @pytest.fixture
 def threads() -> Iterator[tuple[int, ...]]:
-    before = torch.get_num_threads()
-    yield (1, 2, 3)
-    torch.set_num_threads(before)
+    with torch_threads():
+        yield (1, 2, 3)
 
 
 @needs_kernels

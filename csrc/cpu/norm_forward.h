@@ -97,9 +97,10 @@ class NormForwardScan {
     panels_.pack(part_of(p_.G * tiles_, member, team.size()));
     start();
     team.barrier(member);
-    const int64_t round = p_.B < kProjectRows ? kProjectRows / p_.B : 1;
+    const int64_t steps_of_round = p_.B < kProjectRows ? kProjectRows / p_.B : 1;
     for (int64_t step = 0; step < p_.T; ++step) {
-      if (step > 0 && step % round == 0 && !team.goes_on(step / round)) return;
+      const bool begins = step > 0 && step % steps_of_round == 0;
+      if (begins && !team.goes_on(step / steps_of_round)) return;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) multiply(g, step);
       if (share_.waits) team.barrier(member);
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
