@@ -57,64 +57,68 @@ template <class Real>
 struct Stack {
   Layer<Real> layers[kMaxLayers];
   std::unique_ptr<Real[]> between;  // outputs of inner layers, where T > 1
+  std::unique_ptr<Real[]> zeros;    // the initial state, where the call has none
 };
 
 // The sizes of a call, read from input and hx; false if these are not plain.
 template <class Real>
 struct Sizes {
   Rows<Real> input;
-  Dense<Real> hx;
+  Dense<Real> hx;  // without data where the call has none
   int64_t T, B, H;
   bool by_row;  // input is (B, T, I)
 
   // Of a cell's input (B, I) or (I), a layer's (T, B, I), (B, T, I) or, of one sequence, (T, I).
   int64_t stride_t() const { return T == 1 ? 0 : input.strides[by_row ? 1 : 0]; }
   int64_t stride_b() const { return B == 1 ? 0 : input.strides[by_row || input.ndim == 2 ? 0 : 1]; }
-  bool read_from(const Arguments& a, PyObject* state, bool again = false) {
+  bool read_from(const Arguments& a, bool again = false) {
     if (!read(a.input, input, again)) return false;
     if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
     by_row = a.batch_first && input.ndim == 3;
     T = a.is_cell() ? 1 : input.shape[by_row ? 1 : 0];
     B = input.rows() / T;
-    if (state == Py_None) {  // zeros, which are still to be made
+    if (a.hx == Py_None) {
       Dense<Real> weight_hh;
-      if (a.is_cell() || a.weight_count < 2 || !read(a.weights[1], weight_hh)) return false;
+      // Backward reads the initial state as a tensor.
+      if (a.saves || a.weight_count < 2 || !read(a.weights[1], weight_hh, again)) return false;
       H = weight_hh.width();
       return true;
     }
-    if (!read(state, hx, again) || hx.ndim != input.ndim) return false;
+    if (!read(a.hx, hx, again) || hx.ndim != input.ndim) return false;
     H = hx.width();
     return hx.rows() == a.layer_count() * B && (a.is_cell() || hx.shape[0] == a.layers);
   }
 };
 
-// Allocates the initial state, where the call has none, and the results; false with a Python
-// exception.
+// False with a Python exception.
 template <class Real>
-bool allocate(const Arguments& a, const Sizes<Real>& size, Reference& zeros, Results& results) {
+bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
-  const bool batched = size.input.ndim == 3, by_row = size.by_row;
-  if (a.hx == Py_None) {
-    zeros = batched ? new_zeros(a.input, {a.layers, B, H}) : new_zeros(a.input, {a.layers, H});
-    if (zeros == nullptr) return false;
+  const bool by_row = size.by_row, batched = size.input.ndim == (a.is_cell() ? 2 : 3);
+  if (a.hx != Py_None) {
+    results.h_n = empty_like(a.hx);
+  } else if (a.is_cell()) {
+    results.h_n = batched ? new_empty(a.input, {B, H}) : new_empty(a.input, {H});
+  } else {
+    results.h_n =
+        batched ? new_empty(a.input, {a.layers, B, H}) : new_empty(a.input, {a.layers, H});
   }
-  PyObject* const state = zeros == nullptr ? a.hx : zeros.get();
-  results.h_n = empty_like(state);
   if (results.h_n == nullptr) return false;
+  PyObject* const like = results.h_n.get();
   if (a.saves) {
-    results.workspace = new_empty(state, {T, B, 1, slot_count(a.cell) * H});
+    results.workspace = new_empty(like, {T, B, 1, slot_count(a.cell) * H});
     if (results.workspace == nullptr) return false;
   }
   if (a.is_cell()) return true;
   results.turned = by_row && T > 1;
   if (T == 1 && a.layers == 1 && !by_row) {
-    results.output = empty_like(state);
+    results.output = empty_like(like);
   } else if (!batched) {
-    results.output = new_empty(state, {T, H});
+    results.output = new_empty(like, {T, H});
   } else if (by_row && !results.turned) {
-    results.output = new_empty(state, {B, T, H});
+    results.output = new_empty(like, {B, T, H});
   } else {
-    results.output = new_empty(state, {T, B, H});
+    results.output = new_empty(like, {T, B, H});
   }
   return results.output != nullptr;
 }
@@ -122,11 +126,11 @@ bool allocate(const Arguments& a, const Sizes<Real>& size, Reference& zeros, Res
 // The layers, each of which reads what the one before it writes; false if anything is not plain or
 // does not fit.
 template <class Real>
-bool read_stack(const Arguments& a, PyObject* state, const Results& results,
-                const KernelTable<Real>& table, Stack<Real>& stack) {
+bool read_stack(const Arguments& a, const Results& results, const KernelTable<Real>& table,
+                Stack<Real>& stack) {
   Sizes<Real> size;
   Dense<Real> output, h_n;
-  if (!size.read_from(a, state, true) || !read(results.h_n.get(), h_n, true)) return false;
+  if (!size.read_from(a, true) || !read(results.h_n.get(), h_n, true)) return false;
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
   const long layers = a.layer_count();
   if (h_n.rows() != layers * B || h_n.width() != H) return false;
@@ -140,6 +144,12 @@ bool read_stack(const Arguments& a, PyObject* state, const Results& results,
   if (a.weight_count != layers * per_layer) return false;
   if (T > 1 && layers > 1) {
     stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * T * B * H)]);
+  }
+
+  const Real* h0 = size.hx.data;
+  if (h0 == nullptr) {
+    stack.zeros.reset(new Real[static_cast<size_t>(layers * B * H)]());
+    h0 = stack.zeros.get();
   }
 
   const Real* x = size.input.data;
@@ -157,7 +167,7 @@ bool read_stack(const Arguments& a, PyObject* state, const Results& results,
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
-    f.in.h0 = size.hx.data + k * B * H;
+    f.in.h0 = h0 + k * B * H;
     if (!read_weights(a.weights + k * per_layer, per_layer, a.is_cell() || a.saves, f.in))
       return false;
     f.h_n = h_n.data + k * B * H;
@@ -183,11 +193,10 @@ bool read_stack(const Arguments& a, PyObject* state, const Results& results,
 
 // Calls the kernels; false if a tensor is not plain or does not fit, or with a Python exception.
 template <class Real>
-bool run_stack(const Arguments& a, PyObject* state, const Results& results,
-               const KernelTable<Real>& table) {
+bool run_stack(const Arguments& a, const Results& results, const KernelTable<Real>& table) {
   Stack<Real> stack;
   Failure failure;
-  bool done = failure.guard([&] { return read_stack(a, state, results, table, stack); });
+  bool done = failure.guard([&] { return read_stack(a, results, table, stack); });
   if (done) {
     Py_BEGIN_ALLOW_THREADS;
     done = failure.guard([&] {
@@ -204,12 +213,10 @@ bool run_stack(const Arguments& a, PyObject* state, const Results& results,
 template <class Real>
 PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
   Sizes<Real> size;
-  if (table == nullptr || !size.read_from(a, a.hx)) return nullptr;
-  Reference zeros;
+  if (table == nullptr || !size.read_from(a)) return nullptr;
   Results results;
-  if (!allocate(a, size, zeros, results)) return nullptr;
-  PyObject* const state = zeros == nullptr ? a.hx : zeros.get();
-  if (!run_stack(a, state, results, *table)) {
+  if (!allocate(a, size, results)) return nullptr;
+  if (!run_stack(a, results, *table)) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
@@ -256,7 +263,7 @@ PyObject* takes_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
       args, nargs, []<class Real>(const Arguments& a, const KernelTable<Real>* table) -> PyObject* {
         Sizes<Real> size;
         if (table == nullptr || !a.saves || a.weight_count != kMaxWeights) return nullptr;
-        if (!size.read_from(a, a.hx)) return nullptr;
+        if (!size.read_from(a)) return nullptr;
         Problem<Real> p{};
         p.I = size.input.width();
         p.H = size.H;

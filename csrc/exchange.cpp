@@ -12,27 +12,13 @@ PyTypeObject* parameter_type = nullptr;
 
 // Methods of torch.Tensor, but for the last.
 struct Functions {
-  PyObject *is_neg, *new_empty, *new_zeros, *transpose, *empty_like;
+  PyObject *is_neg, *new_empty, *transpose, *empty_like;
 } functions;
 
 template <class Real>
 constexpr DLDataType kNumber = {kDLFloat, 32, 1};
 template <>
 constexpr DLDataType kNumber<BFloat16> = {kDLBfloat, 16, 1};
-
-Reference call_with_shape(PyObject* method, PyObject* tensor,
-                          std::initializer_list<int64_t> shape) {
-  Reference sizes(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
-  if (sizes == nullptr) return nullptr;
-  Py_ssize_t dim = 0;
-  for (int64_t size : shape) {
-    PyObject* number = PyLong_FromLongLong(size);
-    if (number == nullptr) return nullptr;
-    PyTuple_SET_ITEM(sizes.get(), dim++, number);
-  }
-  PyObject* arguments[] = {tensor, sizes.get()};
-  return Reference(PyObject_Vectorcall(method, arguments, 2, nullptr));
-}
 
 // A tensor of such numbers with elements, on the CPU.
 template <class Real>
@@ -98,10 +84,16 @@ Reference empty_like(PyObject* tensor) {
   return Reference(PyObject_CallOneArg(functions.empty_like, tensor));
 }
 Reference new_empty(PyObject* tensor, std::initializer_list<int64_t> shape) {
-  return call_with_shape(functions.new_empty, tensor, shape);
-}
-Reference new_zeros(PyObject* tensor, std::initializer_list<int64_t> shape) {
-  return call_with_shape(functions.new_zeros, tensor, shape);
+  Reference sizes(PyTuple_New(static_cast<Py_ssize_t>(shape.size())));
+  if (sizes == nullptr) return nullptr;
+  Py_ssize_t dim = 0;
+  for (int64_t size : shape) {
+    PyObject* number = PyLong_FromLongLong(size);
+    if (number == nullptr) return nullptr;
+    PyTuple_SET_ITEM(sizes.get(), dim++, number);
+  }
+  PyObject* arguments[] = {tensor, sizes.get()};
+  return Reference(PyObject_Vectorcall(functions.new_empty, arguments, 2, nullptr));
 }
 Reference transposed(PyObject* tensor) {
   static PyObject* const dims[] = {PyLong_FromLong(0), PyLong_FromLong(1)};
@@ -124,10 +116,10 @@ int enable_exchange(PyObject* tensor, PyObject* parameter) {
   const Reference torch(PyImport_ImportModule("torch"));
   if (torch == nullptr) return -1;
   // These and the types are never given back: they live as long as torch.
-  functions = {
-      PyObject_GetAttrString(tensor, "is_neg"), PyObject_GetAttrString(tensor, "new_empty"),
-      PyObject_GetAttrString(tensor, "new_zeros"), PyObject_GetAttrString(tensor, "transpose"),
-      PyObject_GetAttrString(torch.get(), "empty_like")};
+  functions = {PyObject_GetAttrString(tensor, "is_neg"),
+               PyObject_GetAttrString(tensor, "new_empty"),
+               PyObject_GetAttrString(tensor, "transpose"),
+               PyObject_GetAttrString(torch.get(), "empty_like")};
   if (PyErr_Occurred()) return -1;
   tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor));
   parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter));

@@ -55,7 +55,6 @@ extern template bool read(PyObject*, Rows<BFloat16>&, bool);
 // New tensors, as the methods of that name make them; null with a Python exception.
 Reference empty_like(PyObject* tensor);
 Reference new_empty(PyObject* tensor, std::initializer_list<int64_t> shape);
-Reference new_zeros(PyObject* tensor, std::initializer_list<int64_t> shape);
 Reference transposed(PyObject* tensor);  // the first two dimensions
 
 // Learns torch's types, torch.Tensor and torch.nn.Parameter. 1 if this torch has the exchange API,
