@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks claims`: The README's figures, measured again on this machine.
+"""`python -m benchmarks claims`: The figures of README and docs/speed.md, measured again here.
 
-Every ratio in the README comes from a committed run. Each is rerun here with the same sizes, peers
+Every ratio in these pages comes from a committed run. Each is rerun here with the same sizes, peers
 and threads, for a shorter time, the shortest calls first, until the time is used up. A claim is
 kept if yours is at least the claimed ratio less 15% and the noise of your measurement; what looks
 broken is measured once more, for longer, and that counts.
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import ROOT, figures, figures_cpu, machine, timing
+from benchmarks import figures, figures_cpu, machine, timing
 from benchmarks.cases import SUITES, Case
 from benchmarks.compare import spread
 from benchmarks.features import all_rows
@@ -33,7 +33,6 @@ from benchmarks.runner import Setting, run_problem
 from benchmarks.sample.providers import STEADY
 from benchmarks.sample.suite import run_case as sample_case
 
-README = ROOT / "README.md"
 EFFORT = timing.Effort(block_s=0.01, budget_s=0.25, least=3, most=7)
 LONGER = timing.Effort(block_s=0.03, budget_s=1.0, least=5, most=15)
 """For what looks broken."""
@@ -51,7 +50,7 @@ TOO_LONG = "one call draws thousands of tokens in Python, --full tries it"
 
 @dataclass(frozen=True)
 class Claim:
-    """One ratio of the README.
+    """One ratio of a page.
 
     Attributes:
         ours: the committed record.
@@ -161,7 +160,7 @@ class Verdict:
     """A claim and what was measured.
 
     Attributes:
-        claim: of the README.
+        claim: of a page.
         yours: the ratio here; None where there is none.
         noise: by how much it may be smaller.
         error: why ours has no figure.
@@ -284,7 +283,8 @@ def main(suite: str, arguments: list[str]) -> int:
     here = machine.describe()
     print(machine.line(here))
     claims: list[Claim] = []
-    for name, results, parts in committed(README.read_text("utf-8")):
+    pages = "".join(page.read_text("utf-8") for page in figures.CLAIMS)
+    for name, results, parts in committed(pages):
         there = results.machine
         if there["gpu"] is not None:
             print(f"{name}: claimed on {there['gpu']['name']}; not run: see the suite `gpu`")

@@ -24,7 +24,7 @@ OTHERS = {
     "import": "import, first call, wheel",
     "gpu": "everything a GPU can tell",
     "all": "every committed result of a CPU, file by file",
-    "claims": "the README's ratios, measured again here",
+    "claims": "the ratios of README and docs/speed.md, measured again here",
     "report": "tables and plots from committed results",
 }
 """What has a command line of its own."""

@@ -17,7 +17,9 @@ from pathlib import Path
 from benchmarks import ROOT, figures_cpu, figures_gpu, machine, measured
 from benchmarks.records import Results, read
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "gpu-kernels.md")
+CLAIMS = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+"""The pages whose ratios `python -m benchmarks claims` measures again."""
+PAGES = (*CLAIMS, ROOT / "docs" / "gpu-kernels.md")
 RESULTS = ROOT / "benchmarks" / "results"
 REPORT = ROOT / "docs" / "results.md"
 BLOCK = re.compile(r"(<!-- figures: (\S+) ([a-z ]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks claims`: every ratio of the README is found and can be measured again."""
+"""`python -m benchmarks claims`: every ratio of the pages is found and can be measured again."""
 
 import re
 from dataclasses import replace
@@ -18,9 +18,10 @@ OURS_ONLY = {"train", "infer", "step", "sample"}
 """Parts of a page in which every ratio is one of ours."""
 
 
-def test_every_ratio_of_the_readme_is_a_claim():
+@pytest.mark.parametrize("path", figures.CLAIMS, ids=lambda path: path.name)
+def test_every_ratio_of_a_page_is_a_claim(path):
     """As many as the tables have cells with a ratio, block by block."""
-    page = claims.README.read_text("utf-8")
+    page = path.read_text("utf-8")
     blocks = list(figures.BLOCK.finditer(page))
     assert blocks
     for match, (_, results, parts) in zip(blocks, claims.committed(page), strict=True):
@@ -49,7 +50,7 @@ def small_run(tmp_path_factory):
 
 @pytest.fixture
 def a_page(small_run, tmp_path, monkeypatch):
-    """Makes a README of that run, with its ratios multiplied by a factor."""
+    """Makes a page of that run, with its ratios multiplied by a factor."""
     return lambda factor: make_page(small_run, tmp_path, monkeypatch, factor)
 
 
@@ -59,10 +60,10 @@ def make_page(small_run, tmp_path, monkeypatch, factor):
         for r in small_run.records
     ]
     records.Results(small_run.machine, changed).write(tmp_path / "small.json")
-    page = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     page.write_text("<!-- figures: small.json train -->\n<!-- end of figures -->\n")
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
-    monkeypatch.setattr(claims, "README", page)
+    monkeypatch.setattr(figures, "CLAIMS", (page,))
 
 
 @pytest.mark.parametrize(("factor", "code", "word"), [(1e-3, 0, "kept"), (1e3, 1, "BROKEN")])
@@ -84,7 +85,7 @@ def test_what_is_not_reached_is_not_broken(a_page, capsys):
 
 def test_what_looks_broken_is_measured_once_more(a_page, capsys):
     a_page(1e3)
-    (_, results, parts), *_ = claims.committed(claims.README.read_text())
+    (_, results, parts), *_ = claims.committed(figures.CLAIMS[0].read_text())
     efforts = [claims.timing.DRY, claims.timing.DRY]
     lines = []
     found = claims.verdicts(
