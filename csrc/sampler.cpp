@@ -31,10 +31,10 @@ namespace py = pybind11;
 namespace gru_fast {
 namespace {
 
-// Products of a call that is worth the start of a parallel region, some 20 us of one thread, and
-// weights that a step has to read for it to be worth a meeting: more than a first cache holds.
-constexpr double kRegionProducts = 2e6;
-constexpr int64_t kSplitBytes = 48 << 10;
+// Products that a thread has to have to do for its start to be worth it, some 10 us, and weights of
+// a step that are worth another thread and its meetings: more than a first cache holds.
+constexpr double kShareProducts = 1e6;
+constexpr double kSplitBytes = 48 << 10;
 
 // Within these bounds the likeliest token is always left to be drawn.
 DrawRules checked_rules(bool do_sample, double temperature, std::optional<int64_t> top_k,
@@ -63,10 +63,13 @@ int threads_worth(const PackedStack& stack, const Generation& g, int available) 
   for (int64_t b = 0; b < g.B; ++b) {
     steps += static_cast<double>(g.input_begin[b + 1] - g.input_begin[b] + g.limit[b]);
   }
-  if (steps * stack.products() < kRegionProducts) return 1;
-  if (g.B >= available) return available;
-  const bool split = stack.products() * bytes_each >= kSplitBytes;
-  return split ? available : static_cast<int>(g.B);
+  const double worth = steps * stack.products() / kShareProducts;
+  const int threads = worth < available ? static_cast<int>(worth) : available;
+  if (threads <= 1) return 1;
+  if (g.B >= threads) return threads;
+  const double each = 1 + std::floor(stack.products() * bytes_each / kSplitBytes);
+  const double all = static_cast<double>(g.B) * each;
+  return all < threads ? static_cast<int>(all) : threads;
 }
 
 // What a call feeds and where it stops: sequence b is fed inputs[begin[b]:begin[b + 1]], where the

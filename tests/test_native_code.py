@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "arena_test": ("arena", "huge_pages"),
+    "parallel_test": (),
     "team_test": ("team",),
     "kernels_test": ("kernels_baseline", "norm_baseline", "team"),
     "sampler_test": ("gru_stream", "sampler_isa", "sampler_baseline", "team"),
@@ -36,7 +37,7 @@ def run(name: str, folder: Path, *flags: str) -> None:
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
-@pytest.mark.parametrize("name", ("arena_test", "team_test"))
+@pytest.mark.parametrize("name", ("arena_test", "parallel_test", "team_test"))
 def test_program(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
 

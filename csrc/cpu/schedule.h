@@ -115,15 +115,16 @@ struct Share {
 };
 
 // Cuts groups x batch x unit tiles into a grid of members: the cheapest grid, where a row costs its
-// products, few rows cost as much as kFewRows (they wait for the weights), and a barrier costs
-// kBarrierCost products of one tile with one k. A single step (`once`) has hardly a barrier, and
-// every member packs the weights of its tiles, which costs as much as kPackedRows. Ranks that die
-// one after the other (`dealt`) are dealt out, others cut into blocks.
+// products, few rows cost as much as kFewRows (they wait for the weights), and a barrier costs each
+// member kBarrierCost products of one tile with one k for each that has to come. A single step
+// (`once`) has hardly a barrier, and every member packs the weights of its tiles, which costs as
+// much as kPackedRows. Ranks that die one after the other (`dealt`) are dealt out, others cut into
+// blocks.
 GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t tiles, int64_t H,
                           bool once, bool dealt) {
   constexpr int64_t kFewRows = 3;
   constexpr int64_t kPackedRows = 12;
-  constexpr int64_t kBarrierCost = 400;
+  constexpr int64_t kBarrierCost = 200;
   int best_groups = 1, best_batch = 1, best_tiles = 1;
   int64_t best = -1;
   for (int by_group = 1; by_group <= members && by_group <= G; ++by_group) {
@@ -134,7 +135,7 @@ GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t
       rows = (rows > kFewRows ? rows : kFewRows) + (once ? kPackedRows : 0);
       const int64_t cost =
           ((G + by_group - 1) / by_group) * rows * ((tiles + by_tile - 1) / by_tile) * H +
-          (by_tile > 1 && !once ? kBarrierCost : 0);
+          (by_tile > 1 && !once ? kBarrierCost * by_group * by_batch * by_tile : 0);
       if (best < 0 || cost < best) {
         best = cost;
         best_groups = by_group;
