@@ -37,6 +37,7 @@ def explain_generate(
 
     Raises:
         ValueError: An id is outside its range.
+        TypeError: Ids that are not integers.
     """
     prompts, lengths = sampling._prompts(model, input_ids)
     N, P, S = len(prompts) * num_return_sequences, prompts.shape[1], max_new_tokens

@@ -51,8 +51,10 @@ def gru_cell(
         The new state, shaped as hx.
 
     Raises:
-        ValueError: input or hx is neither 1-D nor 2-D, or a dtype differs from the weights'.
-        RuntimeError: sizes that do not fit, or a named backend that cannot take the call.
+        ValueError: input or hx is neither 1-D nor 2-D, input is not in the dtype of the weights, or
+            an unknown backend.
+        RuntimeError: sizes that do not fit, an hx of another dtype, an unknown cell, or a named
+            backend that cannot take the call.
     """
     weights = [weight_ih, weight_hh, bias_ih, bias_hh]
     h = direct.gru_cell(input, hx, weights, cell, backend)
@@ -212,9 +214,12 @@ def gru(
         `gru_fast.gates.Gates`.
 
     Raises:
-        ValueError: input is neither 2-D nor 3-D, or not in the dtype of params, or a probability
-            that is none.
-        RuntimeError: sizes that do not fit together, or a named backend that cannot take the call.
+        ValueError: input is neither 2-D nor 3-D, or not in the dtype of params; lengths beside a
+            PackedSequence; a probability outside [0, 1] that the call draws with; an unknown
+            backend.
+        TypeError: lengths or reset_mask is not a Tensor.
+        RuntimeError: sizes, dtypes or devices that do not fit together, an unknown cell, or a named
+            backend that cannot take the call.
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """

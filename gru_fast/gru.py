@@ -325,7 +325,9 @@ class GRU(Recurrent):
             (L * D, B, T, H) with `batch_first`.
 
         Raises:
-            ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype.
+            ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype; or `lengths` is
+                given beside a `PackedSequence`, which has its own.
+            TypeError: `lengths` or `reset_mask` is not a Tensor.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """

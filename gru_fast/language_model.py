@@ -356,8 +356,9 @@ class GRULanguageModel(nn.Module):
             these `sequences`, the `log_probs` of the drawn tokens and the `hidden` state.
 
         Raises:
-            ValueError: An option or an id is outside its range, or the logits hold NaN or +inf.
-            TypeError: An unknown option, or ids that are not integers.
+            ValueError: An option or an id is outside its range, `seed` and `generator` are both
+                given, or the logits hold NaN or +inf.
+            TypeError: An unknown option, one of another type, or ids that are not integers.
         """
         return sampling.generate(self, input_ids, **options)
 

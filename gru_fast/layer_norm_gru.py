@@ -73,7 +73,7 @@ class LayerNormGRU(Recurrent):
     Raises:
         ValueError: Unknown `backend`, sizes or `eps` that are not positive, or `dropout` or
             `recurrent_dropout` outside [0, 1].
-        TypeError: Sizes that are not int, `bias` or `batch_first` that are not bool.
+        TypeError: Sizes that are not int; `bias`, `batch_first` or `recompute` that are not bool.
 
     Sources: Ba et al. 2016 (arXiv:1607.06450); haste (lmnt-com/haste).
 
@@ -193,7 +193,9 @@ class LayerNormGRU(Recurrent):
             a `PackedSequence`; and `h_n`: (L * D, B, H), each layer's and direction's last state.
 
         Raises:
-            ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype.
+            ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype; or `lengths` is
+                given beside a `PackedSequence`, which has its own.
+            TypeError: `lengths` or `reset_mask` is not a Tensor.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """

@@ -57,7 +57,7 @@ def memory_estimate(
         input_grad: Whether the input requires a gradient.
 
     Raises:
-        TypeError: `module` is no `gru_fast.GRU`.
+        TypeError: `module` is no `gru_fast.GRU`, or T or B not an int.
         ValueError: T or B is negative, the module is not in float32 or float64, or it has several
             heads.
     """

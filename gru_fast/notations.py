@@ -44,7 +44,8 @@ def from_keras(
         A `gru_fast.GRU` in the dtype of the first kernel.
 
     Raises:
-        ValueError: Shapes, dtypes or the number of arrays do not fit.
+        ValueError: Shapes or the number of arrays do not fit, or the first kernel is not of a
+            floating dtype.
         TypeError: What stands for a layer is no sequence of arrays.
     """
     if not layers:
@@ -103,7 +104,8 @@ def to_keras(gru: GRU) -> list[list[np.ndarray]]:
     """What `set_weights` of the Keras layers takes, one list of arrays for each layer.
 
     Raises:
-        ValueError: The cell is `no_reset`, which Keras has not, or it has several heads.
+        ValueError: The cell is `no_reset`, which Keras has not, or the GRU has several heads or
+            `learn_h0`.
         TypeError: `gru` is not a `gru_fast.GRU`.
     """
     _check_type(gru)
@@ -147,7 +149,7 @@ def from_onnx(
         A `gru_fast.GRU` in the dtype of W.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit.
+        ValueError: Shapes do not fit, or W is not of a floating dtype.
     """
     W, R = np.asarray(W), np.asarray(R)
     D, rows, I = W.shape if W.ndim == 3 else (0, 0, 0)  # noqa: E741
@@ -181,8 +183,8 @@ def to_onnx(gru: GRU) -> list[dict[str, np.ndarray]]:
     """The inputs "W", "R" and, with biases, "B" of an ONNX GRU node for each layer.
 
     Raises:
-        ValueError: The cell is `no_reset`, for which ONNX has no attribute, or there are several
-            heads.
+        ValueError: The cell is `no_reset`, for which ONNX has no attribute, or the GRU has several
+            heads or `learn_h0`.
         TypeError: `gru` is not a `gru_fast.GRU`.
     """
     _check_type(gru)
@@ -220,7 +222,7 @@ def from_course(weights: Mapping[str, Array], batch_first: bool = False) -> GRU:
         A `gru_fast.GRU` in the dtype of "Wc": `cell="reset_before"`, or `"no_reset"`.
 
     Raises:
-        ValueError: Names, shapes or dtypes are not those.
+        ValueError: Names or shapes are not those, or "Wc" is not of a floating dtype.
         TypeError: `weights` is not a mapping.
     """
     if not isinstance(weights, Mapping):
@@ -260,8 +262,8 @@ def to_course(gru: GRU) -> dict[str, np.ndarray]:
     """The weights of one layer in the notation of `from_course`, biases (H, 1).
 
     Raises:
-        ValueError: The GRU has more than one layer or direction, or the cell `reset_after`,
-            which that notation has not.
+        ValueError: The GRU has more than one layer, direction or head, `learn_h0`, or the cell
+            `reset_after`, which that notation has not.
         TypeError: `gru` is not a `gru_fast.GRU`.
     """
     _check_type(gru)

@@ -152,7 +152,8 @@ def layer(
         output (T, B, G*H) and h_n (G, B, H).
 
     Raises:
-        RuntimeError: arguments that do not fit together, or a named backend that cannot take them.
+        RuntimeError: arguments that do not fit together, an unknown cell, or a named backend that
+            cannot take them.
         ValueError: an unknown backend.
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.

@@ -56,7 +56,13 @@ def uniform(seed: int, position: Tensor, stream: Tensor) -> Tensor:
 
 
 def seed_from_generator(generator: torch.Generator | None = None) -> int:
-    """One int64 draw from a torch generator (None: the default one), which advances by it."""
+    """One int64 draw from a torch generator (None: the default one), which advances by it.
+
+    Raises:
+        TypeError: it is no generator.
+    """
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {generator!r}")
     device = None if generator is None else generator.device
     return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
 

@@ -40,8 +40,8 @@ class Sampler:
     Raises:
         RuntimeError: The kernels cannot take the model; the text says why.
         TypeError: `model` is no language model, or `threads` not an int.
-        ValueError: `weights` is unknown, int8 with NaN or infinity among the weights, or `threads`
-            is negative.
+        ValueError: `weights` is unknown; int8 with NaN or infinity among the weights, or NaN in a
+            bias; or `threads` is negative.
 
     Example:
         >>> sampler = Sampler(model, weights="int8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels, installed as ``gru_fast.kernels``: the four ops on CUDA tensors, and `generate`.
+"""Triton kernels, installed as ``gru_fast.kernels``: the operators on CUDA tensors, and `generate`.
 
 `layer`, `scan`, `layer_backward` and `scan_backward` take and return what the ops of those names
 do, and a last argument `kernel`: a name of `KERNELS` for a benchmark or a test, None to choose.

@@ -238,7 +238,8 @@ def test_bad_values(model, options, message):
     [{"max_new_tokens": 1.5}, {"top_k": 2.0}, {"input_ids": torch.zeros(2)}, {"input_ids": [1.0]},
      {"input_ids": [1, [2]]}, {"top": 3}, {"seed": "x"}, {"max_new_tokens": None},
      {"temperature": "1"}, {"temperature": None}, {"top_p": "1"}, {"do_sample": "no"},
-     {"input_ids": [None]}, {"input_ids": 3}, {"input_ids": [torch.tensor(1.0)]}],
+     {"input_ids": [None]}, {"input_ids": 3}, {"input_ids": [torch.tensor(1.0)]},
+     {"generator": 3}],
     ids=str,
 )  # fmt: skip
 def test_bad_types(model, options):

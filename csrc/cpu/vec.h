@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One SIMD register of float or double, as wide as the flags of this translation unit allow, and
-// how tensors get into it. bfloat16 becomes float on the way. Included by the kernels_*.cpp files
-// only, each of which gives it a namespace of its own.
+// how tensors get into it. bfloat16 becomes float on the way. Included by the kernels_*, norm_*
+// and sampler_*.cpp files only, each of which gives it a namespace of its own.
 #pragma once
 #include <cstdint>
 #include <cstring>
