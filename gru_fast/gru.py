@@ -31,6 +31,7 @@ from gru_fast.recurrent import (
     refuse_tracing,
 )
 from gru_fast.reference import GATES
+from gru_fast.stack import state_shape
 
 __all__ = ["GRU"]
 
@@ -218,7 +219,7 @@ class GRU(Recurrent):
     def _start(self, input: Tensor | PackedSequence) -> Tensor:
         """The learned state for each row of an input."""
         layers = self.num_layers * (2 if self.bidirectional else 1)
-        shape = functional.state_shape(input, layers, self.hidden_size, self.batch_first)
+        shape = state_shape(input, layers, self.hidden_size, self.batch_first)
         return self.h0 if len(shape) == 2 else self.h0.unsqueeze(1).expand(shape)
 
     def _reshape_weights(self) -> None:

@@ -14,8 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from gru_fast import recurrence
+from gru_fast.checks import check_cell
 from gru_fast.recurrence import FORWARD
 from gru_fast.reference import GATES, SLOTS
+
+
+def check_num_heads(num_heads: int, weight_hh: Tensor, cell: str) -> None:
+    """Raise ValueError unless num_heads divides the H of weight_hh (N*H, *)."""
+    check_cell(cell)
+    H = weight_hh.shape[0] // GATES[cell]
+    if num_heads < 1 or H % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of the hidden size {H}, got {num_heads}")
 
 
 def layer(
@@ -76,13 +85,13 @@ def _run(
     options: dict[str, Any],
 ) -> tuple[Tensor, ...]:
     D, B, H = h0.shape
-    N, units = GATES[cell], H // max(num_heads, 1)
+    N, units = GATES[cell], H // num_heads
     weight_hh = tensors[1]
     assert weight_hh is not None
-    if num_heads < 1 or H % num_heads or weight_hh.shape != (D, N * H, units):
+    if weight_hh.shape != (D, N * H, units):
         raise RuntimeError(
             f"weight_hh: expected shape (D, {N}*H, H/num_heads) = {(D, N * H, units)} with "
-            f"num_heads={num_heads} a divisor of H, got {tuple(weight_hh.shape)}"
+            f"num_heads={num_heads}, got {tuple(weight_hh.shape)}"
         )
 
     def rows(tensor: Tensor | None) -> Tensor | None:

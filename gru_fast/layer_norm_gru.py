@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast.backends import NAMES
 from gru_fast.dropout import state_scale
-from gru_fast.functional import run_layers, state_shape
 from gru_fast.recurrence_norm import norm_layer
 from gru_fast.recurrent import (
     Recurrent,
@@ -22,6 +21,7 @@ from gru_fast.recurrent import (
     options_repr,
     refuse_tracing,
 )
+from gru_fast.stack import run_layers, state_shape
 
 __all__ = ["LayerNormGRU"]
 

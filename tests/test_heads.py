@@ -251,6 +251,11 @@ def test_bad_arguments() -> None:
         gru(x, torch.zeros(1, 2, H // K, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="weight_hh: expected shape"):
         gru_fast.functional.gru(x, None, list(gru.parameters()), num_heads=4)
+    for given in (0, -1, 5, 24):
+        with pytest.raises(ValueError, match=f"num_heads: .*the hidden size 12, got {given}$"):
+            gru_fast.functional.gru(x, None, list(gru.parameters()), num_heads=given)
+    with pytest.raises(RuntimeError, match="cell: expected one of"):
+        gru_fast.functional.gru(x, None, list(gru.parameters()), num_heads=K, cell="gru")
 
 
 @pytest.mark.parametrize("cell", CELLS)
