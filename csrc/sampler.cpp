@@ -174,7 +174,10 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   if (g.B > 0) run(stack, g, state, signals, threads > 0 ? std::min(threads, pool) : pool);
   signals.rethrow();
   if (state.bad_sequence > 0) {
-    complain("logits", "no NaN or +inf and at least one finite value",
+    const bool divided = do_sample && temperature != 1;
+    complain(divided ? "logits / temperature " + std::string(py::str(py::float_(temperature)))
+                     : "logits",
+             "no NaN or +inf and at least one finite value",
              "others in sequence " + std::to_string(state.bad_sequence - 1));
   }
   py::object chances_or_none = py::none();

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference_sampling import draw, uniform
-from gru_fast.sampling import PADDING
+from gru_fast.token_ids import PADDING
 
 __all__ = ["TorchLanguageModel", "compare_sampling", "compare_training"]
 

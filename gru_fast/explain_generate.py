@@ -7,8 +7,9 @@ from typing import Any
 
 from gru_fast import gpu_sampling, packed, sampling
 from gru_fast.explain import Explanation
-from gru_fast.language_model import GRULanguageModel, TokenIds
+from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference import GATES
+from gru_fast.token_ids import TokenIds, padded
 
 __all__ = ["explain_generate"]
 
@@ -37,26 +38,22 @@ def explain_generate(
 
     Raises:
         ValueError: An id is outside its range.
-        TypeError: Ids that are not integers.
+        TypeError: Ids that are not integers, or `model` is no language model.
     """
-    prompts, lengths = sampling._prompts(model, input_ids)
+    sampling.check_language_model(model)
+    prompts, lengths = padded(input_ids, model.vocab_size, model.head.weight.device)
     N, P, S = len(prompts) * num_return_sequences, prompts.shape[1], max_new_tokens
     gru, weight = model.gru, model.head.weight
     loop = sampling.choose_loop(model)
-    nothing = S == 0 or N == 0
     on_cpu = packed.why_not(gru, model.head)
-    why_not = {}
-    if on_cpu is not None:
-        why_not["cpu"] = on_cpu
-    elif nothing:
-        why_not["cpu"] = "nothing to draw"
+    why_not = {} if on_cpu is None else {"cpu": on_cpu}
     on_gpu = gpu_sampling.why_not(model)
     if on_gpu is not None:
         why_not["triton"] = on_gpu
-    elif nothing:
+    elif S == 0 or N == 0:
         why_not["triton"] = "nothing to draw"
     backend, kernel = "reference", "PyTorch operations, one step at a time"
-    if loop is sampling.native_loop and "cpu" not in why_not:
+    if loop is sampling.native_loop:
         from gru_fast import _C
 
         backend, kernel = "cpu", f"C++ sampler, {_C.cpu_isa()}"

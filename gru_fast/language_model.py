@@ -7,7 +7,6 @@ whatever was predicted. Sampling: x<1> is the zero vector and x<t+1> the token D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -18,12 +17,10 @@ from gru_fast import functional, sampling
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int, check_probability, refuse_tracing
-from gru_fast.sampling import PADDING, GenerateOutput, Streamer
+from gru_fast.sampling import GenerateOutput, Streamer
+from gru_fast.token_ids import PADDING, TokenIds
 
 __all__ = ["GRULanguageModel"]
-
-TokenIds = Tensor | Sequence[int] | Sequence[Sequence[int]]
-"""(L,) or (N, L) integers, or lists of any lengths."""
 
 
 class GRULanguageModel(nn.Module):

@@ -234,7 +234,8 @@ def _layer_backward_in_rows(
     if mode[-1]:
         gates_x = project(x, weight_ih, bias_ih, lengths)
     else:
-        gates_x = x.new_empty(*x.shape[:2], *weight_ih.shape[:2])
+        # Of these only the shape counts: one row without memory for the others.
+        gates_x = x.new_empty(weight_ih.shape[1]).expand(*x.shape[:2], *weight_ih.shape[:2])
     need_x, need_h0, need_ih, need_hh, need_b_ih, need_b_hh, *need_rest = wanted
     need_rows = need_x or need_ih or need_b_ih
     (rows, grad_h0, grad_hh, grad_b_hh, *others), _ = _scan_backward_in_rows(

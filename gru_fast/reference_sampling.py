@@ -67,11 +67,13 @@ def seed_from_generator(generator: torch.Generator | None = None) -> int:
     return int(torch.empty((), dtype=torch.int64, device=device).random_(generator=generator))
 
 
-def _checked_logits(logits: Tensor) -> Tensor:
+def _checked_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Logits, after their division by the temperature if it is not 1, that allow a draw."""
     top = logits.amax(-1)
     if not bool(torch.isfinite(top).all()):
+        name = "logits" if temperature == 1 else f"logits / temperature {temperature}"
         raise ValueError(
-            "logits: expected no NaN or +inf and at least one finite value in every row, "
+            f"{name}: expected no NaN or +inf and at least one finite value in every row, "
             f"got a row with maximum {top[~torch.isfinite(top)][0].item()}"
         )
     return logits
@@ -114,7 +116,7 @@ def draw(
 
     Raises:
         ValueError: an argument is outside its range, or a row of logits holds NaN or +inf, or
-            nothing above -inf.
+            nothing above -inf, also after the division by the temperature.
     """
     if not temperature > 0:
         raise ValueError(f"temperature: expected a value > 0, got {temperature}")
@@ -124,7 +126,7 @@ def draw(
         raise ValueError(f"top_p: expected 0 < top_p <= 1 or None, got {top_p}")
     if min_p is not None and not 0 <= min_p <= 1:
         raise ValueError(f"min_p: expected 0 <= min_p <= 1 or None, got {min_p}")
-    scaled = _checked_logits(logits.to(torch.float32) / temperature)
+    scaled = _checked_logits(logits.to(torch.float32) / temperature, temperature)
     order = torch.sort(scaled, dim=-1, descending=True, stable=True).indices
     weights = torch.exp(scaled - scaled.amax(-1, keepdim=True)).gather(-1, order)
     if top_k is not None:

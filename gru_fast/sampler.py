@@ -13,15 +13,9 @@ from torch import Tensor
 from gru_fast import packed, sampling
 from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int
-from gru_fast.sampling import GenerateOutput, LanguageModel
+from gru_fast.sampling import GenerateOutput, LanguageModel, check_language_model
 
 __all__ = ["Sampler", "Stream"]
-
-
-def _check_language_model(model: object, also: str = "") -> None:
-    if not all(hasattr(model, name) for name in ("gru", "head", "token_table")):
-        given = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"model should be a GRULanguageModel{also}, got: {given}")
 
 
 class Sampler:
@@ -50,7 +44,7 @@ class Sampler:
 
     def __init__(self, model: LanguageModel, weights: str = "float32", *, threads: int = 0) -> None:
         """See the class."""
-        _check_language_model(model)
+        check_language_model(model)
         check_int("threads", threads)
         if threads < 0:
             raise ValueError(f"threads: expected at least 0, got {threads}")
@@ -141,7 +135,7 @@ class Stream:
         elif isinstance(model, GRU):
             stack = packed.pack(model, "float32" if weights is None else weights)
         else:
-            _check_language_model(model, ", a Sampler or a gru_fast.GRU")
+            check_language_model(model, ", a Sampler or a gru_fast.GRU")
             stack = packed.pack_model(model, "float32" if weights is None else weights)
         self._native = packed.stream(stack)
         self._step = self._native.step

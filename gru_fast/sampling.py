@@ -8,8 +8,7 @@ vector x<1>, then its prompt is fed, then every token that is drawn.
 from __future__ import annotations
 
 import numbers
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import gpu_sampling, packed, reference_sampling
-from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
+from gru_fast.token_ids import PADDING, TokenIds, checked_integer, padded
 
 __all__ = [
     "PADDING",
@@ -31,9 +30,6 @@ __all__ = [
     "score",
     "triton_loop",
 ]
-
-PADDING = -100
-"""What stands after the end of a row of tokens; `torch.nn.functional.cross_entropy` ignores it."""
 
 _UNIFORMS_AT_ONCE = 64
 # The draw divides by the temperature in float32.
@@ -72,6 +68,13 @@ class LanguageModel(Protocol):
         dropout: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Feed (B, T) input ids: output (T, B, H) of the last layer, and h_n (L, B, H)."""
+
+
+def check_language_model(model: object, also: str = "") -> None:
+    """Raise a TypeError unless generation knows such a model; `also` ends what is expected."""
+    if not all(hasattr(model, name) for name in ("gru", "head", "token_table")):
+        given = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(f"model should be a GRULanguageModel{also}, got: {given}")
 
 
 class Streamer(Protocol):
@@ -120,7 +123,7 @@ class SamplingOptions:
             value = getattr(self, name)
             optional = value is None and name in ("top_k", "eos_token_id")
             if type(value) is not int and not optional:
-                object.__setattr__(self, name, _integer(name, value))
+                object.__setattr__(self, name, checked_integer(name, value))
         for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
             optional = value is None and name != "temperature"
@@ -171,22 +174,9 @@ Loop = Callable[
 ]
 
 
-def _integer(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
-
-
-def _integers(name: str, row: Any) -> list[int]:
-    if not isinstance(row, Iterable):
-        _integer(name, row)
-    return [_integer(name, i) for i in row]
-
-
 def generate(
     model: LanguageModel,
-    input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None = None,
+    input_ids: TokenIds | None = None,
     *,
     max_new_tokens: int,
     num_return_sequences: int = 1,
@@ -205,7 +195,7 @@ def generate(
     """`GRULanguageModel.generate`, which documents it; `loop` replaces `choose_loop`."""
     if seed is not None and generator is not None:
         raise ValueError("seed, generator: expected one of them at most, got both")
-    repeats = _integer("num_return_sequences", num_return_sequences)
+    repeats = checked_integer("num_return_sequences", num_return_sequences)
     if not 1 <= repeats < _MOST_TOKENS:
         raise ValueError(f"num_return_sequences: expected >= 1 and < 2**48, got {repeats}")
     if seed is None:
@@ -219,7 +209,7 @@ def generate(
             f"eos_token_id: expected 0 <= id < vocab_size = {model.vocab_size}, "
             f"got {options.eos_token_id}"
         )
-    prompts, lengths = _prompts(model, input_ids)
+    prompts, lengths = padded(input_ids, model.vocab_size, model.head.weight.device)
     if repeats > 1:
         prompts = prompts.repeat_interleave(repeats, 0)
         lengths = lengths.repeat_interleave(repeats)
@@ -300,8 +290,7 @@ def native_loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`generate_loop` in one native call on the CPU, computed in float32.
 
-    Tokens that are to be seen while they are drawn come in several calls; none at all are left to
-    `generate_loop`.
+    Tokens that are to be seen while they are drawn come in several calls.
 
     Args:
         model: As the other arguments, see `generate_loop`.
@@ -312,14 +301,12 @@ def native_loop(
         stack: The packed weights; None: those of the model as it is now.
         threads: At most so many of torch's; 0: all of them.
     """
-    if options.max_new_tokens == 0:
-        return generate_loop(model, prompts, prompt_lengths, options, on_tokens)
-    eos = options.eos_token_id
+    steps, eos = options.max_new_tokens, options.eos_token_id
     tokens, log_probs, hidden = packed.generate(
         packed.pack_model(model) if stack is None else stack,
         [row[:n] for row, n in zip(prompts.numpy(), prompt_lengths.tolist(), strict=True)],
         model.start,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=max(steps, 1),
         eos=[] if eos is None else [eos],
         seed=options.seed,
         do_sample=options.do_sample,
@@ -329,9 +316,10 @@ def native_loop(
         min_p=options.min_p,
         threads=threads,
         log_probs=options.log_probs,
-        on_tokens=on_tokens,
+        on_tokens=on_tokens if steps else None,
     )
-    return tokens, log_probs, hidden.to(model.head.weight.dtype)
+    # The state after a prompt is what its first token is drawn from, also where none is wanted.
+    return tokens[:, :steps], log_probs[:, :steps], hidden.to(model.head.weight.dtype)
 
 
 @torch.no_grad()
@@ -411,12 +399,12 @@ def generate_loop(
 @torch.no_grad()
 def score(
     model: LanguageModel,
-    sequences: Tensor | Sequence[int] | Sequence[Sequence[int]],
+    sequences: TokenIds,
     *,
     prompt_lengths: Tensor | None = None,
 ) -> Tensor:
     """`GRULanguageModel.score`, which documents it."""
-    tokens, lengths = _prompts(model, sequences)
+    tokens, lengths = padded(sequences, model.vocab_size, model.head.weight.device)
     N, L = tokens.shape
     start = tokens.new_full((N, 1), model.start)
     inputs = torch.cat([start, tokens[:, :-1].clamp(min=0)], 1)[:, :L]
@@ -435,57 +423,6 @@ def score(
             )
         counted = counted & (position >= prompt_lengths.to(tokens.device)[:, None])
     return torch.where(counted, result, 0.0)
-
-
-def _prompts(
-    model: LanguageModel, input_ids: Tensor | Sequence[int] | Sequence[Sequence[int]] | None
-) -> tuple[Tensor, Tensor]:
-    """(N, P) int64 on the model's device with PADDING on the right only, and the (N,) lengths."""
-    device = model.head.weight.device
-    if input_ids is None:
-        return (
-            torch.empty(1, 0, dtype=torch.int64, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-        )
-    if isinstance(input_ids, Tensor):
-        check_integers("input_ids", input_ids)
-        ids = input_ids if input_ids.dim() != 1 else input_ids[None]
-    elif not isinstance(input_ids, Iterable):
-        raise TypeError(f"input_ids: expected integers, got {input_ids!r}")
-    else:
-        # What a loop over a tensor gives are tensors without a dimension.
-        given: list[Any] = [
-            _integer("input_ids", i) if getattr(i, "ndim", 1) == 0 else i for i in input_ids
-        ]
-        nested = [row for row in given if not isinstance(row, numbers.Integral)]
-        if nested and len(nested) < len(given):
-            raise TypeError("input_ids: expected integers or sequences of integers, got both")
-        lists = nested if nested or not given else [given]
-        rows = [_ids_tensor(row) for row in lists]
-        ids = torch.empty(0, 0, dtype=torch.int64, device="cpu")
-        if rows:
-            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
-    if ids.dim() != 2:
-        raise ValueError(f"input_ids: expected 1 or 2 dimensions, got {ids.dim()}")
-    ids = ids.to(device, torch.int64)
-    real = ids != PADDING
-    lengths = real.sum(1)
-    bad = real & ((ids < 0) | (ids >= model.vocab_size))
-    if bad.any():
-        raise ValueError(
-            f"input_ids: expected 0 <= id < vocab_size = {model.vocab_size}, or {PADDING} after "
-            f"the end of a row, got {int(ids[bad][0])}"
-        )
-    if (real != (torch.arange(ids.shape[1], device=device) < lengths[:, None])).any():
-        raise ValueError(f"input_ids: expected padding ({PADDING}) on the right, got it before ids")
-    return ids, lengths
-
-
-def _ids_tensor(row: Any) -> Tensor:
-    ids = _integers("input_ids", row)
-    if ids and max(map(abs, ids)) >= 2**63:  # what a tensor cannot hold
-        raise ValueError(f"input_ids: expected 0 <= id < vocab_size, got {max(ids, key=abs)}")
-    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _append(prompts: Tensor, lengths: Tensor, new: Tensor, padding: int) -> Tensor:

@@ -60,10 +60,10 @@ def trace(
     fed = tokens.new_full((1, 1), model.start)
     for t in range(len(ids)):
         output, hidden = model.run(fed, hidden)
-        logits = model.head(output[0, 0]) / temperature
+        logits = model.head(output[0, 0])
         u = uniform(seed, torch.tensor(t), torch.tensor(0)).to(logits.device)
-        fed = draw(logits, u).reshape(1, 1)
-        predictions.append(logits.softmax(-1))
+        fed = draw(logits, u, temperature).reshape(1, 1)
+        predictions.append((logits / temperature).softmax(-1))
         sampled.append(int(fed))
         if has_eos and sampled[-1] == EOS:
             break

@@ -23,7 +23,7 @@ from gru_fast.checkpoint import load_checkpoint, load_model, model_tensors, save
 from gru_fast.errors import InputError
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference_sampling import philox
-from gru_fast.sampling import PADDING
+from gru_fast.token_ids import PADDING
 from gru_fast.tokenizers import EOS
 
 __all__ = ["Lines", "Report", "Text", "TrainingOptions", "lines_loss", "text_loss", "train"]

@@ -95,7 +95,7 @@ def generate(
             begin = upto
             least, most = (int(word) for word in torch.stack(rows.status.aminmax()).tolist())
             if most > ENDED:
-                raise ValueError(_complaint(rows, most, weights.V))
+                raise ValueError(_complaint(rows, most, weights.V, rules))
             if on_tokens is not None:
                 complete = begin - rows.longest if least == ALIVE else max_new_tokens
                 seen = _hand_over(rows.tokens, seen, complete, on_tokens)
@@ -113,12 +113,14 @@ def _hand_over(tokens: Tensor, seen: int, complete: int, on_tokens: OnTokens) ->
     return complete
 
 
-def _complaint(rows: Rows, status: int, V: int) -> str:
+def _complaint(rows: Rows, status: int, V: int, rules: Rules) -> str:
     row = int((rows.status == status).nonzero()[0])
     if status == BAD_ID:
         return f"prompts: expected 0 <= id < V = {V}, got another in row {row}"
+    divided = rules.do_sample and rules.temperature != 1
+    name = f"logits / temperature {rules.temperature}" if divided else "logits"
     return (
-        "logits: expected no NaN or +inf and at least one finite value in every row, got others "
+        f"{name}: expected no NaN or +inf and at least one finite value in every row, got others "
         f"in sequence {row}"
     )
 

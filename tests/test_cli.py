@@ -342,7 +342,7 @@ def test_values_beyond_what_can_be_computed(run):
     assert "max_new_tokens: expected >= 0 and < 2**48" in refused("sample", run, "--length", 2**64)
     assert "temperature: expected a float32" in refused("sample", run, "--temperature", 1e39)
     for command in (["sample", run], ["trace", run, "bada"]):
-        assert "logits: expected" in refused(*command, "--temperature", 1e-44)
+        assert "logits / temperature 1e-44: expected" in refused(*command, "--temperature", 1e-44)
     every = call("sample", run, "--seed", 1).stdout
     assert call("sample", run, "--seed", 1, "--top-k", 2**64).stdout == every
 

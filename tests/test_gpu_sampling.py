@@ -262,7 +262,13 @@ class TestRouting:
         assert found.why_not["triton"] == "the model is on cpu, not on cuda"
         if gru_fast.ops.HAS_CPU_KERNELS:
             assert found.backend == "cpu" and "C++ sampler" in found.kernel
-        assert explain_generate(model, max_new_tokens=0, seed=3).backend == "reference"
+        nothing = explain_generate(model, max_new_tokens=0, seed=3)
+        assert nothing.backend == found.backend and nothing.dependent_steps == 0
+
+    def test_only_of_a_language_model(self):
+        expected = r"model should be a GRULanguageModel, got: gru_fast\.gru\.GRU$"
+        with pytest.raises(TypeError, match=expected):
+            explain_generate(gru_fast.GRU(3, 4), max_new_tokens=1)
 
     def test_who_cannot(self, on_cuda, monkeypatch):
         model = GRULanguageModel(5, None, 8)

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from importlib import resources
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -314,6 +315,34 @@ def test_interrupt(two_threads, ctrl_c):
             sampler.generate(max_new_tokens=30_000_000 // rows, num_return_sequences=rows, seed=0)
         timer.join()
     assert sampler.generate(max_new_tokens=3, seed=0).shape == (1, 3)
+
+
+@pytest.mark.parametrize("weights", packed.WEIGHTS)
+def test_the_state_before_the_first_token_is_the_snapshots(weights):
+    lm = language_model(layers=2)
+    sampler = Sampler(lm, weights)
+    seen: list[torch.Tensor] = []
+    streamer = SimpleNamespace(put=seen.append, end=lambda: None)
+    one = detailed(sampler, [[1, 2], [3]], max_new_tokens=1)
+    with torch.no_grad():
+        lm.gru.weight_hh_l0.mul_(2)
+    nothing = detailed(sampler, [[1, 2], [3]], max_new_tokens=0, streamer=streamer)
+    assert torch.equal(nothing.hidden, one.hidden)
+    assert nothing.sequences.tolist() == [[1, 2], [3, PADDING]]
+    assert nothing.log_probs.tolist() == [[0, 0], [0, 0]] and len(seen) == 1
+
+
+def test_a_temperature_that_logits_overflow_with_is_named():
+    lm = language_model()
+    for model in (lm, Sampler(lm), language_model().double()):
+        with pytest.raises(ValueError, match=r"^logits / temperature 1e-40: expected no NaN"):
+            model.generate(max_new_tokens=3, temperature=1e-40)
+        greedy = model.generate(max_new_tokens=3, temperature=1e-40, do_sample=False)
+        assert torch.equal(greedy, model.generate(max_new_tokens=3, do_sample=False))
+    lm.head.bias.data[2] = torch.nan
+    for model in (lm, lm.double()):
+        with pytest.raises(ValueError, match=r"^logits: expected no NaN"):
+            model.generate(max_new_tokens=3, temperature=0.5, do_sample=False)
 
 
 def test_logits_that_allow_no_draw():

@@ -23,6 +23,7 @@ from gru_fast.kernels import generation, problem, tiling
 from gru_fast.kernels.draw import draw, random_bits
 from gru_fast.kernels.generation import Rules
 from gru_fast.kernels.tiling import Config
+from gru_fast.token_ids import padded
 from test_native_draw import OPTIONS, SEED, chi_square, logits_of
 from triton_support import interpreter
 from triton_support.mutants import GENERATE_MUTANTS, installed
@@ -273,6 +274,9 @@ class TestGenerate:
             model.head.bias[4] = torch.nan
         with tiles(form), pytest.raises(ValueError, match=r"logits: expected no NaN.*sequence 0"):
             outputs(form, model, PROMPTS, max_new_tokens=2, seed=0)
+        overflow = pytest.raises(ValueError, match=r"^logits / temperature 1e-40: expected no NaN")
+        with tiles(form), overflow:
+            outputs(form, language_model(), PROMPTS, max_new_tokens=2, seed=0, temperature=1e-40)
 
     def test_ids_outside_are_an_error(self, form):
         model = language_model()
@@ -288,7 +292,7 @@ class TestGenerate:
         model = language_model()
         seen: list[Tensor] = []
         options = sampling.SamplingOptions(7, eos_token_id=3, seed=4)
-        prompts, lengths = sampling._prompts(model, PROMPTS)
+        prompts, lengths = padded(PROMPTS, model.vocab_size, model.head.weight.device)
         with tiles(form):
             tokens, _, _ = triton_loop(form, model, prompts, lengths, options, seen.append)
         theirs: list[Tensor] = []
