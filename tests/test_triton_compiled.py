@@ -19,8 +19,9 @@ if find_spec("triton") is None:
 import triton
 
 from gru_fast import kernels
-from gru_fast.kernels import problem, tables, tiling
-from triton_support import compiled, known_spills, resources
+from gru_fast.kernels import generate_tables, problem, tables, tiling
+from repository_tools import ROOT, load_script
+from triton_support import compiled, known_spills, resources, resources_generate
 
 ARCHITECTURES = tuple(compiled.DEVICES)
 OLD = triton.__version__.startswith("3.6.")
@@ -124,6 +125,32 @@ def test_what_a_call_takes_is_a_point(arch, plain):
                 taken.add((kernel, kind, cell, way, config))
     assert taken <= known, taken - known
     assert len({kernel for kernel, *_ in taken}) == 3
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_of_generate_are_points_with_all_their_layers(arch):
+    known = {
+        (point.row.form, point.row.numbers, point.row.config, point.cell, point.row.L)
+        for point in resources_generate.points()
+        if point.arch == arch
+    }
+    rows = [row for row in generate_tables.ROWS if row.fits(compiled.DEVICES[arch])]
+    most = {generate_tables.ANY: resources_generate.MOST["L"]}
+    expected = {
+        (row.form, row.numbers, row.config, cell, most.get(row.L, row.L))
+        for row in rows
+        for cell in row.cells
+    }
+    assert rows and expected <= known, expected - known
+
+
+@pytest.mark.skipif(triton.__version__ != "3.9.0", reason="the pages have the figures of 3.9.0")
+@pytest.mark.parametrize(
+    ("page", "function"), [("gpu-kernels", "markdown"), ("gpu-sampling", "generate_markdown")]
+)
+def test_the_page_has_the_table(page, function):
+    table = getattr(load_script("gpu_resources"), function)()
+    assert table in (ROOT / "docs" / f"{page}.md").read_text("utf-8")
 
 
 def test_snapshot_is_whole_and_clean():

@@ -82,6 +82,8 @@ def _rows(arch: int, cell: str) -> Iterator[tuple[GenerateRow, GenerateRow]]:
     """Rows with the sizes to compile in place of their limits, and as they are."""
     for row in _fitting(arch, cell):
         most = {name: min(getattr(row, name), MOST[name]) for name in MOST}
+        if row.L != ANY:
+            most["L"] = row.L
         ends = [most]
         if row.least_H > 1:
             ends.append(most | {"L": min(row.L, MOST_LAYERS), "H": row.least_H})
