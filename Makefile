@@ -29,6 +29,7 @@ help:
 	@echo 'make format    ruff and clang-format: rewrite'
 	@echo 'make wheel     manylinux wheel in dist/, installed and tried where there is no compiler'
 	@echo 'make clean     remove build products (not .venv)'
+	@echo 'PYTHON=python3.12 picks the Python of a new .venv, TORCH="torch==2.13.0 --index-url URL" what pip installs'
 
 $(TORCH_STAMP):
 	$(PYTHON) -m venv .venv
