@@ -230,7 +230,7 @@ class GRULanguageModel(nn.Module):
             return output, h_n
         output, above = functional.gru(
             output, hidden[1:], weights[per:], num_layers=L - 1, bias=gru.bias, dropout=dropout,
-            training=dropout > 0, cell=gru.cell, backend=gru.backend, recompute=gru.recompute,
+            training=True, cell=gru.cell, backend=gru.backend, recompute=gru.recompute,
             lengths=lengths,
         )  # fmt: skip
         if dropout:

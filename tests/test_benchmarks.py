@@ -292,6 +292,8 @@ class TestRecords:
         records.validate(good)
         with pytest.raises(ValueError, match=r"expected|missing"):
             records.validate({**good, **change})
+        with pytest.raises(ValueError, match="file: expected an object, got list"):
+            records.validate([good])
 
     def test_what_is_committed_is_valid(self):
         for path in (ROOT / "benchmarks" / "results").rglob("*.json"):

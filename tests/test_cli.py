@@ -432,6 +432,22 @@ def test_broken_runs(file, damage, run, tmp_path):
     assert "is not a folder" in refused("sample", tmp_path / "none")
 
 
+def test_a_seed_means_the_same_model(corpus, tmp_path):
+    few = ["--lines", "--hidden", 4, "--embedding", 4, "--steps", 1]
+    made = []
+    for count, seed in enumerate((5, 5, 6)):
+        torch.manual_seed(count)
+        call("train", corpus, *few, "--seed", seed, "--out", tmp_path / str(count))
+        made.append((tmp_path / str(count) / "checkpoint.safetensors").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+def test_a_run_of_another_format(run, tmp_path):
+    path = copied(run, tmp_path / "run") / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 7}))
+    assert refused("sample", path.parent) == f"gru-fast: {path}: expected format 1, got 7"
+
+
 def test_missing_extra_is_named():
     code = (
         "import sys; sys.modules['click'] = sys.modules['safetensors'] = None\n"

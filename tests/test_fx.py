@@ -19,6 +19,18 @@ class Model(nn.Module):
         return self.head(output) + h_n.sum()
 
 
+class Resets(nn.Module):
+    """Everything that a layer with layer norm takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = gru_fast.LayerNormGRU(3, 5)
+
+    def forward(self, x: Tensor, lengths: Tensor, mask: Tensor, state: Tensor) -> Tensor:
+        output, _ = self.rnn(x, lengths=lengths, reset_mask=mask, reset_state=state)
+        return output
+
+
 def operations(graph: torch.fx.GraphModule) -> list[tuple[str, str]]:
     return [(node.op, str(node.target)) for node in graph.graph.nodes]
 
@@ -50,6 +62,16 @@ def test_options_go_with_the_call() -> None:
     (node,) = [node for node in graph.graph.nodes if node.op == "call_module"]
     assert len(node.args) == 1 and set(node.kwargs) == {"lengths", "return_gates"}
     inputs = torch.randn(4, 2, 3), torch.tensor([4, 1])
+    torch.testing.assert_close(graph(*inputs), model(*inputs), rtol=0, atol=0)
+
+
+def test_resets_go_with_the_call() -> None:
+    model = Resets()
+    graph = torch.fx.symbolic_trace(model)
+    (node,) = [node for node in graph.graph.nodes if node.op == "call_module"]
+    assert set(node.kwargs) == {"lengths", "reset_mask", "reset_state"}
+    mask = torch.tensor([[False, True], [True, False], [False, False]])
+    inputs = torch.randn(3, 2, 3), torch.tensor([3, 2]), mask, torch.randn(1, 2, 5)
     torch.testing.assert_close(graph(*inputs), model(*inputs), rtol=0, atol=0)
 
 

@@ -190,6 +190,8 @@ class TestTables:
                 inputs.cell, [False],
             )  # fmt: skip
             registry.take("cta", call, "forward", "infer")
+        with pytest.raises(ValueError, match=r"kernel: expected one of \('cta', .*, got 'warp'"):
+            registry.take("warp", call, "forward", "infer")
 
 
 class TestMeasured:

@@ -33,6 +33,9 @@ def test_rows_of_lines():
     ]
     assert sorted([*data.training.tolist(), *data.held_out.tolist()]) == list(range(60))
     assert len(data.held_out) == 3
+    torch.manual_seed(1)
+    again = Lines(SEQUENCES, TrainingOptions(batch=7, max_length=4))
+    assert torch.equal(again.held_out, data.held_out)
     assert data.batch(1).shape[0] == 7
     assert torch.equal(data.batch(1), data.batch(1))
     assert data.batch(1).shape != data.batch(2).shape or not data.batch(1).equal(data.batch(2))
@@ -197,6 +200,8 @@ def test_checkpoints_of_other_models_are_refused(tmp_path):
 def test_too_little_data():
     with pytest.raises(InputError, match="at least 2 different lines to train on, got 1"):
         Lines([[1]], TrainingOptions())
+    two = Lines([[1], [2]], TrainingOptions())
+    assert sorted([*two.held_out.tolist(), *two.training.tolist()]) == [0, 1]
     with pytest.raises(InputError, match="at least 40 tokens to train on, got 39"):
         Text([1] * 39, TrainingOptions())
     options = TrainingOptions(steps=3, batch=50, chunk=16)

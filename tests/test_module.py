@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import gru_fast
+from gru_fast import cudnn
 
 CELLS = ("reset_after", "reset_before", "no_reset")
 CONFIGS = [
@@ -456,6 +457,25 @@ def test_flatten_parameters_does_nothing():
     assert ours.flatten_parameters() is None
     ours.to(torch.float32).flatten_parameters()
     assert [p.data_ptr() for p in ours.parameters()] == pointers
+
+
+def test_each_layer_is_laid_out_for_cudnn(monkeypatch):
+    """One direction of nn.GRU's cell, when it is made and when it is moved."""
+    seen: list[list[nn.Parameter]] = []
+    monkeypatch.setattr(cudnn, "flatten", seen.append)
+    for options in ({"cell": "no_reset"}, {"bidirectional": True}, {"num_heads": 2}):
+        gru_fast.GRU(3, 4, 2, **options).flatten_parameters()
+    assert not seen
+    for bias in (True, False):
+        ours = gru_fast.GRU(3, 4, 2, bias=bias)
+        made = seen.copy()
+        ours.double()
+        weights = list(ours.parameters())
+        half = len(weights) // 2
+        for layers in (made, seen[len(made) :]):
+            assert [*map(id, layers[0]), *map(id, layers[1])] == [*map(id, weights)]
+            assert [len(layer) for layer in layers] == [half, half]
+        seen.clear()
 
 
 def test_no_look_up_of_torchs_gru_when_called(monkeypatch):

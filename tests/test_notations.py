@@ -147,6 +147,8 @@ def test_what_does_not_fit_is_named():
         to_course(GRU(WIDTH, H))
     with pytest.raises(ValueError, match="num_layers=2"):
         to_course(GRU(WIDTH, H, 2, cell="reset_before"))
+    with pytest.raises(ValueError, match="bidirectional=True"):
+        to_course(GRU(WIDTH, H, bidirectional=True, cell="reset_before"))
     after = keras_weights(WIDTH, True, True)
     with pytest.raises(ValueError, match=r"expected a bias \(18,\) with reset_after=False, got"):
         from_keras(after, reset_after=False)

@@ -314,9 +314,14 @@ def test_bad_input_of_backward(index: int) -> None:
     bad = arguments[index]
     arguments[index] = bad[1:] if isinstance(bad, list) else wrong(bad)
     name = ops.layer_backward._schema.arguments[index].name
-    for op in (ops.layer_backward, ops._cuda_kernel("layer_backward")):
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+    for op, given in (
+        (ops.layer_backward, arguments),
+        (ops._cuda_kernel("layer_backward"), arguments),
+        (ops.layer_backward, meta),
+    ):
         with pytest.raises(RuntimeError, match=f"{name}: expected"):
-            op(*arguments)
+            op(*given)
 
 
 def test_meta_device() -> None:
