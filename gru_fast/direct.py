@@ -24,7 +24,7 @@ from gru_fast.backends import counts_flops
 native: Any = None
 native_takes: Any = None
 native_backward: Any = None
-# Without one of the functions that say who is watching, a call could not know.
+# They tell whether a mode, a transform or a tracer would see an operator.
 _WATCHERS = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
 if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
     from gru_fast import _C

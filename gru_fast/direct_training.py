@@ -94,8 +94,9 @@ def _run(
 ) -> tuple[Tensor, ...] | None:
     """The results that `GRULayer` takes, or None where the call is not plain.
 
-    Where somebody watches, the operator computes them. What is saved stays the same: a checkpoint
-    compares it, and its two passes need not be watched both.
+    Under a profiler or a mode, which sees operators, the operator computes them. What is saved
+    stays the same: `torch.utils.checkpoint` compares it between its two passes, and a profiler may
+    be on for one of them only.
     """
     call = (input, hx, weights, layers, True, False, cell, True)
     if direct.is_unobserved():
