@@ -8,12 +8,10 @@ architecture; `scripts/gpu_resources.py` compiles all of them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from functools import lru_cache
 from typing import Any
 
-from . import tables
+from . import tables, tiling
 from .problem import GATES
 from .tables import (
     A100,
@@ -47,17 +45,6 @@ class Model:
     sizes: Sizes
     L: int
     V: int
-
-
-@cache
-def triton_version() -> tuple[int, int]:
-    """Major and minor version of the Triton that is installed, where its name tells: no import."""
-    try:
-        found = version("triton")
-    except PackageNotFoundError:  # triton-windows, triton-rocm, a checkout on the path
-        found = import_module("triton").__version__
-    major, minor, *_ = found.split(".")
-    return int(major), int(minor)
 
 
 @dataclass(frozen=True)
@@ -95,7 +82,7 @@ class GenerateRow:
         """Whether the device, and Triton, have what the row needs."""
         enough = self.shared_kib * 1024 <= device.shared_bytes
         known = self.arch[0] <= device.arch <= self.arch[1]
-        return enough and known and self.since <= triton_version()
+        return enough and known and self.since <= tiling.triton_version()
 
     def holds(self, model: Model) -> bool:
         """Whether the model is within the row's sizes, padded as `weights_of` does."""
@@ -108,9 +95,10 @@ class GenerateRow:
 def unfit(device: Device, model: Model) -> str:
     """A sentence for a model that no row of a form holds for."""
     layers = f"{model.L} layer{'s' if model.L > 1 else ''}"
+    triton = "Triton {}.{}".format(*tiling.triton_version())
     return (
         f"no compiled tiles for {layers} {model.sizes.cell} of H={model.sizes.H} and V={model.V} "
-        f"in {model.sizes.numbers} on {device} with Triton {'.'.join(map(str, triton_version()))}"
+        f"in {model.sizes.numbers} on {device} with {triton}"
     )
 
 
@@ -150,7 +138,7 @@ def _step(device: Device, sizes: Sizes) -> Config:
     """Those of the scan of that name, but for one that spills 8 bytes under Triton 3.6."""
     found = tables.config("step", device, sizes, "forward")
     assert found is not None
-    old = triton_version() < NOT_OLD
+    old = tiling.triton_version() < NOT_OLD
     if old and sizes.numbers == "tf32x3" and device.arch >= BLACKWELL[0]:
         return replace(found, num_stages=2)
     return found
@@ -164,7 +152,7 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
     tiles of 16 rows and where TF32 weights are streamed. "nothing": where that makes spills or ends
     none; before Hopper and under Triton 3.6 it ends some where logits are read in parts.
     """
-    old, grid = triton_version() < NOT_OLD, form == "grid"
+    old, grid = tiling.triton_version() < NOT_OLD, form == "grid"
     streamed = model.sizes.numbers == "tf32" and not config.RESIDENT
     if old or device.arch < HOPPER[0]:
         other_cell = old and streamed and model.sizes.cell != "reset_after"
@@ -180,7 +168,7 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
 def compiled_as(form: str, device: Device, model: Model, config: Config) -> dict[str, Any]:
     """`ANEW`, and where the assembler stops by itself at 80 or 128 registers and spills, 255."""
     anew = computed_anew(form, device, model, config)
-    before = triton_version() < NOT_OLD or device.arch < HOPPER[0]
+    before = tiling.triton_version() < NOT_OLD or device.arch < HOPPER[0]
     without_reset = model.sizes.cell == "no_reset" and device.arch >= RTX_50[0]
     few_layers = form == "grid" and not config.RESIDENT and model.L <= 2
     in_parts = anew == "addresses" and model.V > IN_ONE_TILE

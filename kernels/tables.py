@@ -8,9 +8,10 @@ range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
+from . import tiling
 from .tiling import Config, Device, Sizes
 
 ANY = 10**9
@@ -80,7 +81,23 @@ def offered_of(rows: tuple[Row, ...], device: Device, direction: str) -> tuple[R
     for row in fitting:
         key = (row.kernel, row.numbers, row.H)
         most[key] = max(row.shared_kib, most.get(key, 0))
-    return tuple(row for row in fitting if row.shared_kib == most[row.kernel, row.numbers, row.H])
+    return tuple(
+        _for_this_triton(row)
+        for row in fitting
+        if row.shared_kib == most[row.kernel, row.numbers, row.H]
+    )
+
+
+def _for_this_triton(row: Row) -> Row:
+    """Triton 3.8 holds weights that fill a Hopper's shared memory in registers as well.
+
+    Of four warps 40 to 256 bytes spilled, of eight with narrow panels at most 16.
+    """
+    full = row.kernel == "grid" and row.config.RESIDENT and row.shared_kib > 163
+    four = row.config.BLOCK_H == 64 and row.config.num_warps == 4
+    if not (full and four) or tiling.triton_version() != (3, 8):
+        return row
+    return replace(row, config=replace(row.config, num_warps=8, BLOCK_K=64))
 
 
 def waves(config: Config, device: Device, sizes: Sizes) -> int:

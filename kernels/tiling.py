@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,17 @@ WHOLE = 16
 def whole(H: int) -> int:
     """The next multiple of `WHOLE`."""
     return -(-H // WHOLE) * WHOLE
+
+
+@cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the Triton that is installed, where its name tells: no import."""
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # triton-windows, triton-rocm, a checkout on the path
+        found = import_module("triton").__version__
+    major, minor, *_ = found.split(".")
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True)
