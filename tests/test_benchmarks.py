@@ -17,8 +17,10 @@ from repository_tools import ROOT, load, run
 
 cases = load("benchmarks.cases")
 cli = load("benchmarks.cli")
+machine = load("benchmarks.machine")
 parity = load("benchmarks.parity")
 problem_module = load("benchmarks.problem")
+program = load("benchmarks.program")
 providers = load("benchmarks.providers")
 providers_gru_fast = load("benchmarks.providers_gru_fast")
 providers_kernels = load("benchmarks.providers_kernels")
@@ -141,7 +143,7 @@ class TestGate:
         assert len(found) >= 4
         for r in found:
             assert (r.parity, r.error) == ("none" if r.provider == "nn.LSTM" else "ok", None)
-            assert r.median_s is not None
+            assert r.median_s is not None and r.suite == suite
 
     @pytest.mark.slow
     @pytest.mark.parametrize("suite", ["infer", "train"])
@@ -298,6 +300,52 @@ class TestRecords:
     def test_what_is_committed_is_valid(self):
         for path in (ROOT / "benchmarks" / "results").rglob("*.json"):
             records.read(path)
+
+
+class TestMachine:
+    def test_the_commit_and_whether_files_differ_from_it(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(machine, "ROOT", tmp_path)
+        monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+        assert machine.git_commit() is None
+
+        def git(*arguments: str) -> str:
+            who = ("-c", "user.name=x", "-c", "user.email=x@localhost")
+            command = ["git", *who, *arguments]
+            run = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+            return run.stdout.strip()
+
+        results = tmp_path / "benchmarks" / "results"
+        results.mkdir(parents=True)
+        for path in (tmp_path / "code", results / "figures"):
+            path.write_text("first")
+        git("init", "-q")
+        git("add", "-A")
+        git("commit", "-qm", "x")
+        commit = git("rev-parse", "HEAD")[:12]
+        (results / "figures").write_text("new")
+        (tmp_path / "untracked").write_text("")
+        assert machine.git_commit() == commit
+        (tmp_path / "code").write_text("changed")
+        assert machine.git_commit() == commit + "+"
+
+    def test_without_proc_nobody_knows_what_others_take(self, monkeypatch):
+        started = machine.OtherLoad()
+        monkeypatch.setattr(machine.OtherLoad, "_read", lambda self: None)
+        assert started.share() is None and machine.OtherLoad().share() is None
+        monkeypatch.undo()
+        if started._start is not None:
+            assert 0 <= started.share() <= 1
+
+    def test_threads(self, monkeypatch):
+        monkeypatch.setattr("os.cpu_count", lambda: 6)
+        assert program.threads_of(None, quick=False) == [1, 6]
+        assert program.threads_of(None, quick=True) == [1]
+        assert program.threads_of("1,6", quick=True) == [1, 6]
+        with pytest.raises(ValueError, match="this machine has 6 processors, got '7'"):
+            program.threads_of("7", quick=False)
+        for given in ("0", "1,-2", "two", ""):
+            with pytest.raises(ValueError, match="expected a list of numbers from 1 on"):
+                program.threads_of(given, quick=False)
 
 
 class TestCommandLine:
