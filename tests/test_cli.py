@@ -113,6 +113,18 @@ def test_sampling_options(run, corpus):
     assert len(lines) == 20 and not known & set(lines) and "of 1,000 sampled" in novel.stderr
 
 
+def test_novel_needs_the_corpus_as_it_was(tmp_path):
+    text, out = write_names(tmp_path / "names.txt"), tmp_path / "run"
+    call("train", text, "--lines", "--hidden", 4, "--embedding", 4, "--steps", 1, "--out", out)
+    text.write_text("another\ncorpus\n")
+    message = f"gru-fast: --novel: {text} has changed since the training; leave --novel out"
+    assert refused("sample", out, "--novel") == message
+    text.unlink()
+    message = f"gru-fast: --novel: {text} cannot be read any more; leave --novel out"
+    assert refused("sample", out, "--novel") == message
+    assert call("sample", out, "--length", 1, "--num", 2).stdout.count("\n") == 2
+
+
 def test_running_text_and_words(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat\nthe dog sat on the log\n" * 40)

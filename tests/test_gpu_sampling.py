@@ -276,8 +276,13 @@ class TestRouting:
         assert gpu_sampling.why_not(model) is None
         assert "float64" in gpu_sampling.why_not(GRULanguageModel(5, None, 8).double())
         odd = GRULanguageModel(5, None, 8)
-        odd.gru = gru_fast.GRU(5, 8, learn_h0=True)
-        assert "learn_h0=True" in gpu_sampling.why_not(odd)
+        for options, reason in (
+            ({"learn_h0": True}, "learn_h0=True"),
+            ({"num_heads": 2}, "num_heads=2"),
+            ({"bidirectional": True}, "bidirectional layers need the whole sequence"),
+        ):
+            odd.gru = gru_fast.GRU(5, 8, **options)
+            assert reason in gpu_sampling.why_not(odd)
         odd = GRULanguageModel(5, None, 8)
         odd.head = odd.head.bfloat16()
         assert "several dtypes" in gpu_sampling.why_not(odd)

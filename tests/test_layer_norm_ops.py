@@ -249,6 +249,26 @@ def test_errors(changes: dict[int, Any], message: str) -> None:
         arguments[k] = value
     with pytest.raises(RuntimeError, match=message):
         ops_norm.norm_scan(*arguments)
+    meta = [a.to("meta") if isinstance(a, Tensor) else a for a in arguments]
+    if 5 not in changes:  # nobody can read these lengths
+        with pytest.raises(RuntimeError, match=message):
+            ops_norm.norm_scan(*meta)
+
+
+def test_the_reference_has_gradients_of_no_steps() -> None:
+    arguments = norm_arguments(Case("reset_after", "everything", T=0))
+    given = backward_arguments(ops_norm.norm_scan, arguments)
+    found = reference_norm.norm_scan_backward(*given)
+    for ours, theirs in zip(ops_norm.norm_scan_backward(*given), found, strict=True):
+        assert torch.equal(ours, theirs)
+    for gradient in reference_norm.norm_scan_backward(*given[:-1], [False] * 7):
+        assert gradient.shape == (0,)
+
+
+def test_a_backward_mask_of_another_length() -> None:
+    given = backward_arguments(ops_norm.norm_scan, norm_arguments(Case("reset_after", T=2, B=1)))
+    with pytest.raises(RuntimeError, match="output_mask: expected 7 values, got 6"):
+        ops_norm.norm_scan_backward(*given[:-1], [True] * 6)
 
 
 @pytest.mark.parametrize("features", FEATURES)

@@ -170,6 +170,17 @@ def test_no_steps_or_no_rows(
         assert torch.equal(grad, torch.full_like(leaf, 1.0 if name == "h0" else 0.0)), name
 
 
+@pytest.mark.parametrize("name", ["layer", "scan"])
+def test_the_reference_has_gradients_of_no_steps(name: str) -> None:
+    arguments = backward_arguments(name, layer_inputs(Case(features="everything", T=0)))
+    found = getattr(reference, f"{name}_backward")(*arguments)
+    for ours, theirs in zip(getattr(ops, f"{name}_backward")(*arguments), found, strict=True):
+        assert torch.equal(ours, theirs)
+    none = [False] * len(arguments[-1])
+    for gradient in getattr(reference, f"{name}_backward")(*arguments[:-1], none):
+        assert gradient.shape == (0,)
+
+
 @poisoned
 def test_rows_of_length_zero_keep_their_state() -> None:
     inputs = layer_inputs(Case(features="lengths", reverse=(False, True)), grad=True)
@@ -305,6 +316,44 @@ def test_bad_input_on_meta(what: str) -> None:
     ]
     with pytest.raises(RuntimeError, match=rf"{what.split()[0]}: expected"):
         ops.layer(*arguments)
+
+
+@pytest.mark.parametrize(
+    "argument, shape, dtype, message",
+    [
+        ("gates_x", (3, 2, 12), None, r"gates_x: expected shape \(T, B, G, 3\*H\), got \(3, 2, 12"),
+        ("h0", (2, 4), None, r"h0: expected shape \(G, B, H\), got \(2, 4\)"),
+        (
+            "gates_x",
+            (3, 2, 1, 12),
+            torch.int32,
+            "gates_x: expected a floating dtype, got torch.int",
+        ),
+        ("lengths", (2,), torch.int32, "lengths: expected the device of gates_x, meta, got cpu"),
+    ],
+)
+def test_bad_scans_on_meta(
+    argument: str, shape: tuple[int, ...], dtype: torch.dtype | None, message: str
+) -> None:
+    device = "cpu" if argument == "lengths" else "meta"
+    arguments: dict[str, Any] = {
+        "gates_x": torch.empty(3, 2, 1, 12, device="meta"),
+        "h0": torch.empty(1, 2, 4, device="meta"),
+        "weight_hh": torch.empty(1, 12, 4, device="meta"),
+        "lengths": None,
+        argument: torch.empty(shape, dtype=dtype, device=device),
+    }
+    gates_x, h0, weight_hh, lengths = arguments.values()
+    with pytest.raises(RuntimeError, match=message):
+        ops.scan(
+            gates_x, h0, weight_hh, None, lengths, None, None, None, "reset_after", [False], False
+        )
+
+
+def test_no_units_on_meta() -> None:
+    empty = [torch.empty(shape, device="meta") for shape in ((3, 2, 1, 0), (1, 2, 0), (1, 0, 0))]
+    with pytest.raises(RuntimeError, match="h0: expected G >= 1 and H >= 1"):
+        ops.scan(*empty, *[None] * 5, "reset_after", [False], False)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 13, 14, 18])

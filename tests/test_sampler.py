@@ -345,6 +345,15 @@ def test_a_temperature_that_logits_overflow_with_is_named():
             model.generate(max_new_tokens=3, temperature=0.5, do_sample=False)
 
 
+def test_a_head_of_another_type_goes_through_the_loop():
+    lm = language_model()
+    lm.head = torch.nn.Sequential(lm.head)
+    lm.head.weight = lm.head[0].weight
+    assert packed.why_not(lm.gru, lm.head) == "the head is a Sequential, not an nn.Linear"
+    assert sampling.choose_loop(lm) is generate_loop
+    assert lm.generate(max_new_tokens=3, seed=0).shape == (1, 3)
+
+
 def test_logits_that_allow_no_draw():
     lm = language_model()
     with torch.no_grad():
