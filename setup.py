@@ -29,7 +29,10 @@ SKIP_HINT = (
     "it runs on the reference implementation, which is slower."
 )
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = platform.machine().lower()
+X86 = MACHINE in ("x86_64", "amd64")
+# On macOS every processor has the dot products, and the compiler uses them unasked.
+NEON_DOT = MACHINE in ("aarch64", "arm64") and platform.system() == "Linux"
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512_BF16 = ["-mavx512bf16"]
@@ -44,6 +47,8 @@ X86_KERNELS = {
     "sampler_avx512.cpp": AVX2 + AVX512,
     "sampler_avx512_dot.cpp": AVX2 + AVX512 + AVX512_DOT,
 }
+NEON_DOT_KERNELS = {"sampler_neon_dot.cpp": ["-march=armv8.2-a+dotprod"]}
+KERNEL_FLAGS = {**X86_KERNELS, **NEON_DOT_KERNELS}
 PYBIND11 = {"module.cpp", "sampler.cpp", "signals.cpp", "stream.cpp"}
 DLPACK = {"exchange.cpp"}
 PYTHON = {"direct.cpp", "direct_backward.cpp", "prepack.cpp"}
@@ -51,6 +56,7 @@ COMMON = [
     *("-O3", "-DNDEBUG", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-pthread"),
     *("-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi", "-Icsrc"),
     *(["-DGRU_FAST_X86=1"] if X86 else []),
+    *(["-DGRU_FAST_NEON_DOT=1"] if NEON_DOT else []),
 ]
 
 
@@ -97,7 +103,7 @@ def flags_of(source: Path, torch: Path) -> list[str]:
         return system(python, torch_headers)
     if source.parent.name == "csrc":
         return ["-DTORCH_TARGET_VERSION=0x020b000000000000", *system(torch_headers)]
-    return X86_KERNELS.get(source.name, [])
+    return KERNEL_FLAGS.get(source.name, [])
 
 
 class BuildExt(build_ext):
@@ -150,7 +156,9 @@ def arguments() -> dict:
     """Return what setup() needs for the extension; nothing for the pure-Python package."""
     if os.environ.get(SKIP, "0") not in ("", "0"):
         return {}
-    sources = [p for p in sorted(Path("csrc").rglob("*.cpp")) if X86 or p.name not in X86_KERNELS]
+    built = {**(X86_KERNELS if X86 else {}), **(NEON_DOT_KERNELS if NEON_DOT else {})}
+    left_out = KERNEL_FLAGS.keys() - built.keys()
+    sources = [p for p in sorted(Path("csrc").rglob("*.cpp")) if p.name not in left_out]
     extension = Extension("gru_fast._C", [str(source) for source in sources], language="c++")
     # Without torch the build front end fetches it into its own environment, then runs us again.
     missing = {} if find_torch() else {"setup_requires": [TORCH_REQUIREMENT]}

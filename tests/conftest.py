@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures for all tests."""
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,8 +49,10 @@ def poisoned_memory() -> Iterator[None]:
 
 
 ISAS = _C.cpu_isas() if ops.HAS_CPU_KERNELS else []
-# Where the processor has dot products, samplers use them for AVX-512 unless told otherwise.
-NO_DOT = ["avx512 without dot products"] if "avx512" in ISAS else []
+# Where the processor has dot products, samplers use them for AVX-512 and on ARM unless told
+# otherwise.
+DOT = "avx512" in ISAS or (ISAS and platform.machine() == "aarch64")
+NO_DOT = [f"{ISAS[-1]} without dot products"] if DOT else []
 
 
 @contextmanager

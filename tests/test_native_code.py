@@ -20,10 +20,10 @@ PROGRAMS = {
 OBJECTS = ROOT / "build" / str(sysconfig.get_config_var("SOABI")) / "cpu"
 
 
-def run(name: str, folder: Path, *flags: str) -> None:
+def run(name: str, folder: Path, *flags: str, compiler="", emulator=()) -> None:
     """Compile tests/cpp/`name`.cpp and run it; skips without a compiler that knows the flags."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
+    compiler = compiler or os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not compiler:
         pytest.skip("no C++ compiler")
     program, empty = folder / name, folder / "empty.cpp"
     flags = ("-std=c++20", "-O1", "-g", "-pthread", "-Wno-psabi", f"-I{ROOT / 'csrc'}", *flags)
@@ -33,7 +33,7 @@ def run(name: str, folder: Path, *flags: str) -> None:
     sources = [ROOT / "csrc" / "cpu" / f"{source}.cpp" for source in PROGRAMS[name]]
     sources.append(ROOT / "tests" / "cpp" / f"{name}.cpp")
     subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*emulator, program], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
@@ -58,15 +58,33 @@ def test_widest_registers_under_sanitizers(name: str, tmp_path: Path) -> None:
     run(name, tmp_path, *flags)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *((name, "-march=armv8-a") for name in PROGRAMS),
+        ("sampler_test", "-march=armv8.2-a+dotprod"),
+    ],
+)
+def test_on_an_emulated_arm_processor(name: str, flags: str, tmp_path: Path) -> None:
+    """The portable kernels on another architecture, the samplers also with its dot products."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (qemu-user)")
+    processor = "cortex-a72" if flags == "-march=armv8-a" else "max"
+    emulation = (emulator, "-cpu", processor)
+    run(name, tmp_path, "-static", flags, compiler=compiler, emulator=emulation)
+
+
 def test_wide_instructions_stay_in_their_files() -> None:
     """A weak symbol of a file with wide instructions may replace that of the others.
 
     The linker keeps one of several definitions of an inline function, and does not know which of
     them every processor can run.
     """
-    objects = [path for path in OBJECTS.glob("*.o") if "_avx" in path.stem]
+    objects = [p for p in OBJECTS.glob("*.o") if "_avx" in p.stem or "_neon" in p.stem]
     if not objects or shutil.which("nm") is None:
-        pytest.skip("no objects of an x86 build, or no nm")
+        pytest.skip("no objects with wide instructions, or no nm")
     for path in objects:
         run = subprocess.run(
             ["nm", "--defined-only", path], capture_output=True, text=True, check=True

@@ -11,6 +11,8 @@
 #include "tile.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace gru_fast {
@@ -102,6 +104,22 @@ struct Dot<Weights::kInt8> {
     const __m256i pairs = _mm256_maddubs_epi16(row.magnitude, turned);
     sum += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
+#elif defined(__aarch64__)
+  using Row = Words;
+  GRU_INLINE Row ready(uint32_t word) { return word - Words{}; }
+  GRU_INLINE void add(Sum& sum, Words weight, Row row) {
+    const int8x16_t w = reinterpret_cast<int8x16_t>(weight);
+    const int8x16_t r = reinterpret_cast<int8x16_t>(row);
+    const int32x4_t so_far = reinterpret_cast<int32x4_t>(sum);
+#if defined(__ARM_FEATURE_DOTPROD)
+    sum = reinterpret_cast<Sum>(vdotq_s32(so_far, w, r));
+#else
+    // The sum of two products fits 16 bits, because neither factor is ever -128.
+    const int16x8_t low = vmull_s8(vget_low_s8(w), vget_low_s8(r));
+    const int16x8_t high = vmull_high_s8(w, r);
+    sum = reinterpret_cast<Sum>(vpadalq_s16(so_far, vpaddq_s16(low, high)));
+#endif
+  }
 #else
   // 16-bit products of the even and of the odd bytes.
   struct Row {
@@ -156,6 +174,9 @@ void dot_tiles(const uint32_t* a, int64_t row_stride, const uint32_t* panels, in
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         const auto row = Dot<P>::ready(a[i * row_stride + k]);
+#if defined(__aarch64__)
+        if (i > 0) load_after(a, sum[i - 1]);
+#endif
 #pragma GCC unroll 12
         for (int n = 0; n < N; ++n) Dot<P>::add(sum[i][n], weight[n], row);
       }
@@ -324,6 +345,10 @@ GRU_INLINE void store_low_bytes(void* to, Words value) {
     const int bytes = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
     std::memcpy(static_cast<char*>(to) + 4 * i, &bytes, sizeof bytes);
   }
+#elif defined(__aarch64__)
+  const uint16x4_t pairs = vmovn_u32(reinterpret_cast<uint32x4_t>(value));
+  const uint8x8_t bytes = vmovn_u16(vcombine_u16(pairs, pairs));
+  std::memcpy(to, &bytes, 4);
 #else
   typedef uint8_t Bytes __attribute__((vector_size(kVecBytes / 4)));
   const Bytes bytes = __builtin_convertvector(value, Bytes);

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "isa.h"
 #include "sampler_problem.h"
+#ifdef GRU_FAST_NEON_DOT
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
 
 namespace gru_fast {
 
@@ -18,6 +22,11 @@ namespace avx512_dot {
 const SamplerKernels& sampler_table();
 }
 #endif
+#ifdef GRU_FAST_NEON_DOT
+namespace neon_dot {
+const SamplerKernels& sampler_table();
+}
+#endif
 
 const SamplerKernels& sampler_kernels([[maybe_unused]] bool plain) {
 #ifdef GRU_FAST_X86
@@ -27,6 +36,9 @@ const SamplerKernels& sampler_kernels([[maybe_unused]] bool plain) {
     return dot && !plain ? avx512_dot::sampler_table() : avx512::sampler_table();
   }
   if (level == IsaLevel::kAvx2) return avx2::sampler_table();
+#endif
+#ifdef GRU_FAST_NEON_DOT
+  if ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0 && !plain) return neon_dot::sampler_table();
 #endif
   return baseline::sampler_table();
 }

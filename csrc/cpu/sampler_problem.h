@@ -104,8 +104,8 @@ struct SamplerKernels {
                   uint64_t position, uint64_t stream, float* log_prob, void* scratch);
 };
 
-// Those of the current instruction set; on AVX-512, those with dot products where the processor has
-// both kinds (VNNI and BF16), unless `plain`.
+// Those of the current instruction set; unless `plain`, those with dot products where the processor
+// has them: on AVX-512 both kinds (VNNI and BF16), on Linux for ARM those of bytes.
 const SamplerKernels& sampler_kernels(bool plain = false);
 
 }  // namespace gru_fast

@@ -5,6 +5,7 @@
 // missing thread.
 #pragma once
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -40,7 +41,12 @@ class Team {
   bool goes_on(int64_t round);
 
  private:
-  struct alignas(64) Flag {
+#if defined(__aarch64__)
+  static constexpr size_t kCacheLine = 128;  // Apple's; others have 64
+#else
+  static constexpr size_t kCacheLine = 64;
+#endif
+  struct alignas(kCacheLine) Flag {
     std::atomic<uint32_t> phase{0};
   };
   void announce(Flag& flag, uint32_t phase);

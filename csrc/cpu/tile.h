@@ -86,6 +86,9 @@ void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, 
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
         const auto value = word(ak + i * row_stride);
+#if defined(__aarch64__)
+        if (i > 0) load_after(ak, sum[i - 1]);
+#endif
 #pragma GCC unroll 12
         for (int n = 0; n < N; ++n) multiply_add<Real>(sum[i][n], weight[n], value);
       }

@@ -22,12 +22,14 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;
-constexpr int kRowBlock = 8;  // 32 registers: 8 rows x 3 vectors of accumulators
 #elif defined(__AVX__)
 constexpr int kVecBytes = 32;
-constexpr int kRowBlock = 4;
 #else
 constexpr int kVecBytes = 16;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRowBlock = 8;  // 32 registers: 8 rows x 3 vectors of accumulators
+#else
 constexpr int kRowBlock = 4;
 #endif
 
@@ -105,6 +107,16 @@ GRU_INLINE void store_n(BFloat16* p, Vec<float> v, int n) {
   } else {
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow(v));
   }
+}
+#endif
+
+#if defined(__aarch64__)
+// Loads through `p` from here on come after the computation of `values`. Compilers load what all
+// rows of a tile need before they multiply the first, and for that keep sums in memory.
+template <class Number, class V, int N>
+GRU_INLINE void load_after(const Number*& p, const V (&values)[N]) {
+#pragma GCC unroll 12
+  for (int n = 0; n < N; ++n) asm("" : "+r"(p) : "w"(values[n]));
 }
 #endif
 
