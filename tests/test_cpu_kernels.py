@@ -134,6 +134,22 @@ class TestOrderOfSummation:
             assert_same_bits("grad_h0", some_h0, grad_h0[:, rows])
 
 
+@pytest.mark.parametrize("B, reverse", ((8, (False,)), (3, (False, True))), ids=str)
+@pytest.mark.parametrize("features", ("plain", "everything"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_many_threads(cell: str, features: str, B: int, reverse: tuple[bool, ...]) -> None:
+    """Four split rows, or groups, and units too; five meet in another way than fewer."""
+    inputs = layer_inputs(Case(cell, features, reverse, T=12, B=B, **WIDE), torch.float32)
+    results = []
+    for threads in (1, 4, 5):
+        with torch_threads(threads):
+            output, h_n, workspace = forward(inputs)
+            results.append((output, h_n, workspace, *backward(inputs, output, workspace)))
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert_same_bits(f"result {i}", a, b)
+
+
 # Not in bfloat16: a state is rounded where it leaves a call, and where it is saved.
 EXACT = (torch.float32, torch.float64)
 
@@ -154,10 +170,12 @@ def test_time_chunks_keep_every_bit(isa: str, cell: str, dtype: torch.dtype, B: 
         assert_same_bits("h_n", state, h_n)
 
 
-@pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("features", ("plain", "everything"))
 def test_recompute_keeps_every_bit(isa: str, cell: str, features: str, dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and not _C.multiplies_bfloat16():
+        pytest.skip("forward multiplies states that are not rounded yet")
     inputs = layer_inputs(Case(cell, features, (False, True), T=70, B=5, I=6, H=21), dtype)
     output, _, workspace = forward(inputs)
     saved = backward(inputs, output, workspace)
@@ -261,6 +279,19 @@ def test_gradients_of_a_shared_input_are_rounded_once() -> None:
     ours = backward(inputs, output.bfloat16(), workspace.bfloat16())[0]
     rounding = torch.finfo(torch.bfloat16).eps * truth.abs().max()
     assert (ours - truth).abs().max() < rounding
+
+
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
+def test_gates_of_any_size(isa: str, dtype: torch.dtype) -> None:
+    """Sigmoid and tanh up to where they saturate, and beyond."""
+    H = 400
+    x = torch.cat([torch.linspace(-s, s, H // 4) for s in (1e-3, 1.0, 30.0, 1000.0)]).to(dtype)
+    h0, weight = torch.zeros(1, 1, H, dtype=dtype), torch.zeros(1, 2 * H, H, dtype=dtype)
+    gates_x = torch.cat((x, x)).view(1, 1, 1, 2 * H)
+    z, n = ops.scan(gates_x, h0, weight, *[None] * 5, "no_reset", [False], False)[2].chunk(2, -1)
+    for ours, exact in ((z, x.double().sigmoid()), (n, x.double().tanh())):
+        error = (ours.flatten().double() - exact).abs()
+        assert bool((error <= 4 * torch.finfo(dtype).eps * exact.abs() + 1e-37).all())
 
 
 def test_small_values_keep_their_digits_in_bfloat16() -> None:

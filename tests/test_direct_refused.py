@@ -237,6 +237,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     weights = gru_fast.GRUCell(I, H)._flat_weights
     x, h = torch.zeros(2, I), torch.zeros(2, H)
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
+    nine = gru_fast.GRU(I, H, 9, bias=False)._flat_weights
     last = (False, "reset_after", False)
     run = direct.native
     assert run(x, h, weights, None, True, *last).shape == (2, H)
@@ -262,6 +263,9 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], h[None], weights, -1, True, *last),
         (x[None], h[None], weights, 2, True, *last),
         (x[None], h[None], weights, 9, True, *last),
+        (x[None], torch.zeros(9, 2, H), nine, 9, False, *last),
+        (x[None], h[:, None], weights, 1, True, *last),
+        (x[None], states, two, 2, True, False, "reset_after", True),
         (x[None], h[None], two, 1, True, *last),
         (x[None], h[None], two, 2, True, *last),
         (x[None], None, [], 1, True, *last),

@@ -235,7 +235,18 @@ MESSAGES = [
     ({4: torch.zeros(1, 4)}, r"bias_hh: expected shape .*\(1, 12\), got \(1, 4\)"),
     ({5: torch.tensor([3])}, "lengths: expected values from 0 to T = 2, got"),
     ({9: 0.0}, "eps: expected a positive number, got 0"),
+    ({9: float("inf")}, "eps: expected a positive number, got inf"),
     ({10: [False, True]}, "reverse: expected 1 values, one .* got 2"),
+    (
+        {
+            0: torch.zeros(2, 1, 0, 12),
+            1: torch.zeros(0, 1, 4),
+            2: torch.zeros(0, 12, 4),
+            3: torch.zeros(0, 12),
+            10: [],
+        },
+        r"h0: expected G >= 1 and H >= 1, got \(0, 1, 4\)",
+    ),
 ]
 
 

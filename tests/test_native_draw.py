@@ -20,6 +20,7 @@ OPTIONS = [
     {"top_p": 0.8},
     {"min_p": 0.1},
     {"min_p": 1.0},
+    {"top_k": 5, "min_p": 1.0},
     {"temperature": 2.0, "top_k": 10, "top_p": 0.9, "min_p": 0.05},
 ]
 
@@ -64,12 +65,33 @@ def test_greedy_and_log_probabilities(isa):
     for V in (1, 16, 65):
         logits = logits_of(500, V)
         position, stream = counters(500)
-        for options in ({"do_sample": False}, {"temperature": 0.5, "top_p": 0.9}, {}):
+        for options in (
+            {"do_sample": False}, {"temperature": 0.5, "top_p": 0.9}, {"temperature": 0.5},
+            {"min_p": 0.2}, {},
+        ):  # fmt: skip
             tokens, log_probs = draw(logits, position, stream, **options)
             if not options.get("do_sample", True):
                 assert torch.equal(tokens, reference_sampling.greedy(logits))
             exact = torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None])[:, 0]
             torch.testing.assert_close(log_probs.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_sums_and_shares_that_meet_an_edge(isa):
+    """Equal weights: what is reached exactly is not passed, and top_p = 0.9 of ten keeps nine."""
+    logits = torch.zeros(2048).masked_fill(torch.arange(2048) % 2 == 1, -torch.inf)
+    position, stream = torch.zeros(2**18).long(), torch.arange(2**18)
+    u = reference_sampling.uniform(SEED, position, stream)
+    edge = (u * 1024).frac() == 0
+    assert int(edge.sum()) >= 10
+    logits = logits.expand(int(edge.sum()), 2048).contiguous()
+    expected = reference_sampling.draw(logits, u[edge])
+    assert torch.equal(draw(logits, position[edge], stream[edge])[0], expected)
+    logits, (position, stream) = torch.zeros(200, 10), counters(200)
+    for p in (0.1, 0.3, 0.5, 0.7, 0.9, 1 / 3):
+        expected = reference_sampling.draw(
+            logits, reference_sampling.uniform(SEED, position, stream), top_p=p
+        )
+        assert torch.equal(draw(logits, position, stream, top_p=p)[0], expected)
 
 
 def test_logits_that_allow_no_draw(isa):

@@ -239,6 +239,8 @@ def test_any_strides(cell: str) -> None:
         if not isinstance(t, Tensor):
             return t
         spread = torch.stack([t, torch.zeros_like(t)], -1)[..., 0]
+        if t.dim() == 1:
+            return spread
         return spread.transpose(0, -1).contiguous().transpose(0, -1)
 
     strided = [scattered(a) for a in inputs.arguments()]
@@ -371,6 +373,32 @@ def test_bad_input_of_backward(index: int) -> None:
     ):
         with pytest.raises(RuntimeError, match=f"{name}: expected"):
             op(*given)
+
+
+def test_masks_and_gradients_that_do_not_fit_a_backward() -> None:
+    inputs = layer_inputs(Case())
+    for name, count in (("layer", 8), ("scan", 6)):
+        arguments = backward_arguments(name, inputs)
+        for op in (getattr(ops, f"{name}_backward"), ops._cuda_kernel(f"{name}_backward")):
+            with pytest.raises(RuntimeError, match=f"output_mask: expected {count} values, got"):
+                op(*arguments[:-1], [True] * (count + 1))
+    arguments = backward_arguments("layer", inputs, workspace_grad=True)
+    arguments[14], arguments[17] = torch.zeros(0, dtype=torch.float64), True
+    with pytest.raises(RuntimeError, match="grad_workspace: expected none with recompute"):
+        ops.layer_backward(*arguments)
+
+
+@poisoned
+@pytest.mark.parametrize("G, H", [(2, 0), (0, 4), (0, 0)])
+def test_no_units_or_no_groups(G: int, H: int) -> None:
+    x, h0 = torch.randn(3, 2, 5, requires_grad=True), torch.zeros(G, 2, H, requires_grad=True)
+    weights = torch.zeros(G, 3 * H, 5), torch.zeros(G, 3 * H, H), *[torch.zeros(G, 3 * H)] * 2
+    output, h_n, workspace = ops.layer(
+        x, h0, *weights, None, None, None, None, "reset_after", [False] * G, False
+    )
+    assert output.shape == (3, 2, 0) and h_n.shape == h0.shape and workspace.numel() == 0
+    grad_x, grad_h0 = torch.autograd.grad((output, h_n), (x, h0), (output, h_n))
+    assert torch.equal(grad_x, torch.zeros_like(x)) and grad_h0.shape == h0.shape
 
 
 def test_meta_device() -> None:

@@ -83,7 +83,9 @@ def test_parity_of_scan(case: Case) -> None:
 
 @poisoned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", PARITY[::7], ids=str)
+@pytest.mark.parametrize(
+    "case", [*PARITY[::7], Case("reset_after", "everything", (False, True), T=150, B=5)], ids=str
+)
 def test_parity_in_half_precision(case: Case, dtype: torch.dtype) -> None:
     check_parity(case, dtype)
 
@@ -97,7 +99,10 @@ MORE = [
     for features, reverse, B, H in (
         ("plain", (False,), 1, 24), ("everything", (True,), 2, 5), ("lengths", (False,), 4, 16)
     )
-] + [Case(cell, "everything", (False, True), T=150, B=4, I=3, H=20) for cell in CELLS]  # fmt: skip
+] + [
+    Case(cell, "everything", (False, True), T=T, B=B, I=3, H=H)
+    for cell, (T, B, H) in product(CELLS, ((150, 4, 20), (3, 300, 5)))
+]  # fmt: skip
 
 
 @poisoned

@@ -311,6 +311,29 @@ def test_layers_of_which_some_are_not_packed(spy: Spy) -> None:
         assert all(map(torch.equal, results, wanted))
 
 
+def test_modules_that_share_memory_have_their_own_panels(spy: Spy) -> None:
+    """One weight in several cells, on both sides of one module, and a part of it in two others."""
+    after, before, update = (gru_fast.GRU(H, H, cell=cell) for cell in CELLS)
+    tied, small = gru_fast.GRU(H, H, cell="reset_before"), gru_fast.GRU(7, 7)
+    memory = after.weight_hh_l0
+    before.weight_hh_l0 = tied.weight_ih_l0 = tied.weight_hh_l0 = memory
+    update.weight_hh_l0 = nn.Parameter(memory[: 2 * H])
+    small.weight_hh_l0 = nn.Parameter(memory.view(-1)[: 3 * 49].view(21, 7))
+    modules = [after, before, update, tied, small]
+    x, h = torch.randn(3, 2, H), torch.randn(1, 2, H)
+
+    def outputs() -> list[Tensor]:
+        sizes = [m.hidden_size for m in modules]
+        given = [(x[..., :n].contiguous(), h[..., :n].contiguous()) for n in sizes]
+        return [m(*inputs)[0] for m, inputs in zip(modules, given, strict=True)]
+
+    expected = outputs()
+    for order in (modules, modules[::-1]):
+        with gru_fast.prepacked(nn.ModuleList(order)):
+            assert all(map(torch.equal, outputs(), expected))
+    assert spy.taken == 15
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match=r"module: expected an nn.Module, got function"):
         with gru_fast.prepacked(lambda x: x):  # type: ignore[arg-type]

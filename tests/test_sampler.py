@@ -58,7 +58,7 @@ def test_tokens_are_those_of_the_loop(sampler_isa, cell, layers, poisoned_memory
     lm = language_model(layers=layers, cell=cell)
     prompts = ragged(9, 11, 5)
     for options in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}, {"do_sample": False}):
-        arguments = {"max_new_tokens": 30, "eos_token_id": 0, "seed": 11, **options}
+        arguments = {"max_new_tokens": 30, "eos_token_id": 0, "seed": 2**40 + 11, **options}
         ours = detailed(Sampler(lm), prompts, **arguments)
         theirs = by_loop(lm, prompts, **arguments)
         assert torch.equal(ours.sequences, theirs.sequences)
@@ -437,6 +437,13 @@ def test_continuous_batching_gives_every_sequence_its_own_tokens():
     torch.testing.assert_close(scores, out.log_probs, rtol=0, atol=1e-5)
     loop = by_loop(lm, None, num_return_sequences=700, max_new_tokens=200, eos_token_id=0, seed=4)
     assert torch.equal(out.sequences, loop.sequences)
+
+
+def test_logits_of_many_rows_are_drawn_from_in_parts():
+    lm = language_model(3000, 8)
+    arguments = {"num_return_sequences": 40, "max_new_tokens": 3, "seed": 1}
+    ours = detailed(Sampler(lm, threads=1), **arguments)
+    assert torch.equal(ours.sequences, by_loop(lm, None, **arguments).sequences)
 
 
 @pytest.mark.slow
