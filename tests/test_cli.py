@@ -180,6 +180,8 @@ def test_gates_are_drawn(run, tmp_path):
     call("gates", run, "bada", "--out", tmp_path / "g.png")
     assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
     assert "expected a path of an image" in refused("gates", run, "b", "--out", tmp_path / "g.x")
+    message = refused("gates", run, "#", "--out", tmp_path / "g.png")
+    assert "'#'" in message and "expected a path of an image" not in message
 
 
 def test_gates_of_texts_that_look_like_formulas(tmp_path):
@@ -205,6 +207,12 @@ def test_gate_values_are_those_of_the_layers():
             h = (1 - z) * n + z * h
         expected = model.run(torch.tensor([[model.start, 1, 4, 2]]))[1][1, 0]
         torch.testing.assert_close(h, expected)
+
+
+def test_doctor_refuses_an_installation_with_other_numbers(monkeypatch):
+    monkeypatch.setattr("gru_fast.cli._self_test", lambda: (float("nan"), 1.0))
+    result = call("doctor", code=2)
+    assert "gru-fast: the self-test failed: the numbers differ" in result.stderr
 
 
 def test_doctor():

@@ -4,6 +4,7 @@
 import copy
 import gc
 import pickle
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import gru_fast
 from cases import CELLS
@@ -363,3 +365,11 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
         _C.prepack(weight)  # type: ignore[call-arg]
     assert _C.prepack(weight, "reset_after", True) is not None
+
+
+def test_no_optimizer_is_watched_afterwards() -> None:
+    hooks = sys.modules[Optimizer.__module__]._global_optimizer_post_hooks
+    before = len(hooks)
+    with gru_fast.prepacked(gru_fast.GRU(I, H)):
+        assert len(hooks) == before + 1
+    assert len(hooks) == before
