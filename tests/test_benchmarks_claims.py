@@ -108,6 +108,12 @@ def test_an_error_of_ours_breaks_a_claim_and_one_of_a_peer_does_not():
     assert claims.judge(claim, [replace(ours, **failed), theirs]).word == "BROKEN h_n is wrong"
     assert not claims.judge(claim, [ours, replace(theirs, **failed)]).broken
     assert "nn.GRU does not run here" in claims.judge(claim, [ours]).word
+    # What the rounds spread is added to the tolerance, up to a half.
+    assert claims.judge(claim, [ours, theirs]).noise == claims.TOLERANCE == 0.15
+    wide = [replace(r, p20_s=0.9, p80_s=1.1) for r in (ours, theirs)]
+    assert claims.judge(claim, wide).noise == pytest.approx(0.35)
+    wider = [replace(r, p20_s=0.5, p80_s=1.5) for r in (ours, theirs)]
+    assert claims.judge(claim, wider).noise == 0.5
 
 
 def test_a_loop_of_a_peer_draws_fewer_tokens_and_ours_needs_all():

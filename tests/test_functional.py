@@ -160,6 +160,16 @@ def test_one_step(cell: str, batched: bool) -> None:
         same(functional.gru_cell(x[1], hx[1], *own, cell=cell), truth[1])
 
 
+def test_one_step_of_inputs_as_wide_as_the_state() -> None:
+    """So that no shape tells the two from each other."""
+    theirs = nn.GRUCell(4, 4)
+    x, hx = torch.randn(2, 3, 4)
+    for run in (torch.no_grad, torch.enable_grad):
+        with run():
+            own = functional.gru_cell(x, hx, *theirs.parameters())
+            torch.testing.assert_close(own, theirs(x, hx))
+
+
 def test_backends_by_name() -> None:
     own = weights("reset_after")[:4]
     x = torch.randn(T, B, I).double()
