@@ -197,6 +197,15 @@ def test_checkpoints_of_other_models_are_refused(tmp_path):
         load_checkpoint(tmp_path / "none")
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_weights_come_back_where_a_head_could_be_taken_for_the_embedding(tie):
+    saved, loaded = (GRULanguageModel(5, 4, 4, tie_weights=tie) for _ in range(2))
+    checkpoint.load_model(loaded, checkpoint.model_tensors(saved))
+    theirs = saved.state_dict()
+    for name, ours in loaded.state_dict().items():
+        assert torch.equal(ours, theirs[name]), name
+
+
 def test_too_little_data():
     with pytest.raises(InputError, match="at least 2 different lines to train on, got 1"):
         Lines([[1]], TrainingOptions())
