@@ -330,10 +330,10 @@ def test_modules_that_share_memory_have_their_own_panels(spy: Spy) -> None:
         return [m(*inputs)[0] for m, inputs in zip(modules, given, strict=True)]
 
     expected = outputs()
-    for order in (modules, modules[::-1]):
-        with gru_fast.prepacked(nn.ModuleList(order)):
+    for some in (modules, modules[::-1], [tied]):
+        with gru_fast.prepacked(nn.ModuleList(some)):
             assert all(map(torch.equal, outputs(), expected))
-    assert spy.taken == 15
+    assert spy.taken == 20
 
 
 def test_bad_arguments() -> None:

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from cases import CELLS, FEATURES, Case, layer_inputs
 from gru_fast import kernels, reference
-from gru_fast.kernels import ops, problem, registry
+from gru_fast.kernels import grid, ops, problem, registry, tiling
 from gru_fast.kernels.tile import load_weight
 from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
+from norm_cases import is_float
+from op_calls import scan_arguments
 from triton_support import interpreter
 from triton_support.mutants import GRID_MUTANTS, installed
 from triton_support.outcome import RESULTS, outcome
@@ -33,6 +35,7 @@ interpreter.install_numerics()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
 
 KERNELS = tuple(kernels.KERNELS)
+SCAN_GRADIENTS = ("gates_x", "h0", "weight_hh", "bias_hh", "reset_state", "h_scale")
 
 
 @pytest.fixture(autouse=True)
@@ -50,13 +53,12 @@ def small_tiles(
     """
 
     def config(device: Device, sizes: Sizes, direction: str) -> Config:
-        if kernel == "grid":
+        if kernel != "cta":
             return Config(16, 16, 16, 4, 1, resident)
         return Config(16, max(16, triton.next_power_of_2(sizes.H)), 0, 4)
 
     before = registry.KERNELS[kernel]
-    if kernel != "step":
-        registry.KERNELS[kernel] = replace(before, config=config)
+    registry.KERNELS[kernel] = replace(before, config=config)
     interleaved = interpreter.concurrent_grid(seed, limit) if kernel == "grid" else nullcontext()
     try:
         with interleaved:
@@ -126,6 +128,53 @@ class TestParity:
         compare(kernel, case, recompute=True)
 
 
+@pytest.mark.parametrize("reverse", [(True, False) * 17, (True,) * 34], ids=["both", "one"])
+def test_cta_with_more_groups_than_bits(reverse):
+    """As the same groups in calls of few."""
+    inputs = layer_inputs(Case("no_reset", "resets", reverse, T=2, B=2, H=3), torch.float32)
+    gates_x, h0, weight, bias, *rest = scan_arguments(inputs)
+    with small_tiles("cta"):
+        _, h_n, _ = kernels.scan(gates_x, h0, weight, bias, *rest, kernel="cta")
+        for some in (slice(4), slice(29, 34)):
+            few = [gates_x[:, :, some], h0[some], weight[some], bias[some], *rest[:-2]]
+            part = kernels.scan(*few, reverse[some], False, kernel="cta")
+            assert torch.equal(part[1], h_n[some])
+
+
+def test_grid_with_more_tiles_than_fit(monkeypatch):
+    """Three launches, each of no more programs than run at once."""
+    monkeypatch.setattr(tiling, "assumed", replace(tiling.assumed, processors=4))
+    case = Case("no_reset", "lengths", (False, True), T=2, B=35, H=20)
+    compare("grid", case)
+    call = problem.problem_of(*scan_arguments(layer_inputs(case, torch.float32))[:-1])
+    launches = list(grid.grid_launches(call, Config(16, 16, 16, 4)))
+    assert [launch.grid for launch in launches] == [(1, 2, 2)] * 3
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_cta_scan_in_chunks(recompute, monkeypatch):
+    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
+    found: list[list[list[Tensor]]] = [[], [], []]
+    for draw in range(3):
+        case = Case(features="everything", reverse=(True, False), T=5, B=3, H=7)
+        inputs = layer_inputs(case, torch.float32, draw=draw)
+        arguments = scan_arguments(inputs, recompute=recompute)
+        exact = [a.double() if is_float(a) else a for a in arguments]
+        given = torch.randn(5, 3, 14), torch.randn(2, 3, 7)
+        mine = partial(kernels.scan, kernel="cta"), partial(kernels.scan_backward, kernel="cta")
+        theirs = reference.scan, reference.scan_backward
+        for values, (forward, backward), taken in (
+            (found[0], mine, arguments), (found[1], theirs, arguments), (found[2], theirs, exact),
+        ):  # fmt: skip
+            grads = [g.to(taken[0].dtype) for g in given]
+            with small_tiles("cta"):
+                output, h_n, workspace = forward(*taken)
+                saved = (*taken[:-3], output, workspace, *taken[-3:])
+                values.append([output, h_n, *backward(*grads, None, *saved, [True] * 6)])
+    for k, gradient in enumerate(("output", "h_n", *SCAN_GRADIENTS)):
+        assert_parity(gradient, *([draw[k] for draw in side] for side in found))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_several_tiles_of_what_entered(recompute):
     """Of `rebuild`, whose tiles are 8 rows and 64 units."""
@@ -193,6 +242,21 @@ class TestCalls:
             )
         assert all(bool(t.isfinite().all()) for t in (*result, *gradients))
         assert torch.equal(clean[0], result[0])
+
+    def test_lengths_are_brought_into_range(self, kernel):
+        """Nobody looks at values on a device."""
+        case = Case(features="everything", reverse=(False, True), T=4, B=3, H=5)
+        inputs = layer_inputs(case, torch.float32)
+        found = []
+        for lengths in ([-3, 9, 2], [0, 4, 2]):
+            with small_tiles(kernel):
+                results = outcome(
+                    partial(kernels.layer, kernel=kernel),
+                    partial(kernels.layer_backward, kernel=kernel),
+                    replace(inputs, lengths=torch.tensor(lengths)), torch.float32, False,
+                )  # fmt: skip
+            found.append(results.values())
+        assert all(map(torch.equal, *found))
 
     def test_strided_inputs(self, kernel):
         inputs = layer_inputs(Case(T=3, B=3, H=5), torch.float32)
