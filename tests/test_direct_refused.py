@@ -127,6 +127,7 @@ def test_a_negated_number_is_not_read_as_it_lies(spy: Spy) -> None:
     "change",
     [
         lambda w: setattr(w, "data", w.data[:-1].clone()),
+        lambda w: setattr(w, "data", torch.cat((w.data, w.data[:1]))),
         lambda w: setattr(w, "data", w.data[None].clone()),
         lambda w: setattr(w, "data", w.data.double()),
         lambda w: setattr(w, "data", w.data.repeat_interleave(2, 0)[::2]),
@@ -134,7 +135,7 @@ def test_a_negated_number_is_not_read_as_it_lies(spy: Spy) -> None:
         lambda w: w.untyped_storage().resize_(0),
         lambda w: setattr(w, "data", w.data.new_empty(0)),
     ],
-    ids=["shorter", "dimension", "float64", "strided", "negated", "freed", "emptied"],
+    ids=["shorter", "longer", "dimension", "float64", "strided", "negated", "freed", "emptied"],
 )
 def test_weights_that_were_changed_in_place_are_seen(
     spy: Spy, name: str, change: Callable[[Tensor], Any]

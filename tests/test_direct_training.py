@@ -380,6 +380,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     assert some is not None and [t is None for t in some] == [True, False, True, True, False, True]
     for place, bad in (
         (0, grad[:1]), (0, grad[:, 1:]), (0, grad.double()), (0, grad.t().contiguous().t()),
+        (0, torch.ones(3, H)), (3, torch.zeros(3, H)),
         (0, 3), (1, grad[:1]), (2, x[:1]), (2, x[None]), (2, x[:, 1:]), (2, None), (2, x.double()),
         (3, h[:1]), (3, h[:, 1:]), (3, None), (4, weights[:3]), (4, {}), (4, [None] * 4),
         (4, [weights[1], weights[0], *weights[2:]]), (5, h[:1]), (5, None), (6, None),
