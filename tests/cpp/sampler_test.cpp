@@ -168,8 +168,15 @@ bool is_sound(int weights) {
   auto create = [&](int64_t hidden, const gru_layer* from) {
     return gru_stream_create(GRU_RESET_AFTER, weights, I, hidden, 1, from);
   };
-  const gru_layer missing{ih.data(), nullptr, nullptr, nullptr};
-  if (create(0, &layer) || create(H, nullptr) || create(H, &missing)) return false;
+  const gru_layer no_hh{ih.data(), nullptr, nullptr, nullptr};
+  const gru_layer no_ih{nullptr, hh.data(), nullptr, nullptr};
+  if (create(0, &layer) || create(H, nullptr) || create(H, &no_hh) || create(H, &no_ih)) {
+    return false;
+  }
+  for (int kind : {-1, 3}) {
+    if (gru_stream_create(kind, weights, I, H, 1, &layer)) return false;
+    if (gru_stream_create(GRU_RESET_AFTER, kind, I, H, 1, &layer)) return false;
+  }
   gru_stream* stream = nullptr;
   for (long most = 0; stream == nullptr; ++most) {
     served = most;
