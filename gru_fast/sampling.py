@@ -195,6 +195,11 @@ def generate(
     """`GRULanguageModel.generate`, which documents it; `loop` replaces `choose_loop`."""
     if seed is not None and generator is not None:
         raise ValueError("seed, generator: expected one of them at most, got both")
+    methods = [getattr(streamer, name, None) for name in ("put", "end")]
+    if streamer is not None and not all(map(callable, methods)):
+        raise TypeError(
+            f"streamer: expected an object with put() and end(), got {type(streamer).__name__}"
+        )
     repeats = checked_integer("num_return_sequences", num_return_sequences)
     if not 1 <= repeats < _MOST_TOKENS:
         raise ValueError(f"num_return_sequences: expected >= 1 and < 2**48, got {repeats}")

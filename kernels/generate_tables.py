@@ -61,6 +61,7 @@ class GenerateRow:
         config: The tiles.
         arch: Compute capabilities, lowest and highest.
         since: The Triton that compiles it without spills, where 3.6 does not.
+        unless: The Triton that spills hundreds of bytes of it.
         cells: Those that compile without spills.
         least_H: Hidden size at least. `grid` has a program for every BLOCK_H units, and each draws
             for its share of the tile's rows: few programs would hold the logits of many rows.
@@ -75,6 +76,7 @@ class GenerateRow:
     config: Config
     arch: tuple[int, int] = AMPERE
     since: tuple[int, int] = (3, 6)
+    unless: tuple[int, int] | None = None
     cells: tuple[str, ...] = tuple(GATES)
     least_H: int = 1
 
@@ -82,7 +84,7 @@ class GenerateRow:
         """Whether the device, and Triton, have what the row needs."""
         enough = self.shared_kib * 1024 <= device.shared_bytes
         known = self.arch[0] <= device.arch <= self.arch[1]
-        return enough and known and self.since <= tiling.triton_version()
+        return enough and known and self.since <= tiling.triton_version() != self.unless
 
     def holds(self, model: Model) -> bool:
         """Whether the model is within the row's sizes, padded as `weights_of` does."""
@@ -150,12 +152,13 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
     It would then stand in registers through the loop, and spilled 8 to 88 bytes. "addresses": LLVM
     takes nothing out of the loop. "tiles": nor does Triton, for which there are few registers in
     tiles of 16 rows and where TF32 weights are streamed. "nothing": where that makes spills or ends
-    none; before Hopper and under Triton 3.6 it ends some where logits are read in parts.
+    none; before Hopper and before Triton 3.9 it ends some where logits are read in parts.
     """
     old, grid = tiling.triton_version() < NOT_OLD, form == "grid"
     streamed = model.sizes.numbers == "tf32" and not config.RESIDENT
     if old or device.arch < HOPPER[0]:
-        other_cell = old and streamed and model.sizes.cell != "reset_after"
+        other_cell = streamed and model.sizes.cell != "reset_after"
+        other_cell &= tiling.triton_version() < (3, 8)
         return "addresses" if grid and (model.V > IN_ONE_TILE or other_cell) else "nothing"
     if not grid:
         needed = config.BLOCK_B > 8 or (device.arch >= RTX_50[0] and model.L > 1)
@@ -238,7 +241,7 @@ ROWS = (
     _cta("tf32", 1, 64, 128, 99, 8, 8, AMPERE),
     _cta("tf32x3", 1, 32, 128, 64, 8, 8, B200),
     _cta("tf32x3", 1, 64, 64, 99, 8, 8, B200, since=NOT_OLD),
-    _cta("tf32x3", 1, 64, 128, 99, 8, 8, A100),
+    _cta("tf32x3", 1, 64, 128, 99, 8, 8, A100, unless=(3, 8)),
     _cta("tf32x3", 1, 64, 128, 99, 8, 8, RTX_30_40, since=NOT_OLD),
     _cta("tf32x3", 1, 64, 128, 99, 8, 8, HOPPER_ONLY, since=NOT_OLD),
     _cta("tf32x3", 1, 64, 128, 99, 8, 8, RTX_50, since=NOT_OLD),

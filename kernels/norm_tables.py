@@ -54,7 +54,7 @@ ROWS = (
     Row("norm", "ieee", 32, 64, _cta(8, 32, 4), TURING_ONLY),
     Row("norm", "ieee", 64, 64, _cta(8, 64, 4), TURING_ONLY),
 )
-"""As `tables.ROWS`; compiled by Triton 3.9 and 3.6. What none holds for takes the reference."""
+"""As `tables.ROWS`; compiled by Triton 3.6 to 3.9. What none holds for takes the reference."""
 
 
 @cache

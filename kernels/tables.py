@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tile sizes that were compiled for every device they are offered to, within its memory.
 
-tests/triton_support/known_spills.py lists the few that spill, under Triton 3.6 and under 3.9.
+tests/triton_support/known_spills.py lists the few that spill, by the version of Triton.
 A row holds up to some H and for the devices that have its shared memory and an architecture in its
 range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
 """

@@ -45,7 +45,7 @@ def model_of(H=64, L=1, V=65, numbers="16", B=4, cell="reset_after"):
 BY_ARCH = {device.arch: device for device in DEVICES}
 
 
-@pytest.fixture(params=[(3, 6), (3, 9)], ids=lambda v: f"triton-{v[0]}.{v[1]}")
+@pytest.fixture(params=[(3, 6), (3, 8), (3, 9)], ids=lambda v: f"triton-{v[0]}.{v[1]}")
 def version(request, monkeypatch):
     """The Triton that the tables believe to be installed."""
     monkeypatch.setattr(tiling, "triton_version", lambda: request.param)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`generate` and `score`: one network, two ways to feed it."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,15 @@ def test_a_streamer_gets_prompts_of_its_own(model, ids, repeats):
     found = model.generate(input_ids, streamer=Overwrite(), loop=None, **options)
     assert input_ids.tolist() == ids
     assert torch.equal(found[:, :2], expected[:, :2])
+
+
+@pytest.mark.parametrize("streamer", [3, io.StringIO(), print])
+def test_what_is_no_streamer(model, streamer):
+    """Before anything is drawn."""
+    state = torch.get_rng_state()
+    with pytest.raises(TypeError, match=r"^streamer: expected an object with put\(\) and end\(\)"):
+        model.generate(max_new_tokens=2, streamer=streamer)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_dtypes(model):
