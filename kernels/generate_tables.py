@@ -152,9 +152,9 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
     It would then stand in registers through the loop, and spilled 8 to 88 bytes. "addresses": LLVM
     takes nothing out of the loop. "tiles": nor does Triton, for which there are few registers in
     tiles of 16 rows and where TF32 weights are streamed. "nothing": where that makes spills or ends
-    none; before Hopper and before Triton 3.9 it ends some where logits are read in parts.
+    none; before Hopper and under Triton 3.6 it ends some where logits are read in parts.
     """
-    old, grid = tiling.triton_version() < NOT_OLD, form == "grid"
+    old, grid = tiling.triton_version() < (3, 7), form == "grid"
     streamed = model.sizes.numbers == "tf32" and not config.RESIDENT
     if old or device.arch < HOPPER[0]:
         other_cell = streamed and model.sizes.cell != "reset_after"
@@ -171,7 +171,7 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
 def compiled_as(form: str, device: Device, model: Model, config: Config) -> dict[str, Any]:
     """`ANEW`, and where the assembler stops by itself at 80 or 128 registers and spills, 255."""
     anew = computed_anew(form, device, model, config)
-    before = tiling.triton_version() < NOT_OLD or device.arch < HOPPER[0]
+    before = tiling.triton_version() < (3, 7) or device.arch < HOPPER[0]
     without_reset = model.sizes.cell == "no_reset" and device.arch >= RTX_50[0]
     few_layers = form == "grid" and not config.RESIDENT and model.L <= 2
     in_parts = anew == "addresses" and model.V > IN_ONE_TILE

@@ -185,7 +185,7 @@ def test_every_row_is_reached(monkeypatch):
 
 @pytest.mark.usefixtures("version")
 def test_what_is_computed_at_each_position(version):
-    """Addresses in `grid` where logits are read in parts; from Hopper on by Triton 3.9 always."""
+    """Addresses in `grid` where logits are read in parts; from Hopper on always, but for 3.6."""
 
     def compiled(form, arch, *args, **options):
         model = model_of(*args, **options)
@@ -199,7 +199,7 @@ def test_what_is_computed_at_each_position(version):
     ]  # fmt: skip
     nothing, addresses = {"ANEW": "nothing"}, {"ANEW": "addresses"}
     in_parts = addresses | {"maxnreg": 255}
-    new = [addresses, nothing, addresses] if version == (3, 9) else [nothing] * 3
+    new = [nothing] * 3 if version == (3, 6) else [addresses, nothing, addresses]
     assert found == [nothing, in_parts, *new]
 
 
