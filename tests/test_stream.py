@@ -119,6 +119,25 @@ def test_tokens(sampler_isa):
     assert torch.equal(Stream(Sampler(lm)).push(inputs[0].tolist()), pushed)
 
 
+def between(*shape):
+    """Values in the middle of two neighbours in bfloat16, of which the even one has to be taken."""
+    bits = torch.randn(*shape).bfloat16().view(torch.int16).int()
+    return ((bits << 16) | 0x8000).view(torch.float32)
+
+
+@torch.no_grad()
+def test_bfloat16_rounds_to_even(sampler_isa):
+    gru, even, x = GRU(9, 21), GRU(9, 21), between(1, 9)
+    for name, weight in gru.named_parameters():
+        if name.startswith("weight"):
+            weight.copy_(between(*weight.shape))
+            even.get_parameter(name).copy_(weight.bfloat16())
+        else:  # a bias is not rounded
+            even.get_parameter(name).copy_(weight)
+    expected = Stream(even, "bfloat16").push(x.bfloat16().float())
+    assert torch.equal(Stream(gru, "bfloat16").push(x), expected)
+
+
 @pytest.mark.parametrize("weights", packed.WEIGHTS)
 def test_state_is_saved_and_restored(weights):
     gru = GRU(4, 21, 2)
