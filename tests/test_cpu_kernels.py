@@ -66,6 +66,18 @@ def assert_same_bits(name: str, a: Tensor, b: Tensor) -> None:
     assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} elements differ"
 
 
+def assert_same_with_threads(inputs: LayerInputs, counts: tuple[int, ...]) -> None:
+    """Results and gradients, to the bit, with each number of threads."""
+    results = []
+    for threads in counts:
+        with torch_threads(threads):
+            output, h_n, workspace = forward(inputs)
+            results.append((output, h_n, workspace, *backward(inputs, output, workspace)))
+    for other in results[1:]:
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert_same_bits(f"result {i}", a, b)
+
+
 # Longer than a block of the sum, so that blocks are under test too.
 WIDE = {"I": 300, "H": 270}
 
@@ -92,14 +104,7 @@ class TestOrderOfSummation:
     @pytest.mark.parametrize("T, B", ((12, 1), (12, 3), (12, 40), (1, 3), (1, 40)))
     def test_threads(self, isa: str, cell: str, dtype: torch.dtype, T: int, B: int) -> None:
         inputs = layer_inputs(Case(cell, reverse=(False, True), T=T, B=B, **WIDE), dtype)
-        results = []
-        for threads in (1, 2, 3):
-            with torch_threads(threads):
-                output, h_n, workspace = forward(inputs)
-                results.append((output, h_n, workspace, *backward(inputs, output, workspace)))
-        for other in results[1:]:
-            for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
-                assert_same_bits(f"result {i}", a, b)
+        assert_same_with_threads(inputs, (1, 2, 3))
 
     # A single step of up to 16 rows reads weights where they lie; of more it packs them.
     @pytest.mark.parametrize(
@@ -140,14 +145,7 @@ class TestOrderOfSummation:
 def test_many_threads(cell: str, features: str, B: int, reverse: tuple[bool, ...]) -> None:
     """Four split rows, or groups, and units too; five meet in another way than fewer."""
     inputs = layer_inputs(Case(cell, features, reverse, T=12, B=B, **WIDE), torch.float32)
-    results = []
-    for threads in (1, 4, 5):
-        with torch_threads(threads):
-            output, h_n, workspace = forward(inputs)
-            results.append((output, h_n, workspace, *backward(inputs, output, workspace)))
-    for other in results[1:]:
-        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
-            assert_same_bits(f"result {i}", a, b)
+    assert_same_with_threads(inputs, (1, 4, 5))
 
 
 # Not in bfloat16: a state is rounded where it leaves a call, and where it is saved.
