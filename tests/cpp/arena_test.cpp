@@ -2,13 +2,13 @@
 // The scratch block that a thread keeps: when it is handed out again, when it is given back, and
 // that what runs after the thread's own destructors gets a block of its own. Exits non-zero on a
 // fault; leaks and uses of freed memory are for AddressSanitizer to find.
+#include "cpu/arena.h"
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <thread>
-
-#include "cpu/arena.h"
 
 using gru_fast::Scratch;
 
