@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/parallel.h"
 #include "cpu/sampler_problem.h"
 #include "cpu/stats.h"
 #include "cpu/team.h"
@@ -63,13 +64,11 @@ int threads_worth(const PackedStack& stack, const Generation& g, int available) 
   for (int64_t b = 0; b < g.B; ++b) {
     steps += static_cast<double>(g.input_begin[b + 1] - g.input_begin[b] + g.limit[b]);
   }
-  const double worth = steps * stack.products() / kShareProducts;
-  const int threads = worth < available ? static_cast<int>(worth) : available;
+  const int threads = at_most(available, steps * stack.products() / kShareProducts);
   if (threads <= 1) return 1;
   if (g.B >= threads) return threads;
   const double each = 1 + std::floor(stack.products() * bytes_each / kSplitBytes);
-  const double all = static_cast<double>(g.B) * each;
-  return all < threads ? static_cast<int>(all) : threads;
+  return at_most(threads, static_cast<double>(g.B) * each);
 }
 
 // What a call feeds and where it stops: sequence b is fed inputs[begin[b]:begin[b + 1]], where the

@@ -84,7 +84,8 @@ class GenerateRow:
         """Whether the device, and Triton, have what the row needs."""
         enough = self.shared_kib * 1024 <= device.shared_bytes
         known = self.arch[0] <= device.arch <= self.arch[1]
-        return enough and known and self.since <= tiling.triton_version() != self.unless
+        triton = tiling.triton_version()
+        return enough and known and triton >= self.since and triton != self.unless
 
     def holds(self, model: Model) -> bool:
         """Whether the model is within the row's sizes, padded as `weights_of` does."""
@@ -146,6 +147,11 @@ def _step(device: Device, sizes: Sizes) -> Config:
     return found
 
 
+def _rarely_anew(device: Device) -> bool:
+    """Whether little needs to be computed anew: before Hopper, under Triton 3.6 everywhere."""
+    return device.arch < HOPPER[0] or tiling.triton_version() < (3, 7)
+
+
 def computed_anew(form: str, device: Device, model: Model, config: Config) -> str:
     """What a loop computes at each position, where the compiler would compute it once.
 
@@ -154,11 +160,11 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
     tiles of 16 rows and where TF32 weights are streamed. "nothing": where that makes spills or ends
     none; before Hopper and under Triton 3.6 it ends some where logits are read in parts.
     """
-    old, grid = tiling.triton_version() < (3, 7), form == "grid"
+    grid = form == "grid"
     streamed = model.sizes.numbers == "tf32" and not config.RESIDENT
-    if old or device.arch < HOPPER[0]:
-        other_cell = streamed and model.sizes.cell != "reset_after"
-        other_cell &= tiling.triton_version() < (3, 8)
+    if _rarely_anew(device):
+        before = tiling.triton_version() < (3, 8)
+        other_cell = before and streamed and model.sizes.cell != "reset_after"
         return "addresses" if grid and (model.V > IN_ONE_TILE or other_cell) else "nothing"
     if not grid:
         needed = config.BLOCK_B > 8 or (device.arch >= RTX_50[0] and model.L > 1)
@@ -171,11 +177,10 @@ def computed_anew(form: str, device: Device, model: Model, config: Config) -> st
 def compiled_as(form: str, device: Device, model: Model, config: Config) -> dict[str, Any]:
     """`ANEW`, and where the assembler stops by itself at 80 or 128 registers and spills, 255."""
     anew = computed_anew(form, device, model, config)
-    before = tiling.triton_version() < (3, 7) or device.arch < HOPPER[0]
     without_reset = model.sizes.cell == "no_reset" and device.arch >= RTX_50[0]
     few_layers = form == "grid" and not config.RESIDENT and model.L <= 2
     in_parts = anew == "addresses" and model.V > IN_ONE_TILE
-    stops = in_parts if before else without_reset and few_layers
+    stops = in_parts if _rarely_anew(device) else without_reset and few_layers
     return {"ANEW": anew} | ({"maxnreg": 255} if stops else {})
 
 

@@ -7,6 +7,11 @@
 
 namespace gru_fast {
 
+// No more threads than a limit, which may have a fraction.
+inline int at_most(int threads, double limit) {
+  return limit < threads ? static_cast<int>(limit) : threads;
+}
+
 // `passes`: products per step relative to the forward pass. At most `available`, at least 1.
 template <class Real>
 int threads_worth(const Problem<Real>& p, int passes, int available) {
@@ -22,9 +27,6 @@ int threads_worth(const Problem<Real>& p, int passes, int available) {
     const double arithmetic = 2 * products * inner * B / kFlopsPerNs;
     const double reading = sizeof(Real) * products * inner / kBytesPerNs;
     return arithmetic > reading ? arithmetic : reading;
-  };
-  auto at_most = [](int threads, double limit) {
-    return limit < threads ? static_cast<int>(limit) : threads;
   };
   const double all_ns = step_ns(H + static_cast<double>(p.I)) * static_cast<double>(p.T) * passes;
   const int threads = at_most(available, all_ns / kShareNs);
