@@ -24,13 +24,19 @@ BUSY = 0.05
 
 
 def cpu_model() -> str:
-    """As the processor names itself."""
+    """As the processor names itself, and its family and model, which virtual machines leave it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    found = fields.get("model name", platform.machine())
+    if "cpu family" in fields and "model" in fields:
+        found += f" (family {fields['cpu family']}, model {fields['model']})"
+    return found
 
 
 def caches() -> dict[str, str]:

@@ -5,6 +5,7 @@
 #include "carry.h"
 #include "chunk.h"
 #include "column_panels.h"
+#include "gate_gradients.h"
 #include "team.h"
 #include "tile.h"
 
@@ -18,6 +19,7 @@ class BackwardScan {
   static constexpr int W = kLanes<Real>;
   using V = Vec<Real>;
   using Number = Compute<Real>;
+  using Gradients = GateGradients<Real>;
 
   BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
                int member)
@@ -57,7 +59,9 @@ class BackwardScan {
           through_candidate(g, step);
         if (share_.waits) team.barrier(member);
       }
-      for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_state(g, step);
+      for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
+        through_state(g, step);
+      }
     }
   }
 
@@ -66,57 +70,14 @@ class BackwardScan {
  private:
   // D of a step for the rows from a rank on, which no later step was alive for.
   void begin_rows(int64_t g, int64_t step, int64_t from) {
+    const Gradients gradients(c_, carry_, prefetches_, g, step);
     const int64_t end = share_.ranks.below(c_.rows.alive_at(g, step));
     for (int64_t i = share_.ranks.below(from); i < end; ++i) {
       for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
-        gate_gradients(g, step, share_.ranks[i], tile);
+        const int64_t rank = share_.ranks[i];
+        gradients.add(rank, tile, load(gradients.carried(rank, tile)));
       }
     }
-  }
-
-  // D of a step from the gradient of its state: equations (7), (8), and (9) and (11) of
-  // reset_after. What the state passes on directly stays in the carry.
-  GRU_MEMBER void gate_gradients(int64_t g, int64_t step, int64_t rank, int64_t tile) {
-    const int64_t t = c_.rows.time(g, step), b = c_.rows.row(rank), place = t * p_.B + b;
-    const int lanes = lanes_of<Real>(tile, p_.H);
-    const int64_t row = c_.first_row(g, step) + rank;
-    Real* const to = c_.d(g, row) + tile * W;
-    const Real* saved = c_.gate_row(g, row, place) + tile * W;
-    const int64_t out = (place * p_.G + g) * p_.H + tile * W;
-    const Real* extra = f_.grad_workspace
-                            ? f_.grad_workspace + (place * p_.G + g) * c_.slots * p_.H + tile * W
-                            : nullptr;
-    prefetch_step_before(g, row, place, tile);
-    auto slot = [&](int i) GRU_MEMBER_LAMBDA { return load_n(saved + i * p_.H, lanes); };
-    auto grad_slot = [&](int i) GRU_MEMBER_LAMBDA { return load_or_zero(extra, i * p_.H, lanes); };
-    const int z_slot = c_.slots - 2, n_slot = c_.slots - 1;
-    const V z = slot(z_slot), n = slot(n_slot);
-    const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
-    const V dh = load(carry_.at(g, rank, tile)) + load_or_zero(f_.grad_output, out, lanes);
-    const V dn = dh * (Number(1) - z) + grad_slot(n_slot);
-    const V dz = dh * (previous - n) + grad_slot(z_slot);
-    const V da_n = dn * (Number(1) - n * n);
-    store(to + n_slot * c_.units, da_n);
-    store(to + z_slot * c_.units, dz * z * (Number(1) - z));
-    store(carry_.at(g, rank, tile), dh * z);
-    if (p_.cell == Cell::kResetAfter) {
-      const V q = slot(0), r = slot(1);
-      const V dr = da_n * q + grad_slot(1);
-      store(to, da_n * r + grad_slot(0));
-      store(to + c_.units, dr * r * (Number(1) - r));
-    }
-  }
-
-  // What the step before will read of a row and tile lies a step away in memory, in lines that no
-  // hardware prefetcher finds. Addresses before the first step are read by nobody.
-  GRU_MEMBER void prefetch_step_before(int64_t g, int64_t row, int64_t place, int64_t tile) const {
-    if (!prefetches_) return;
-    const int64_t before = place + (p_.reverse[g] ? p_.B : -p_.B);
-    const Real* saved = c_.gate_row(g, row, before) + tile * W;
-    for (int i = 0; i < c_.slots; ++i) prefetch(saved + i * p_.H);
-    const int64_t out = (before * p_.G + g) * p_.H + tile * W;
-    if (f_.grad_output != nullptr) prefetch(f_.grad_output + out);
-    prefetch(f_.output + ((2 * before - place) * p_.G + g) * p_.H + tile * W);
   }
 
   // reset_before: D of n reaches r and the state through the gated state r * s: equations (10) and
@@ -141,13 +102,25 @@ class BackwardScan {
   // The product of equation (12), then D of the step before.
   void through_state(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), alive = c_.rows.alive(t);
-    const int64_t still = step > c_.begin ? c_.rows.alive_at(g, step - 1) : 0;
+    const bool more = step > c_.begin;
+    const int64_t still = more ? c_.rows.alive_at(g, step - 1) : 0;
+    const Gradients before(c_, carry_, prefetches_, g, more ? step - 1 : step);
+    const bool plain = p_.reset_mask == nullptr && p_.h_scale == nullptr;
     multiply(c_.d(g, step, 0, 0, 0), panels_, g, t,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               carry_.add(g, t, rank, tile, sums[0]);
-               if (c_.rows.reset(g, t, c_.rows.row(rank)))
-                 carry_.leave_to_reset_state(g, rank, tile);
-               if (rank < still) gate_gradients(g, step - 1, rank, tile);
+               Number* const carried = before.carried(rank, tile);
+               V so_far = load(carried) + sums[0];
+               if (!plain) {
+                 carry_.add(g, t, rank, tile, sums[0]);
+                 if (c_.rows.reset(g, t, c_.rows.row(rank)))
+                   carry_.leave_to_reset_state(g, rank, tile);
+                 so_far = load(carried);
+               }
+               if (rank < still) {
+                 before.add(rank, tile, so_far);
+               } else {
+                 store(carried, so_far);
+               }
              });
     if (still > alive) begin_rows(g, step - 1, alive);
   }
@@ -159,8 +132,8 @@ class BackwardScan {
     const Ranks ranks = share_.ranks;
     panels.multiply({operand + ranks.first * c_.ld, ranks.stride * c_.ld},
                     ranks.below(c_.rows.alive(t)), g, share_.tiles,
-                    [&](int64_t i, int64_t tile, const V* sums)
-                        GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
+                    row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums)
+                                         GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); }));
   }
 
   const Backward<Real>& f_;

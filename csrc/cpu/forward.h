@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "dot_pairs.h"
+#include "forward_rows.h"
 #include "gate_panels.h"
 #include "schedule.h"
 #include "team.h"
@@ -31,21 +32,30 @@ class ForwardScan {
         p_(f.in),
         rows_{f.in},
         gates_(gate_count(f.in.cell)),
-        slots_(slot_count(f.in.cell)),
+        plain_(p_.lengths == nullptr && p_.reset_mask == nullptr && p_.h_scale == nullptr),
         tiles_(tiles_of<Real>(f.in.H)),
-        ld_(round_up(f.in.H, kUnitPad) + kUnitPad),
-        chunk_(steps_at_once(p_.T, p_.B)) {
+        chunk_(steps_at_once(p_.T, p_.B)),
+        m_{f,
+           f.in,
+           rows_,
+           gates_,
+           slot_count(f.in.cell),
+           tiles_,
+           round_up(f.in.H, kUnitPad) + kUnitPad,
+           chunk_} {
     const bool once = p_.T == 1;
     // Rows of several sequences need not lie evenly, so that each step is a product of its own.
     const bool input_once = once || (p_.B == 1 && chunk_ == p_.T && p_.order == nullptr);
-    const int64_t states = p_.G * p_.B * ld_;
+    const int64_t states = p_.G * p_.B * m_.ld;
     Layout layout(scratch);
-    state_ = layout.take<Number>(2 * states);
-    if constexpr (std::is_same_v<Real, Number>) operand_ = state_;
-    if (multiplies_copy()) operand_ = layout.take<Real>(2 * states);
-    gated_ = has_second_product(p_.cell) ? layout.take<Real>(states) : nullptr;
-    update_ = has_second_product(p_.cell) ? layout.take<Number>(states) : nullptr;
-    gates_x_ = layout.take<Number>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
+    m_.state = layout.take<Number>(2 * states);
+    if constexpr (std::is_same_v<Real, Number>) m_.operand = m_.state;
+    if (m_.multiplies_copy()) m_.operand = layout.take<Real>(2 * states);
+    if (has_second_product(p_.cell)) {
+      m_.gated = layout.take<Real>(states);
+      m_.update = layout.take<Number>(states);
+    }
+    m_.projected = layout.take<Number>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
     const bool gathers = p_.order != nullptr && p_.weight_ih != nullptr;
     gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
                 member * kProjectRows * p_.I;
@@ -90,22 +100,20 @@ class ForwardScan {
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) project(g, begin, end);
       for (int64_t step = begin; step < end; ++step) {
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-          if (p_.cell == Cell::kResetAfter) {
-            if (first_.packed != nullptr && alive(rows_.time(g, step)) == 1) {
-              step_one_row(g, step, step - begin);
-            } else {
-              step_reset_after(g, step, step - begin);
-            }
-          } else if (p_.cell == Cell::kNoReset) {
-            step_no_reset(g, step, step - begin);
+          if (plain_) {
+            take_step<true>(g, step, step - begin);
           } else {
-            step_reset_update(g, step, step - begin);
+            take_step<false>(g, step, step - begin);
           }
         }
         if (share_.waits) team.barrier(member);
         if (!has_second_product(p_.cell)) continue;
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-          step_candidate(g, step, step - begin);
+          if (plain_) {
+            step_candidate<true>(g, step, step - begin);
+          } else {
+            step_candidate<false>(g, step, step - begin);
+          }
         }
         if (share_.waits) team.barrier(member);
       }
@@ -113,15 +121,8 @@ class ForwardScan {
   }
 
  private:
-  GRU_MEMBER int64_t at(int64_t g, int64_t rank, int64_t tile) const {
-    return (g * p_.B + rank) * ld_ + tile * W;
-  }
-  GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t rank, int64_t tile) const {
-    return (step % 2 * p_.G * p_.B + g * p_.B + rank) * ld_ + tile * W;
-  }
-  GRU_MEMBER Number* gates_x(int64_t g, int64_t row, int64_t tile) const {
-    return gates_x_ + ((g * chunk_ * p_.B + row) * tiles_ + tile) * gates_ * W;
-  }
+  template <bool PLAIN>
+  using Rows = StepRows<Real, PLAIN>;
 
   static constexpr int64_t steps_at_once(int64_t T, int64_t B) {
     const int64_t rows = B == 1 ? kProjectRowsOfOne : kProjectRows;
@@ -130,25 +131,6 @@ class ForwardScan {
 
   // How many of this member's rows have a valid step at t.
   GRU_MEMBER int64_t alive(int64_t t) const { return share_.ranks.below(rows_.alive(t)); }
-
-  // Whether the product reads a copy of the state: scaled, or rounded.
-  GRU_MEMBER bool multiplies_copy() const { return kPack<Real> > 1 || p_.h_scale != nullptr; }
-
-  // Makes h, unless it is reset, the state p that `step` starts from, and its s of equation (1).
-  GRU_MEMBER void enter(int64_t step, int64_t g, int64_t rank, int64_t tile, V h) {
-    const int n = lanes_of<Real>(tile, p_.H);
-    const int64_t t = rows_.time(g, step), b = rows_.row(rank);
-    if (rows_.reset(g, t, b)) h = load_or_zero(rows_.reset_row(g, b), tile * W, n);
-    store(state_ + at(step, g, rank, tile), h);
-    if (p_.h_scale != nullptr) {
-      // As the backward pass will read it.
-      h = as_stored<Real>(h) * load_n(p_.h_scale + (b * p_.G + g) * p_.H + tile * W, n);
-    }
-    // The last word of an odd H reaches a lane further. Its weight is zero, which is no use against
-    // the NaN that padding becomes where an input is infinite.
-    if constexpr (kPack<Real> > 1) h = first_lanes<Real>(h, n);
-    if (multiplies_copy()) store(operand_ + at(step, g, rank, tile), h);
-  }
 
   void start() {
     for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
@@ -161,7 +143,7 @@ class ForwardScan {
           if (length == 0) {
             store_n(f_.h_n + offset, h, n);
           } else {
-            enter(rows_.first_step(g, b), g, rank, tile, h);
+            m_.enter(rows_.first_step(g, b), g, rank, tile, h);
           }
         }
         for (int64_t t = length; t < p_.T; ++t) clear(g, t, b);
@@ -174,11 +156,11 @@ class ForwardScan {
     const int64_t first = share_.tiles.begin * W, end = share_.tiles.end * W;
     const int64_t units = (end < p_.H ? end : p_.H) - first;
     if (units <= 0) return;
-    const int64_t at = (t * p_.B + b) * p_.G + g;
+    const int64_t at = m_.place(t, b, g);
     fill_zero(f_.output + at * p_.H + first, units);
     if (f_.workspace == nullptr) return;
-    for (int slot = 0; slot < slots_; ++slot) {
-      fill_zero(f_.workspace + (at * slots_ + slot) * p_.H + first, units);
+    for (int slot = 0; slot < m_.slots; ++slot) {
+      fill_zero(f_.workspace + (at * m_.slots + slot) * p_.H + first, units);
     }
   }
 
@@ -216,7 +198,7 @@ class ForwardScan {
         const Real* row = rows_.input_row(g, t, rows_.row(rank));
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
-          Number* to = gates_x(g, (step - begin) * p_.B + rank, tile);
+          Number* to = m_.gates_x(g, (step - begin) * p_.B + rank, tile);
           for (int gate = 0; gate < gates_; ++gate) {
             store(to + gate * W,
                   load_n(row + gate * p_.H + tile * W, n) + input_bias(g, gate, tile));
@@ -230,10 +212,16 @@ class ForwardScan {
   template <class ToRow>
   void project_rows(int64_t g, const Real* first, int64_t stride, int64_t count, ToRow to_row) {
     input_.multiply({first, stride}, count, g, share_.tiles,
-                    [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                      Number* to = gates_x(g, to_row(row), tile);
+                    [&](const Sums<Real>& sums) GRU_MEMBER_LAMBDA {
+                      V bias[3];
                       for (int gate = 0; gate < gates_; ++gate) {
-                        store(to + gate * W, sums[gate] + input_bias(g, gate, tile));
+                        bias[gate] = input_bias(g, gate, sums.tile);
+                      }
+                      for (int i = 0; i < sums.rows; ++i) {
+                        Number* to = m_.gates_x(g, to_row(sums.row + i), sums.tile);
+                        for (int gate = 0; gate < gates_; ++gate) {
+                          store(to + gate * W, sums.of(i)[gate] + bias[gate]);
+                        }
                       }
                     });
   }
@@ -267,64 +255,57 @@ class ForwardScan {
                  [](int64_t row) { return row; });
   }
 
-  // Equation (6): the new state of a row and tile, where it goes, and what the next step starts
-  // from.
-  GRU_MEMBER void finish(int64_t step, int64_t t, int64_t g, int64_t rank, int64_t b, int64_t tile,
-                         V z, V n) {
-    const int lanes = lanes_of<Real>(tile, p_.H);
-    const V previous = load(state_ + at(step, g, rank, tile));
-    const V h = n + z * (previous - n);
-    store_n(f_.output + ((t * p_.B + b) * p_.G + g) * p_.H + tile * W, h, lanes);
-    if (rows_.last(g, t, b)) {
-      store_n(f_.h_n + (g * p_.B + b) * p_.H + tile * W, h, lanes);
-    } else {
-      enter(step + 1, g, rank, tile, h);
-    }
-  }
-
-  GRU_MEMBER void save(int64_t t, int64_t g, int64_t b, int64_t tile, int slot, V value) {
-    if (f_.workspace == nullptr) return;
-    Real* to = f_.workspace + (((t * p_.B + b) * p_.G + g) * slots_ + slot) * p_.H + tile * W;
-    store_n(to, value, lanes_of<Real>(tile, p_.H));
-  }
-
-  // Multiplies the states of this member's rows that are alive at t; the epilogue gets ranks.
+  // Multiplies the states of this member's rows that are alive at t.
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
                            int64_t t, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
-    panels.multiply({operand + ranks.first * ld_, ranks.stride * ld_}, alive(t), g, share_.tiles,
-                    [&](int64_t i, int64_t tile, const V* sums)
-                        GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); });
+    panels.multiply({operand + ranks.first * m_.ld, ranks.stride * m_.ld}, alive(t), g,
+                    share_.tiles, row_by_row<Real>(epilogue));
+  }
+
+  template <bool PLAIN>
+  GRU_MEMBER void take_step(int64_t g, int64_t step, int64_t in_chunk) {
+    if (p_.cell == Cell::kResetAfter) {
+      if (first_.packed != nullptr && alive(rows_.time(g, step)) == 1) {
+        step_one_row<PLAIN>(g, step, in_chunk);
+      } else {
+        step_reset_after<PLAIN>(g, step, in_chunk);
+      }
+    } else if (p_.cell == Cell::kNoReset) {
+      step_no_reset<PLAIN>(g, step, in_chunk);
+    } else {
+      step_reset_update<PLAIN>(g, step, in_chunk);
+    }
   }
 
   // Gate after gate: the rows of a batch hide each other's chains, and r beside z, as close() has
   // them, takes 4% longer.
-  void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
-    const int64_t t = rows_.time(g, step);
+  template <bool PLAIN>
+  __attribute__((noinline)) void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
+    const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
-    multiply(first_, operand_ + at(step, g, 0, 0), g, t,
-             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = rows_.row(rank);
-               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, rows_.time(g, step),
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const Number* gx = rows.gates_x(row, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
                const V n = tanh<Real>(load(gx + 2 * W) + r * q);
-               save(t, g, b, tile, 0, q);
-               save(t, g, b, tile, 1, r);
-               save(t, g, b, tile, 2, z);
-               save(t, g, b, tile, 3, n);
-               finish(step, t, g, rank, b, tile, z, n);
+               rows.save(row, tile, 0, q);
+               rows.save(row, tile, 1, r);
+               rows.save(row, tile, 2, z);
+               rows.save(row, tile, 3, n);
+               rows.finish(row, tile, z, n);
              });
   }
 
   // As step_reset_after(), of a single row with packed weights. Every other step goes through the
   // tiles from the last to the first: what was read last is still in the cache.
+  template <bool PLAIN>
   __attribute__((noinline)) void step_one_row(int64_t g, int64_t step, int64_t in_chunk) {
-    const int64_t t = rows_.time(g, step), rank = share_.ranks[0];
-    const Number* const gx = gates_x(g, in_chunk * p_.B + rank, 0);
-    const Real* const row = operand_ + at(step, g, rank, 0);
+    const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
+    const Real* const row = m_.operand + m_.at(step, g, share_.ranks[0], 0);
     const bool backwards = step % 2 != 0;
     Range tiles = share_.tiles;
     if constexpr (kPairs && !std::is_same_v<Real, double>) {
@@ -332,9 +313,8 @@ class ForwardScan {
         const Panels panels = first_.panels(g);
         Pairs<weights_of<Real>(), 3>(panels, tiles, backwards)
             .multiply(reinterpret_cast<const uint32_t*>(row),
-                      [&](Items at, const V(&sums)[3][2], auto between) GRU_MEMBER_LAMBDA {
-                        close<2>(g, step, t, rank, at.tile, gx + at.tile * 3 * W, sums, between);
-                      });
+                      [&](Items at, const V(&sums)[3][2], auto between)
+                          GRU_MEMBER_LAMBDA { close<2>(rows, g, at.tile, sums, between); });
         tiles.begin = tiles.end - tiles.size() % 2;
       }
     }
@@ -347,18 +327,17 @@ class ForwardScan {
                                                       sums);
       for (int64_t i = 0; i < now; ++i) {
         const V one[3][1] = {{sums[3 * i]}, {sums[3 * i + 1]}, {sums[3 * i + 2]}};
-        close<1>(g, step, t, rank, tile + i, gx + (tile + i) * 3 * W, one);
+        close<1>(rows, g, tile + i, one);
       }
     }
   }
 
-  // What follows the products of N neighbouring tiles of a row, from `tile` on, whose projected
-  // gates begin at `gx`.
-  template <int N, class Between = Nothing>
-  GRU_MEMBER void close(int64_t g, int64_t step, int64_t t, int64_t rank, int64_t tile,
-                        const Number* gx, const V (&sums)[3][N], Between between = {}) {
-    const int64_t b = rows_.row(rank);
+  // What follows the products of N neighbouring tiles of the first row, from `tile` on.
+  template <int N, bool PLAIN, class Between = Nothing>
+  GRU_MEMBER void close(const Rows<PLAIN>& rows, int64_t g, int64_t tile, const V (&sums)[3][N],
+                        Between between = {}) {
     const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
+    const Number* const gx = rows.gates_x(0, tile);
     V rz[2 * N], q[N], n[N];
     reset_after_gates<Real, N>(
         sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return load(gx + (3 * j + gate) * W); },
@@ -367,62 +346,62 @@ class ForwardScan {
         },
         rz, q, n, between);
     GRU_EACH(j) {
-      save(t, g, b, tile + j, 0, q[j]);
-      save(t, g, b, tile + j, 1, rz[j]);
-      save(t, g, b, tile + j, 2, rz[N + j]);
-      save(t, g, b, tile + j, 3, n[j]);
-      finish(step, t, g, rank, b, tile + j, rz[N + j], n[j]);
+      rows.save(0, tile + j, 0, q[j]);
+      rows.save(0, tile + j, 1, rz[j]);
+      rows.save(0, tile + j, 2, rz[N + j]);
+      rows.save(0, tile + j, 3, n[j]);
+      rows.finish(0, tile + j, rz[N + j], n[j]);
     }
   }
 
-  void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
-    const int64_t t = rows_.time(g, step);
-    multiply(first_, operand_ + at(step, g, 0, 0), g, t,
-             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = rows_.row(rank);
-               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+  template <bool PLAIN>
+  __attribute__((noinline)) void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
+    const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, rows_.time(g, step),
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const Number* gx = rows.gates_x(row, tile);
                const V z = sigmoid<Real>(sums[0] + load(gx));
                const V n = tanh<Real>(sums[1] + load(gx + W));
-               save(t, g, b, tile, 0, z);
-               save(t, g, b, tile, 1, n);
-               finish(step, t, g, rank, b, tile, z, n);
+               rows.save(row, tile, 0, z);
+               rows.save(row, tile, 1, n);
+               rows.finish(row, tile, z, n);
              });
   }
 
-  void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
-    const int64_t t = rows_.time(g, step);
-    multiply(first_, operand_ + at(step, g, 0, 0), g, t,
-             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = rows_.row(rank);
-               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+  template <bool PLAIN>
+  __attribute__((noinline)) void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
+    const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, rows_.time(g, step),
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const Number* gx = rows.gates_x(row, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
-               save(t, g, b, tile, 0, r);
-               save(t, g, b, tile, 1, z);
-               store(gated_ + at(g, rank, tile), r * load(operand_ + at(step, g, rank, tile)));
-               store(update_ + at(g, rank, tile), z);
+               rows.save(row, tile, 0, r);
+               rows.save(row, tile, 1, z);
+               rows.gate(row, tile, r, z);
              });
   }
 
+  template <bool PLAIN>
   void step_candidate(int64_t g, int64_t step, int64_t in_chunk) {
-    const int64_t t = rows_.time(g, step);
-    multiply(second_, gated_ + at(g, 0, 0), g, t,
-             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const int64_t b = rows_.row(rank);
-               const Number* gx = gates_x(g, in_chunk * p_.B + rank, tile);
+    const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
+    multiply(second_, m_.gated + m_.at(g, 0, 0), g, rows_.time(g, step),
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const Number* gx = rows.gates_x(row, tile);
                const V n = tanh<Real>(sums[0] + load(gx + 2 * W));
-               save(t, g, b, tile, 2, n);
-               finish(step, t, g, rank, b, tile, load(update_ + at(g, rank, tile)), n);
+               rows.save(row, tile, 2, n);
+               rows.finish(row, tile, rows.update(row, tile), n);
              });
   }
 
   const Forward<Real>& f_;
   const Problem<Real>& p_;
   const Schedule<Real> rows_;
-  const int gates_, slots_;
-  const int64_t tiles_, ld_, chunk_;
-  Number *state_, *update_, *gates_x_;
-  Real *operand_, *gated_, *gathered_;
+  const int gates_;
+  const bool plain_;
+  const int64_t tiles_, chunk_;
+  ForwardMemory<Real> m_;
+  Real* gathered_;
   GatePanels<Real> first_{}, second_{}, input_{};
   int64_t scratch_bytes_;
   Share share_{};

@@ -76,7 +76,7 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vec
   for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
     const int n = lanes(tile);
     for (int v = 0; v < vectors; ++v) multiply(a, weight(tile, v), n, K, sums + v, vectors);
-    for (int64_t i = 0; i < rows; ++i) epilogue(i, tile, sums + i * vectors);
+    epilogue(Sums<Real>{0, static_cast<int>(rows), tile, sums, vectors});
   }
 }
 
@@ -163,8 +163,8 @@ GRU_INLINE void sweep_by_columns(Operand<Real> operand, int64_t rows, const Real
       }
     }
     end_block();
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < tiles; ++j) epilogue(i, tile + j, total + i * tiles + j);
+    for (int64_t j = 0; j < tiles; ++j) {
+      epilogue(Sums<Real>{0, static_cast<int>(rows), tile + j, total + j, tiles});
     }
   }
 }

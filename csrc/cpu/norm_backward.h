@@ -129,13 +129,14 @@ class NormBackwardScan {
   // Equations (24), (13) and (14), then the gate gradients of the step before.
   void through_state(int64_t g, int64_t step) const {
     const int64_t t = c_.rows.time(g, step), first = batch_.begin;
-    panels_.multiply({c_.du(g, c_.row_of(step, first)), c_.ld}, batch_.size(), g, share_.tiles,
-                     [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                       const int64_t b = first + i;
-                       if (!is_held(p_, t, b)) carry_.add(g, t, b, tile, sums[0]);
-                       if (c_.rows.reset(g, t, b)) carry_.leave_to_reset_state(g, b, tile);
-                       if (step > c_.begin) gate_gradients(g, step - 1, b, tile);
-                     });
+    panels_.multiply(
+        {c_.du(g, c_.row_of(step, first)), c_.ld}, batch_.size(), g, share_.tiles,
+        row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+          const int64_t b = first + i;
+          if (!is_held(p_, t, b)) carry_.add(g, t, b, tile, sums[0]);
+          if (c_.rows.reset(g, t, b)) carry_.leave_to_reset_state(g, b, tile);
+          if (step > c_.begin) gate_gradients(g, step - 1, b, tile);
+        }));
   }
 
   const NormBackward<Real>& f_;

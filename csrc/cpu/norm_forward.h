@@ -144,13 +144,14 @@ class NormForwardScan {
   // Equation (17) for the rows and tiles of this member.
   void multiply(int64_t g, int64_t step) const {
     const Real* operand = operand_ + at(step, g, batch_.begin, 0);
-    panels_.multiply({operand, ld_}, batch_.size(), g, share_.tiles,
-                     [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                       Real* to = products(g, batch_.begin + row) + tile * W;
-                       for (int gate = 0; gate < 3; ++gate) {
-                         store(to + gate * tiles_ * W, sums[gate]);
-                       }
-                     });
+    panels_.multiply(
+        {operand, ld_}, batch_.size(), g, share_.tiles,
+        row_by_row<Real>([&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+          Real* to = products(g, batch_.begin + row) + tile * W;
+          for (int gate = 0; gate < 3; ++gate) {
+            store(to + gate * tiles_ * W, sums[gate]);
+          }
+        }));
   }
 
   // Equations (18) to (21) and (6) for one row and the tiles of this member.

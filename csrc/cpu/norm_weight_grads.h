@@ -92,12 +92,12 @@ class NormWeightGrads {
     sweep<Real>(
         {block_, 1, kRowBlock, kGradSumBlock<Real>}, kRowBlock, rows, 1, 0, c_.tiles,
         [&](int64_t tile, int) { return state_ + tile * rows * W; },
-        [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+        row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           if (i >= valid) return;
           const int lanes = lanes_of<Real>(tile, p_.H);
           Real* to = f_.grad_weight + ((g * 3 + gate) * p_.H + unit + i) * p_.H + tile * W;
           store_n(to, first ? sums[0] : load_n(to, lanes) + sums[0], lanes);
-        });
+        }));
   }
 
   const NormBackward<Real>& f_;

@@ -47,6 +47,17 @@ struct Schedule {
     if (!p.reverse[g]) return p.reset_mask[t * p.B + b] != 0 && t < length(b);
     return t + 1 < length(b) && p.reset_mask[(t + 1) * p.B + b] != 0;
   }
+  // Of a time, for all b, or null: whether the state is replaced before that step, if the step is
+  // valid and, in reverse, not the row's first.
+  GRU_MEMBER const uint8_t* resets(int64_t g, int64_t t) const {
+    const int64_t from = p.reverse[g] ? t + 1 : t;
+    return p.reset_mask == nullptr || from == p.T ? nullptr : p.reset_mask + from * p.B;
+  }
+  // Whether no row of the group, whatever its length, has a step before or after time t.
+  GRU_MEMBER bool begins(int64_t g, int64_t t) const {
+    return p.reverse[g] ? t + 1 == p.T : t == 0;
+  }
+  GRU_MEMBER bool ends(int64_t g, int64_t t) const { return p.reverse[g] ? t == 0 : t + 1 == p.T; }
   GRU_MEMBER const Real* reset_row(int64_t g, int64_t b) const {
     return p.reset_state ? p.reset_state + (g * p.B + b) * p.H : nullptr;
   }

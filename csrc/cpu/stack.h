@@ -153,7 +153,8 @@ class Stack {
   GRU_MEMBER void state_written(int64_t layer, int64_t row, Range tiles) const {
     if (P == Weights::kFloat32) return;
     for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      store_operand(operand(layer, parity_, row), tile, load(state(layer, row) + tile * W));
+      store_operand(operand(layer, parity_, row), tile, load(state(layer, row) + tile * W),
+                    s_.shape.H);
     }
   }
   void swap_rows(int64_t a, int64_t b, Range tiles) const {
@@ -258,9 +259,9 @@ class Stack {
 
   // A register of a state, as a product reads it. The last word may reach beyond H, where its
   // weight is zero: no use against NaN, which lanes of padding become where an input is infinite.
-  GRU_MEMBER void store_operand(uint32_t* row, int64_t tile, V value) const {
+  GRU_MEMBER static void store_operand(uint32_t* row, int64_t tile, V value, int64_t H) {
     if constexpr (P == Weights::kBFloat16) {
-      value = first_lanes<float>(value, lanes_of<float>(tile, s_.shape.H));
+      value = first_lanes<float>(value, lanes_of<float>(tile, H));
     }
     store_row<P>(row, tile, value, kInt8Most);
   }
@@ -316,31 +317,57 @@ class Stack {
     crew.wait();
   }
 
-  // Gate `gate` of what the input adds to an item.
-  GRU_MEMBER V gx(const Step& now, const Items& at, int j, int gate) const {
-    return load(now.gates[at.row_of(j)] + (at.tile_of(j) * s_.gates + gate) * W);
-  }
+  // Where the rows of a step find their numbers: worked out once, for the gates of a row and tile
+  // take little longer than its addresses.
+  template <int GATES>
+  class Rows {
+   public:
+    GRU_MEMBER Rows(const Stack& stack, const Step& now)
+        : gates_(now.gates),
+          state_(stack.h(now.layer, now.parity, 0)),
+          next_(stack.h(now.layer, now.parity ^ 1, 0)),
+          operand_(stack.operand(now.layer, now.parity ^ 1, 0)),
+          copy_(now.copy),
+          H_(stack.s_.shape.H),
+          ld_(stack.ld_),
+          ldw_(stack.ldw_) {}
 
-  // Equation (6): the new state of a row and tile.
-  GRU_MEMBER void finish(const Step& now, int64_t row, int64_t tile, V z, V n) const {
-    const V previous = load(h(now.layer, now.parity, row) + tile * W);
-    const V next = n + z * (previous - n);
-    store(h(now.layer, now.parity ^ 1, row) + tile * W, next);
-    if (P != Weights::kFloat32) store_operand(operand(now.layer, now.parity ^ 1, row), tile, next);
-    if (now.copy != nullptr) store_operand(now.copy + row * ldw_, tile, next);
-  }
+    // Gate `gate` of what the input adds to an item.
+    GRU_MEMBER V gx(const Items& at, int j, int gate) const {
+      return load(gates_[at.row_of(j)] + (at.tile_of(j) * GATES + gate) * W);
+    }
+    GRU_MEMBER V state(int64_t row, int64_t tile) const {
+      return load(state_ + row * ld_ + tile * W);
+    }
+    // Equation (6): the new state of a row and tile.
+    GRU_MEMBER void finish(int64_t row, int64_t tile, V z, V n) const {
+      const V next = n + z * (state(row, tile) - n);
+      store(next_ + row * ld_ + tile * W, next);
+      if (P != Weights::kFloat32) store_operand(operand_ + row * ldw_, tile, next, H_);
+      if (copy_ != nullptr) store_operand(copy_ + row * ldw_, tile, next, H_);
+    }
+
+   private:
+    const float* const* gates_;
+    const float* state_;
+    float* next_;
+    uint32_t *operand_, *copy_;
+    int64_t H_, ld_, ldw_;
+  };
 
   void step_reset_after(const Step& now, const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[now.layer];
     const uint32_t* previous = operand(now.layer, now.parity, 0);
+    const Rows<3> rows(*this, now);
+    const float* const bias_q = weights.bias_q;
     auto close = [&]<int N, class Between>(Items at, const V(&sums)[3][N],
                                            Between between) GRU_MEMBER_LAMBDA {
       V rz[2 * N], q[N], n[N];
       reset_after_gates<float, N>(
-          sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return gx(now, at, j, gate); },
-          [&](int j) GRU_MEMBER_LAMBDA { return load(weights.bias_q + at.tile_of(j) * W); }, rz, q,
-          n, between);
-      GRU_EACH(j) { finish(now, at.row_of(j), at.tile_of(j), rz[N + j], n[j]); }
+          sums, [&](int j, int gate) GRU_MEMBER_LAMBDA { return rows.gx(at, j, gate); },
+          [&](int j) GRU_MEMBER_LAMBDA { return load(bias_q + at.tile_of(j) * W); }, rz, q, n,
+          between);
+      GRU_EACH(j) { rows.finish(at.row_of(j), at.tile_of(j), rz[N + j], n[j]); }
     };
     Range tiles = crew.tiles;
     if constexpr (kPairs) {
@@ -355,30 +382,32 @@ class Stack {
   }
 
   void step_no_reset(const Step& now, const Crew& crew) const {
+    const Rows<2> rows(*this, now);
     multiply<P, 2>(s_.layers[now.layer].first, operand(now.layer, now.parity, 0), ldw_, now.rows,
                    crew.tiles, now.parity != 0,
                    [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
                      V z[N], n[N];
-                     GRU_EACH(j) z[j] = sums[0][j] + gx(now, at, j, 0);
-                     GRU_EACH(j) n[j] = sums[1][j] + gx(now, at, j, 1);
+                     GRU_EACH(j) z[j] = sums[0][j] + rows.gx(at, j, 0);
+                     GRU_EACH(j) n[j] = sums[1][j] + rows.gx(at, j, 1);
                      sigmoid<float, N>(z);
                      tanh<float, N>(n);
-                     GRU_EACH(j) { finish(now, at.row_of(j), at.tile_of(j), z[j], n[j]); }
+                     GRU_EACH(j) { rows.finish(at.row_of(j), at.tile_of(j), z[j], n[j]); }
                    });
   }
 
   void step_reset_before(const Step& now, const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[now.layer];
+    const Rows<3> rows(*this, now);
+    const int64_t H = s_.shape.H;
     multiply<P, 2>(weights.first, operand(now.layer, now.parity, 0), ldw_, now.rows, crew.tiles,
                    now.parity != 0, [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
                      V rz[2 * N];
-                     GRU_EACH(j) rz[j] = sums[0][j] + gx(now, at, j, 0);
-                     GRU_EACH(j) rz[N + j] = sums[1][j] + gx(now, at, j, 1);
+                     GRU_EACH(j) rz[j] = sums[0][j] + rows.gx(at, j, 0);
+                     GRU_EACH(j) rz[N + j] = sums[1][j] + rows.gx(at, j, 1);
                      sigmoid<float, 2 * N>(rz);
                      GRU_EACH(j) {
                        const int64_t row = at.row_of(j), tile = at.tile_of(j);
-                       const V previous = load(h(now.layer, now.parity, row) + tile * W);
-                       store_operand(gated_ + row * ldw_, tile, rz[j] * previous);
+                       store_operand(gated_ + row * ldw_, tile, rz[j] * rows.state(row, tile), H);
                        store(update_ + row * ld_ + tile * W, rz[N + j]);
                      }
                    });
@@ -386,11 +415,11 @@ class Stack {
     multiply<P, 1>(weights.second, gated_, ldw_, now.rows, crew.tiles, now.parity != 0,
                    [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
                      V n[N];
-                     GRU_EACH(j) n[j] = sums[0][j] + gx(now, at, j, 2);
+                     GRU_EACH(j) n[j] = sums[0][j] + rows.gx(at, j, 2);
                      tanh<float, N>(n);
                      GRU_EACH(j) {
                        const int64_t row = at.row_of(j), tile = at.tile_of(j);
-                       finish(now, row, tile, load(update_ + row * ld_ + tile * W), n[j]);
+                       rows.finish(row, tile, load(update_ + row * ld_ + tile * W), n[j]);
                      }
                    });
   }

@@ -123,6 +123,8 @@ constexpr int kMostVectorsAbreast = 12, kMostTilesAbreast = 8;
 GRU_INLINE int tiles_abreast(int64_t rows, int vectors, int64_t tiles_left) {
   const int room = (rows >= 4 ? 3 : rows >= 2 ? 6 : kMostVectorsAbreast) / vectors;
   const int want = room >= kMostTilesAbreast ? kMostTilesAbreast : room >= 4 ? 4 : room;
+  // A tile alone would leave the multipliers waiting: the last four of many rows are two pairs.
+  if (want == 3 && tiles_left == 4 && vectors == 1) return 2;
   if (tiles_left >= want) return want;
   return tiles_left >= 4 ? 4 : static_cast<int>(tiles_left);
 }
@@ -173,9 +175,29 @@ Product<Real> pick_product(int rows, int tiles, int vectors) {
   return pick_product<Real, 1>(tiles, vectors);
 }
 
+// What an epilogue gets: the sums of `rows` neighbouring rows and one tile.
+template <class Real>
+struct Sums {
+  int64_t row;
+  int rows;
+  int64_t tile;
+  const Vec<Real>* first;
+  int64_t stride;
+
+  GRU_MEMBER const Vec<Real>* of(int i) const { return first + i * stride; }
+};
+
+// An epilogue of a row at a time: each(row, tile, sums).
+template <class Real, class Each>
+GRU_INLINE auto row_by_row(Each each) {
+  return [each](const Sums<Real>& sums) GRU_MEMBER_LAMBDA {
+    for (int i = 0; i < sums.rows; ++i) each(sums.row + i, sums.tile, sums.of(i));
+  };
+}
+
 // Multiplies `rows` rows by tiles [tile_begin, tile_end) of `vectors` vectors each.
-// panels(tile, count) gives the packed weights of `count` tiles; epilogue(row, tile, sums) gets the
-// `vectors` sums of one row and tile. Tiles are the outer loop: a panel is read once from afar.
+// panels(tile, count) gives the packed weights of `count` tiles; epilogue(sums) gets the `vectors`
+// sums of each row of a block and a tile. Tiles are the outer loop: a panel is read once from afar.
 template <class Real, class Panels, class Epilogue>
 GRU_INLINE void sweep(Operand<Real> a, int64_t rows, int64_t K, int vectors, int64_t tile_begin,
                       int64_t tile_end, Panels panels, Epilogue epilogue) {
@@ -187,10 +209,8 @@ GRU_INLINE void sweep(Operand<Real> a, int64_t rows, int64_t K, int vectors, int
     for (int64_t row = 0; row < rows;) {
       const int block = rows_in_block(rows - row);
       pick_product<Real>(block, tiles, vectors)(a, row, panel, K, sums);
-      for (int i = 0; i < block; ++i) {
-        for (int j = 0; j < tiles; ++j) {
-          epilogue(row + i, tile + j, sums + (i * tiles + j) * vectors);
-        }
+      for (int j = 0; j < tiles; ++j) {
+        epilogue(Sums<Real>{row, block, tile + j, sums + j * vectors, tiles * vectors});
       }
       row += block;
     }

@@ -54,7 +54,7 @@ GRU_INLINE void outer_product(Operand<Real> operand, int64_t rows, const Real* p
         multiply_add<Real>(sum, load_words(panels + (tile * K + k) * W),
                            word_at(a + k / P * operand.word_stride));
       }
-      epilogue(i, tile, &sum);
+      epilogue(Sums<Real>{i, 1, tile, &sum, 1});
     }
   }
 }
@@ -147,18 +147,19 @@ class WeightGrads {
       }
       return;
     }
-    input_panels_.multiply({c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), g,
-                           tiles, [&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-                             const int64_t place = c_.place(g, rows.begin + i);
-                             const int lanes = lanes_of<Real>(tile, p_.I);
-                             if (f_.grad_shared_x != nullptr) {
-                               Number* to = f_.grad_shared_x + place * p_.I + tile * W;
-                               store_n(to, load_n(to, lanes) + sums[0], lanes);
-                             } else {
-                               const int64_t at = p_.x_shared ? place : place * p_.G + g;
-                               store_n(f_.grad_x + at * p_.I + tile * W, sums[0], lanes);
-                             }
-                           });
+    input_panels_.multiply(
+        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), g, tiles,
+        row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+          const int64_t place = c_.place(g, rows.begin + i);
+          const int lanes = lanes_of<Real>(tile, p_.I);
+          if (f_.grad_shared_x != nullptr) {
+            Number* to = f_.grad_shared_x + place * p_.I + tile * W;
+            store_n(to, load_n(to, lanes) + sums[0], lanes);
+          } else {
+            const int64_t at = p_.x_shared ? place : place * p_.G + g;
+            store_n(f_.grad_x + at * p_.I + tile * W, sums[0], lanes);
+          }
+        }));
   }
 
   // A word of rows of x and of the state as right-hand operands: [tile][word][lanes].
@@ -229,10 +230,10 @@ class WeightGrads {
       if (hidden_side && bias_hh_.result) bias_hh_.add(first_row + i, sum, lanes, first, last);
     }
     auto multiply = [&](const Real* panels, int64_t columns, const ChunkSum<Real>& grad) {
-      auto add = [&](int64_t i, int64_t tile, const V* sum) GRU_MEMBER_LAMBDA {
+      auto add = row_by_row<Real>([&](int64_t i, int64_t tile, const V* sum) GRU_MEMBER_LAMBDA {
         const int64_t at = (first_row + i) * columns + tile * W;
         if (i < valid) grad.add(at, *sum, lanes_of<Real>(tile, columns), first, last);
-      };
+      });
       const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock<Real>};
       if (padded <= kFewRows) {
         outer_product(operand, kRowBlock, panels, padded, tiles_of<Real>(columns), add);
