@@ -50,6 +50,7 @@ struct GatePanels {
     if (packed == nullptr && rows <= kMaxRowsInPlace) {
       sweep_in_place<Real>(
           a, rows, K, count, range.begin, range.end,
+          rows * count * H * K * static_cast<int64_t>(sizeof(Real)) <= kWeightsForTwo,
           [&](int64_t tile, int v) {
             return weight + g * group_stride + (v * H + tile * kLanes<Real>)*K;
           },

@@ -15,68 +15,95 @@ namespace {
 // Measured: from 3 rows on, packing a tile once is as fast or faster.
 constexpr int64_t kMaxRowsInPlace = 2;
 
-// out[i * stride] = sum_k a[i * row_stride + k] * weight[lane * K + k] for the n lanes.
-template <class Real, int ROWS>
+// Tiles at a time: their blocks take turns, so that the transposes of the one fill the time that
+// the chain of sums of the other takes.
+constexpr int kTilesInPlace = 2;
+// Beyond the second level of the cache more streams of rows take longer; so much for one row.
+constexpr int64_t kWeightsForTwo = 1 << 20;
+
+// out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) * K + k]; of
+// the last tile's lanes n exist.
+template <class Real, int ROWS, int TILES>
 void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t K, Vec<Real>* out,
                       int stride) {
   constexpr int W = kLanes<Real>;
   constexpr int P = kPack<Real>;
+  constexpr int kColumns = W * P;
   int64_t k = 0;
   bool first = true;
   do {
     const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
-    Vec<Real> sum[ROWS] = {};
-    for (; k < stop; k += W * P) {
-      Vec<Real> block[W];
-      const int columns = stop - k < W * P ? static_cast<int>(stop - k) : W * P;
-      auto add = [&](int j, auto word) GRU_MEMBER_LAMBDA {
-        const Real* a = operand.a + k + j * P;
+    Vec<Real> sum[ROWS][TILES] = {};
+    Vec<Real> block[W];
+    auto add = [&](int tile, int j, auto word) GRU_MEMBER_LAMBDA {
+      const Real* a = operand.a + k + j * P;
 #pragma GCC unroll 2
-        for (int i = 0; i < ROWS; ++i) {
-          multiply_add<Real>(sum[i], block[j], word(a + i * operand.row_stride));
-        }
-      };
-      auto whole = [](const Real* at) GRU_MEMBER_LAMBDA { return word_at(at); };
-      if (n == W && columns == W * P) {
-        load_transposed(weight + k, K, block);
-      } else {
+      for (int i = 0; i < ROWS; ++i) {
+        multiply_add<Real>(sum[i][tile], block[j], word(a + i * operand.row_stride));
+      }
+    };
+    auto whole = [](const Real* at) GRU_MEMBER_LAMBDA { return word_at(at); };
+    const int64_t whole_lanes = n == W ? stop : k;
+    for (; k + kColumns <= whole_lanes; k += kColumns) {
+#pragma GCC unroll 2
+      for (int tile = 0; tile < TILES; ++tile) {
+        load_transposed(weight + tile * W * K + k, K, block);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) add(tile, j, whole);
+      }
+    }
+    for (; k < stop; k += kColumns) {
+      const int columns = stop - k < kColumns ? static_cast<int>(stop - k) : kColumns;
+      for (int tile = 0; tile < TILES; ++tile) {
+        const int lanes = tile + 1 == TILES ? n : W;
         for (int lane = 0; lane < W; ++lane) {
-          block[lane] = lane < n ? load_some_words(weight + lane * K + k, columns) : Vec<Real>{};
+          block[lane] = lane < lanes ? load_some_words(weight + (tile * W + lane) * K + k, columns)
+                                     : Vec<Real>{};
         }
         transpose<Real>(block);
-      }
-      if (columns == W * P) {
-#pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) add(j, whole);
-      } else {
-        for (int j = 0; j < columns / P; ++j) add(j, whole);
+        for (int j = 0; j < columns / P; ++j) add(tile, j, whole);
         if constexpr (P > 1) {
           if (columns % P > 0) {
-            add(columns / P, [](const Real* at) GRU_MEMBER_LAMBDA { return half_word_at(at); });
+            add(tile, columns / P,
+                [](const Real* at) GRU_MEMBER_LAMBDA { return half_word_at(at); });
           }
         }
       }
     }
 #pragma GCC unroll 2
-    for (int i = 0; i < ROWS; ++i) out[i * stride] = first ? sum[i] : out[i * stride] + sum[i];
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+      for (int tile = 0; tile < TILES; ++tile) {
+        Vec<Real>& to = out[(i * TILES + tile) * stride];
+        to = first ? sum[i][tile] : to + sum[i][tile];
+      }
+    }
     first = false;
   } while (k < K);
 }
 
 // As sweep() of tile.h; weight(tile, v) is the first weight row of vector v of a tile, of whose
-// rows lanes(tile) exist. The k of a row of the operand must be neighbours.
+// rows lanes(tile) exist; those of the next tile follow it. The k of a row of the operand must be
+// neighbours.
 template <class Real, class Weight, class Lanes, class Epilogue>
 GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vectors,
-                               int64_t tile_begin, int64_t tile_end, Weight weight, Lanes lanes,
-                               Epilogue epilogue) {
-  static_assert(kMaxRowsInPlace == 2);
+                               int64_t tile_begin, int64_t tile_end, bool in_pairs, Weight weight,
+                               Lanes lanes, Epilogue epilogue) {
+  static_assert(kMaxRowsInPlace == 2 && kTilesInPlace == 2);
   if (rows <= 0) return;
-  const auto multiply = rows == 2 ? product_in_place<Real, 2> : product_in_place<Real, 1>;
+  const auto alone = rows == 2 ? product_in_place<Real, 2, 1> : product_in_place<Real, 1, 1>;
+  const auto pair = rows == 2 ? product_in_place<Real, 2, 2> : product_in_place<Real, 1, 2>;
   Vec<Real> sums[kMaxTileVectors];
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    const int n = lanes(tile);
+  for (int64_t tile = tile_begin; tile < tile_end;) {
+    const int tiles = in_pairs && tile + 1 < tile_end ? 2 : 1;
+    const auto multiply = tiles == 2 ? pair : alone;
+    const int n = lanes(tile + tiles - 1);
     for (int v = 0; v < vectors; ++v) multiply(a, weight(tile, v), n, K, sums + v, vectors);
-    epilogue(Sums<Real>{0, static_cast<int>(rows), tile, sums, vectors});
+    for (int j = 0; j < tiles; ++j) {
+      epilogue(
+          Sums<Real>{0, static_cast<int>(rows), tile + j, sums + j * vectors, tiles * vectors});
+    }
+    tile += tiles;
   }
 }
 
