@@ -74,10 +74,14 @@ Group = list[Claim]
 
 
 def committed(page: str) -> list[tuple[str, Results, list[str]]]:
-    """The page's blocks: name of the file, its contents, and the parts that are shown."""
+    """The page's blocks: name of the file, its contents, and the parts that are shown.
+
+    Without those of a second machine: a claim is tried once.
+    """
     return [
         (match[2], read(figures.RESULTS / match[2]), match[3].split())
         for match in figures.BLOCK.finditer(page)
+        if "/" not in match[2]
     ]
 
 

@@ -3,7 +3,8 @@
 
 A block between `<!-- figures: NAME PART ... -->` and `<!-- end of figures -->` is replaced by these
 parts of `benchmarks/results/NAME`. docs/results.md is made as a whole, from every file that is
-there. Nothing is typed by hand; rows that we lose are in bold, and none is left out.
+there, and a page of its own from each folder there, which holds the results of another machine.
+Nothing is typed by hand; rows that we lose are in bold, and none is left out.
 """
 
 from __future__ import annotations
@@ -143,19 +144,36 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
 """What docs/results.md shows of each committed file."""
 
 
-def report(folder: Path = RESULTS) -> str:
-    """docs/results.md: every committed result."""
+MACHINES = {"": "Results", "zen5": "Results on a Zen 5"}
+"""Folders of `benchmarks/results/`, and the titles of their pages."""
+
+
+def report_of(machine: str) -> Path:
+    """The page of a folder of results."""
+    return REPORT.with_stem(f"results-{machine}") if machine else REPORT
+
+
+def plots_of(machine: str) -> Path:
+    """Where its plots are."""
+    return REPORT.parent / "plots" / machine
+
+
+def report(results: Path = RESULTS, machine: str = "") -> str:
+    """docs/results.md, or another machine's page: every committed result."""
     from benchmarks import plots
 
+    folder = results / machine
+    source = (RESULTS / machine).relative_to(ROOT).as_posix()
     parts = [
-        "# Results\n\nMade by `python -m benchmarks report` from `benchmarks/results/`; how it is "
-        "measured is told in [benchmarks.md](benchmarks.md). Bold: a peer is faster."
+        f"# {MACHINES[machine]}\n\nMade by `python -m benchmarks report` from `{source}/`; how it "
+        "is measured is told in [benchmarks.md](benchmarks.md). Bold: a peer is faster."
     ]
+    pictures = plots_of(machine).relative_to(REPORT.parent)
     for name, (title, shown) in CONTENTS.items():
         if not (folder / name).exists():
             continue
         parts.append(f"## {title}\n\n{render(read(folder / name), shown)}")
-        parts += [f"![{p.title}](plots/{p.file})" for p in plots.PLOTS if p.source == name]
+        parts += [f"![{p.title}]({pictures}/{p.file})" for p in plots.PLOTS if p.source == name]
     return "\n\n".join(parts) + "\n"
 
 
@@ -169,13 +187,14 @@ def main(command: str, arguments: list[str]) -> int:
 
     texts = {measured.PATH: measured.source(RESULTS)}
     texts |= {page: with_figures(page.read_text("utf-8")) for page in PAGES}
-    texts[REPORT] = report()
+    texts |= {report_of(name): report(machine=name) for name in MACHINES}
     for path, text in texts.items():
         path.write_text(text, "utf-8")
         print(path.relative_to(ROOT))
     if find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (the extra `bench` or `plot`)")
         return 1
-    for path in plots.draw_all(RESULTS, REPORT.parent / "plots"):
-        print(path.relative_to(ROOT))
+    for name in MACHINES:
+        for path in plots.draw_all(RESULTS / name, plots_of(name)):
+            print(path.relative_to(ROOT))
     return 0

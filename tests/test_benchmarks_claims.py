@@ -22,7 +22,7 @@ OURS_ONLY = {"train", "infer", "step", "sample"}
 def test_every_ratio_of_a_page_is_a_claim(path):
     """As many as the tables have cells with a ratio, block by block."""
     page = path.read_text("utf-8")
-    blocks = list(figures.BLOCK.finditer(page))
+    blocks = [match for match in figures.BLOCK.finditer(page) if "/" not in match[2]]
     assert blocks
     for match, (_, results, parts) in zip(blocks, claims.committed(page), strict=True):
         if results.machine["gpu"] is None and set(parts) <= OURS_ONLY:

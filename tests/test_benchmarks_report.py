@@ -27,18 +27,29 @@ def texts(png: Path) -> dict[str, str]:
     return found
 
 
-def test_the_page_is_made_from_the_committed_results():
-    assert figures.REPORT.read_text("utf-8") == figures.report()
+def test_every_folder_of_results_has_a_page():
+    folders = {path.name for path in figures.RESULTS.iterdir() if path.is_dir()}
+    assert set(figures.MACHINES) == {""} | folders
 
 
-def test_the_plots_are_of_the_committed_results():
+@pytest.mark.parametrize("machine", figures.MACHINES)
+def test_the_page_is_made_from_the_committed_results(machine):
+    page = figures.report_of(machine)
+    assert page.read_text("utf-8") == figures.report(machine=machine)
+
+
+@pytest.mark.parametrize("machine", figures.MACHINES)
+def test_the_plots_are_of_the_committed_results(machine):
     """Each keeps the digest of its results: a plot that was not drawn anew is found."""
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", figures.REPORT.read_text("utf-8"))
-    sources = {f"plots/{plot.file}": figures.RESULTS / plot.source for plot in plots.PLOTS}
+    page = figures.report_of(machine)
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text("utf-8"))
+    results, drawn = figures.RESULTS / machine, figures.plots_of(machine)
+    sources = {drawn / plot.file: results / plot.source for plot in plots.PLOTS}
     assert pictures
     for picture in pictures:
-        kept = texts(figures.REPORT.parent / picture)[plots.DIGEST]
-        assert kept == plots.digest(sources[picture]), f"{picture}: run python -m benchmarks report"
+        path = page.parent / picture
+        kept = texts(path)[plots.DIGEST]
+        assert kept == plots.digest(sources[path]), f"{picture}: run python -m benchmarks report"
 
 
 def test_every_suite_has_its_section(quick_results):
