@@ -59,9 +59,7 @@ class BackwardScan {
           through_candidate(g, step);
         if (share_.waits) team.barrier(member);
       }
-      for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-        through_state(g, step);
-      }
+      for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_state(g, step);
     }
   }
 

@@ -30,32 +30,13 @@ class ForwardScan {
   ForwardScan(const Forward<Real>& f, int threads, int member, void* scratch)
       : f_(f),
         p_(f.in),
-        rows_{f.in},
-        gates_(gate_count(f.in.cell)),
         plain_(p_.lengths == nullptr && p_.reset_mask == nullptr && p_.h_scale == nullptr),
-        tiles_(tiles_of<Real>(f.in.H)),
-        chunk_(steps_at_once(p_.T, p_.B)),
-        m_{f,
-           f.in,
-           rows_,
-           gates_,
-           slot_count(f.in.cell),
-           tiles_,
-           round_up(f.in.H, kUnitPad) + kUnitPad,
-           chunk_} {
+        m_(f, steps_at_once(p_.T, p_.B)) {
     const bool once = p_.T == 1;
     // Rows of several sequences need not lie evenly, so that each step is a product of its own.
-    const bool input_once = once || (p_.B == 1 && chunk_ == p_.T && p_.order == nullptr);
-    const int64_t states = p_.G * p_.B * m_.ld;
+    const bool input_once = once || (p_.B == 1 && m_.chunk == p_.T && p_.order == nullptr);
     Layout layout(scratch);
-    m_.state = layout.take<Number>(2 * states);
-    if constexpr (std::is_same_v<Real, Number>) m_.operand = m_.state;
-    if (m_.multiplies_copy()) m_.operand = layout.take<Real>(2 * states);
-    if (has_second_product(p_.cell)) {
-      m_.gated = layout.take<Real>(states);
-      m_.update = layout.take<Number>(states);
-    }
-    m_.projected = layout.take<Number>(p_.G * chunk_ * p_.B * tiles_ * gates_ * W);
+    m_.take(layout);
     const bool gathers = p_.order != nullptr && p_.weight_ih != nullptr;
     gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
                 member * kProjectRows * p_.I;
@@ -64,8 +45,9 @@ class ForwardScan {
     Real* mine = layout.take<Real>(input_once ? threads * panel : 0) + member * panel;
     auto panels = [&](int gate, int count, const Real* weight, int64_t K, bool on_the_fly,
                       const Real* given) {
-      GatePanels<Real> made{p_.H, K,     tiles_, count, weight + gate * p_.H * K, gates_ * p_.H * K,
-                            mine, given, nullptr};
+      GatePanels<Real> made{
+          p_.H, K,     m_.tiles, count, weight + gate * p_.H * K, m_.gates * p_.H * K,
+          mine, given, nullptr};
       if (!on_the_fly && given == nullptr) {
         made.packed = made.own = layout.take<Real>(p_.G * made.size());
       }
@@ -78,7 +60,7 @@ class ForwardScan {
       second_ = panels(first, 1, p_.weight_hh, p_.H, once, given);
     }
     if (p_.weight_ih != nullptr) {
-      input_ = panels(0, gates_, p_.weight_ih, p_.I, input_once, f.packed_ih);
+      input_ = panels(0, m_.gates, p_.weight_ih, p_.I, input_once, f.packed_ih);
     }
     scratch_bytes_ = layout.used();
   }
@@ -86,17 +68,17 @@ class ForwardScan {
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, first_.packed == nullptr,
+    share_ = share_of(member, team.size(), p_.G, p_.B, m_.tiles, p_.H, first_.packed == nullptr,
                       p_.order != nullptr);
-    const Range panels = part_of(p_.G * tiles_, member, team.size());
+    const Range panels = part_of(p_.G * m_.tiles, member, team.size());
     first_.pack(panels);
     second_.pack(panels);
     input_.pack(panels);
     start();
     team.barrier(member);
-    for (int64_t begin = 0; begin < p_.T; begin += chunk_) {
-      if (begin > 0 && !team.goes_on(begin / chunk_)) return;
-      const int64_t end = begin + chunk_ < p_.T ? begin + chunk_ : p_.T;
+    for (int64_t begin = 0; begin < p_.T; begin += m_.chunk) {
+      if (begin > 0 && !team.goes_on(begin / m_.chunk)) return;
+      const int64_t end = begin + m_.chunk < p_.T ? begin + m_.chunk : p_.T;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) project(g, begin, end);
       for (int64_t step = begin; step < end; ++step) {
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
@@ -130,12 +112,12 @@ class ForwardScan {
   }
 
   // How many of this member's rows have a valid step at t.
-  GRU_MEMBER int64_t alive(int64_t t) const { return share_.ranks.below(rows_.alive(t)); }
+  GRU_MEMBER int64_t alive(int64_t t) const { return share_.ranks.below(m_.rows.alive(t)); }
 
   void start() {
     for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
       for (int64_t i = 0; i < share_.ranks.below(p_.B); ++i) {
-        const int64_t rank = share_.ranks[i], b = rows_.row(rank), length = rows_.length(b);
+        const int64_t rank = share_.ranks[i], b = m_.rows.row(rank), length = m_.rows.length(b);
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
           const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
@@ -143,7 +125,7 @@ class ForwardScan {
           if (length == 0) {
             store_n(f_.h_n + offset, h, n);
           } else {
-            m_.enter(rows_.first_step(g, b), g, rank, tile, h);
+            m_.enter(m_.rows.first_step(g, b), g, rank, tile, h);
           }
         }
         for (int64_t t = length; t < p_.T; ++t) clear(g, t, b);
@@ -176,7 +158,7 @@ class ForwardScan {
       const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
       for (int64_t step = begin; step < end; ++step) {
         const int64_t to = (step - begin) * p_.B + first;
-        project_rows(g, rows_.input_row(g, rows_.time(g, step), first), p_.x_stride_b, count,
+        project_rows(g, m_.rows.input_row(g, m_.rows.time(g, step), first), p_.x_stride_b, count,
                      [&](int64_t row) { return to + row; });
       }
     }
@@ -185,21 +167,21 @@ class ForwardScan {
   // b_ih, and the b_hh that may be added before the gate.
   GRU_MEMBER V input_bias(int64_t g, int gate, int64_t tile) const {
     const int n = lanes_of<Real>(tile, p_.H);
-    const int64_t at = (g * gates_ + gate) * p_.H + tile * W;
+    const int64_t at = (g * m_.gates + gate) * p_.H + tile * W;
     const bool separate = p_.cell == Cell::kResetAfter && gate == 2;
     return load_or_zero(p_.bias_ih, at, n) + load_or_zero(separate ? nullptr : p_.bias_hh, at, n);
   }
 
   void copy_gates(int64_t g, int64_t begin, int64_t end) {
     for (int64_t step = begin; step < end; ++step) {
-      const int64_t t = rows_.time(g, step), rows = alive(t);
+      const int64_t t = m_.rows.time(g, step), rows = alive(t);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t rank = share_.ranks[i];
-        const Real* row = rows_.input_row(g, t, rows_.row(rank));
+        const Real* row = m_.rows.input_row(g, t, m_.rows.row(rank));
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
           Number* to = m_.gates_x(g, (step - begin) * p_.B + rank, tile);
-          for (int gate = 0; gate < gates_; ++gate) {
+          for (int gate = 0; gate < m_.gates; ++gate) {
             store(to + gate * W,
                   load_n(row + gate * p_.H + tile * W, n) + input_bias(g, gate, tile));
           }
@@ -214,12 +196,12 @@ class ForwardScan {
     input_.multiply({first, stride}, count, g, share_.tiles,
                     [&](const Sums<Real>& sums) GRU_MEMBER_LAMBDA {
                       V bias[3];
-                      for (int gate = 0; gate < gates_; ++gate) {
+                      for (int gate = 0; gate < m_.gates; ++gate) {
                         bias[gate] = input_bias(g, gate, sums.tile);
                       }
                       for (int i = 0; i < sums.rows; ++i) {
                         Number* to = m_.gates_x(g, to_row(sums.row + i), sums.tile);
-                        for (int gate = 0; gate < gates_; ++gate) {
+                        for (int gate = 0; gate < m_.gates; ++gate) {
                           store(to + gate * W, sums.of(i)[gate] + bias[gate]);
                         }
                       }
@@ -235,10 +217,10 @@ class ForwardScan {
       count = 0;
     };
     for (int64_t step = begin; step < end; ++step) {
-      const int64_t t = rows_.time(g, step), rows = alive(t);
+      const int64_t t = m_.rows.time(g, step), rows = alive(t);
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t rank = share_.ranks[i];
-        std::memcpy(gathered_ + count * p_.I, rows_.input_row(g, t, rows_.row(rank)),
+        std::memcpy(gathered_ + count * p_.I, m_.rows.input_row(g, t, m_.rows.row(rank)),
                     static_cast<size_t>(p_.I) * sizeof(Real));
         to_row[count++] = (step - begin) * p_.B + rank;
         if (count == kProjectRows) flush();
@@ -250,7 +232,7 @@ class ForwardScan {
   // The steps of a single sequence are the rows of one product.
   void project_sequence(int64_t g, int64_t begin, int64_t end) {
     if (share_.ranks.below(1) == 0) return;
-    project_rows(g, rows_.input_row(g, rows_.time(g, begin), 0),
+    project_rows(g, m_.rows.input_row(g, m_.rows.time(g, begin), 0),
                  p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t, end - begin,
                  [](int64_t row) { return row; });
   }
@@ -267,7 +249,7 @@ class ForwardScan {
   template <bool PLAIN>
   GRU_MEMBER void take_step(int64_t g, int64_t step, int64_t in_chunk) {
     if (p_.cell == Cell::kResetAfter) {
-      if (first_.packed != nullptr && alive(rows_.time(g, step)) == 1) {
+      if (first_.packed != nullptr && alive(m_.rows.time(g, step)) == 1) {
         step_one_row<PLAIN>(g, step, in_chunk);
       } else {
         step_reset_after<PLAIN>(g, step, in_chunk);
@@ -285,18 +267,14 @@ class ForwardScan {
   __attribute__((noinline)) void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
-    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, rows_.time(g, step),
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, m_.rows.time(g, step),
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
                const V z = sigmoid<Real>(sums[1] + load(gx + W));
                const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
                const V n = tanh<Real>(load(gx + 2 * W) + r * q);
-               rows.save(row, tile, 0, q);
-               rows.save(row, tile, 1, r);
-               rows.save(row, tile, 2, z);
-               rows.save(row, tile, 3, n);
-               rows.finish(row, tile, z, n);
+               rows.leave(row, tile, q, r, z, n);
              });
   }
 
@@ -345,19 +323,13 @@ class ForwardScan {
           return load_or_zero(bias, (tile + j) * W, lanes_of<Real>(tile + j, p_.H));
         },
         rz, q, n, between);
-    GRU_EACH(j) {
-      rows.save(0, tile + j, 0, q[j]);
-      rows.save(0, tile + j, 1, rz[j]);
-      rows.save(0, tile + j, 2, rz[N + j]);
-      rows.save(0, tile + j, 3, n[j]);
-      rows.finish(0, tile + j, rz[N + j], n[j]);
-    }
+    GRU_EACH(j) { rows.leave(0, tile + j, q[j], rz[j], rz[N + j], n[j]); }
   }
 
   template <bool PLAIN>
   __attribute__((noinline)) void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, rows_.time(g, step),
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, m_.rows.time(g, step),
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V z = sigmoid<Real>(sums[0] + load(gx));
@@ -371,7 +343,7 @@ class ForwardScan {
   template <bool PLAIN>
   __attribute__((noinline)) void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, rows_.time(g, step),
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, m_.rows.time(g, step),
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
@@ -385,7 +357,7 @@ class ForwardScan {
   template <bool PLAIN>
   void step_candidate(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    multiply(second_, m_.gated + m_.at(g, 0, 0), g, rows_.time(g, step),
+    multiply(second_, m_.gated + m_.at(g, 0, 0), g, m_.rows.time(g, step),
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V n = tanh<Real>(sums[0] + load(gx + 2 * W));
@@ -396,10 +368,7 @@ class ForwardScan {
 
   const Forward<Real>& f_;
   const Problem<Real>& p_;
-  const Schedule<Real> rows_;
-  const int gates_;
   const bool plain_;
-  const int64_t tiles_, chunk_;
   ForwardMemory<Real> m_;
   Real* gathered_;
   GatePanels<Real> first_{}, second_{}, input_{};

@@ -2,6 +2,8 @@
 // What the steps of the forward scan read and write besides weights: where a row and tile find
 // their numbers, and what becomes of a new state.
 #pragma once
+#include <type_traits>
+
 #include "gate_panels.h"
 
 namespace gru_fast {
@@ -16,11 +18,34 @@ struct ForwardMemory {
   using V = Vec<Real>;
   using Number = Compute<Real>;
 
+  // `chunk` steps are projected together.
+  ForwardMemory(const Forward<Real>& call, int64_t chunk)
+      : f(call),
+        p(call.in),
+        rows{call.in},
+        gates(gate_count(p.cell)),
+        slots(slot_count(p.cell)),
+        tiles(tiles_of<Real>(p.H)),
+        ld(round_up(p.H, kUnitPad) + kUnitPad),
+        chunk(chunk) {}
+
+  void take(Layout& layout) {
+    const int64_t states = p.G * p.B * ld;
+    state = layout.take<Number>(2 * states);
+    if constexpr (std::is_same_v<Real, Number>) operand = state;
+    if (multiplies_copy()) operand = layout.take<Real>(2 * states);
+    if (has_second_product(p.cell)) {
+      gated = layout.take<Real>(states);
+      update = layout.take<Number>(states);
+    }
+    projected = layout.take<Number>(p.G * chunk * p.B * tiles * gates * W);
+  }
+
   const Forward<Real>& f;
   const Problem<Real>& p;
   const Schedule<Real> rows;
   const int gates, slots;
-  const int64_t tiles, ld, chunk;  // ld: of a row; chunk: steps that are projected together
+  const int64_t tiles, ld, chunk;  // ld: of a row
   Number *state = nullptr, *update = nullptr, *projected = nullptr;
   Real *operand = nullptr, *gated = nullptr;
 
@@ -118,6 +143,15 @@ class StepRows {
     if (saved_ == nullptr) return;
     Real* const to = saved_ + row_of(ranks_[row]) * saved_row_ + slot * H_ + tile * W;
     store_n(to, value, lanes_of<Real>(tile, H_));
+  }
+
+  // reset_after: all that follows the gates.
+  GRU_MEMBER void leave(int64_t row, int64_t tile, V q, V r, V z, V n) const {
+    save(row, tile, 0, q);
+    save(row, tile, 1, r);
+    save(row, tile, 2, z);
+    save(row, tile, 3, n);
+    finish(row, tile, z, n);
   }
 
   // reset_before: what the candidate's product reads, and z for after it.

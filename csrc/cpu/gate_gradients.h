@@ -34,7 +34,6 @@ class GateGradients {
     row_ = p.G * H_;
     saved_row_ = (rebuilt_ ? H_ : row_) * slots_;
     carried_ = carry.at(g, 0, 0);
-    carried_row_ = units_;
     const int64_t out = start * row_ + g * H_;
     grad_output_ = c.f.grad_output == nullptr ? nullptr : c.f.grad_output + out;
     grad_saved_ = c.f.grad_workspace == nullptr ? nullptr : c.f.grad_workspace + out * slots_;
@@ -52,7 +51,7 @@ class GateGradients {
 
   // The gradient that the state has received so far, of a row and tile.
   GRU_MEMBER Number* carried(int64_t rank, int64_t tile) const {
-    return carried_ + rank * carried_row_ + tile * W;
+    return carried_ + rank * units_ + tile * W;
   }
 
   // D of a row and tile from the gradient of its state. What the state passes on directly stays in
@@ -104,7 +103,7 @@ class GateGradients {
     prefetch(before_ + out + away_);
   }
 
-  int64_t H_, units_, row_, d_row_, saved_row_, carried_row_, after_, away_;
+  int64_t H_, units_, row_, d_row_, saved_row_, after_, away_;
   const int64_t *order_, *lengths_;
   const uint8_t* reset_;
   Real* d_;

@@ -15,10 +15,9 @@ namespace {
 // Measured: from 3 rows on, packing a tile once is as fast or faster.
 constexpr int64_t kMaxRowsInPlace = 2;
 
-// Tiles at a time: their blocks take turns, so that the transposes of the one fill the time that
-// the chain of sums of the other takes.
-constexpr int kTilesInPlace = 2;
-// Beyond the second level of the cache more streams of rows take longer; so much for one row.
+// Two tiles at a time: their blocks take turns, so that the transposes of the one fill the time
+// that the chain of sums of the other takes. Beyond the second level of the cache more streams of
+// rows take longer: so much for one row.
 constexpr int64_t kWeightsForTwo = 1 << 20;
 
 // out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) * K + k]; of
@@ -89,7 +88,7 @@ template <class Real, class Weight, class Lanes, class Epilogue>
 GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vectors,
                                int64_t tile_begin, int64_t tile_end, bool in_pairs, Weight weight,
                                Lanes lanes, Epilogue epilogue) {
-  static_assert(kMaxRowsInPlace == 2 && kTilesInPlace == 2);
+  static_assert(kMaxRowsInPlace == 2);
   if (rows <= 0) return;
   const auto alone = rows == 2 ? product_in_place<Real, 2, 1> : product_in_place<Real, 1, 1>;
   const auto pair = rows == 2 ? product_in_place<Real, 2, 2> : product_in_place<Real, 1, 2>;

@@ -43,9 +43,8 @@ struct Schedule {
   }
   // A valid step before which the state is replaced.
   GRU_MEMBER bool reset(int64_t g, int64_t t, int64_t b) const {
-    if (p.reset_mask == nullptr) return false;
-    if (!p.reverse[g]) return p.reset_mask[t * p.B + b] != 0 && t < length(b);
-    return t + 1 < length(b) && p.reset_mask[(t + 1) * p.B + b] != 0;
+    const uint8_t* const mask = resets(g, t);
+    return mask != nullptr && mask[b] != 0 && (p.reverse[g] ? t + 1 : t) < length(b);
   }
   // Of a time, for all b, or null: whether the state is replaced before that step, if the step is
   // valid and, in reverse, not the row's first.
