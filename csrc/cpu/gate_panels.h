@@ -49,8 +49,7 @@ struct GatePanels {
                            Epilogue epilogue) const {
     if (packed == nullptr && rows <= kMaxRowsInPlace) {
       sweep_in_place<Real>(
-          a, rows, K, count, range.begin, range.end,
-          rows * count * H * K * static_cast<int64_t>(sizeof(Real)) <= kWeightsForTwo,
+          a, rows, K, count, range.begin, range.end, pace_of<Real>(rows, count * H, K),
           [&](int64_t tile, int v) {
             return weight + g * group_stride + (v * H + tile * kLanes<Real>)*K;
           },

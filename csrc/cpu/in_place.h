@@ -15,59 +15,134 @@ namespace {
 // Measured: from 3 rows on, packing a tile once is as fast or faster.
 constexpr int64_t kMaxRowsInPlace = 2;
 
-// Two tiles at a time: their blocks take turns, so that the transposes of the one fill the time
-// that the chain of sums of the other takes. Beyond the second level of the cache more streams of
-// rows take longer: so much for one row.
-constexpr int64_t kWeightsForTwo = 1 << 20;
+// A chain of sums takes longer than the transposes of what it adds, so where a single row meets the
+// weights two chains take turns. Which two, and what helps instead, depends on how far the weights
+// are.
+enum class Pace {
+  kTwoTiles,   // in the second level of the cache
+  kTwoBlocks,  // beyond it: two blocks of the sum, which need half as many rows at a time
+  kAskAhead,   // and where rows are long, where the hardware looks ahead too little: the next tile
+              // is asked for in the order of memory
+};
+constexpr int64_t kWeightsForTwoTiles = 1 << 20;
+constexpr int64_t kLongRowBytes = 3072;
 
-// out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) * K + k]; of
-// the last tile's lanes n exist.
-template <class Real, int ROWS, int TILES>
-void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t K, Vec<Real>* out,
-                      int stride) {
+template <class Real>
+Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
+  const int64_t row_bytes = K * static_cast<int64_t>(sizeof(Real));
+  if (rows * weight_rows * row_bytes <= kWeightsForTwoTiles) return Pace::kTwoTiles;
+  return row_bytes < kLongRowBytes ? Pace::kTwoBlocks : Pace::kAskAhead;
+}
+
+// W weight rows of K columns, and those that follow them in memory.
+template <class Real>
+struct RowsInPlace {
+  const Real* first;
+  int64_t K;
+  const Real* next;  // what is to be multiplied after them
+};
+
+// Strands are products that take turns: how far the weights and the operand of each lie from those
+// of the one before.
+struct Strands {
+  int64_t weight, operand;
+};
+
+// sum[i][strand] += sum_k a[i * row_stride + k] * weight[lane * K + k], k from `begin` on in whole
+// blocks of W lanes, up to `stop`. Returns the k that come next.
+template <bool ASK_AHEAD, class Real, int ROWS, int STRANDS>
+GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Real>& weight,
+                                    Strands step, int64_t begin, int64_t stop,
+                                    Vec<Real> (&sum)[ROWS][STRANDS]) {
   constexpr int W = kLanes<Real>;
   constexpr int P = kPack<Real>;
   constexpr int kColumns = W * P;
-  int64_t k = 0;
-  bool first = true;
-  do {
-    const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
-    Vec<Real> sum[ROWS][TILES] = {};
+  int64_t k = begin;
+  for (; k + kColumns <= stop; k += kColumns) {
+    if constexpr (ASK_AHEAD) {
+      const char* ahead = reinterpret_cast<const char*>(weight.next + k * W);
+#pragma GCC unroll 16
+      for (int byte = 0; byte < W * kVecBytes; byte += 64) __builtin_prefetch(ahead + byte);
+    }
+#pragma GCC unroll 2
+    for (int strand = 0; strand < STRANDS; ++strand) {
+      Vec<Real> block[W];
+      load_transposed(weight.first + strand * step.weight + k, weight.K, block);
+      const Real* a = operand.a + strand * step.operand + k;
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) {
+#pragma GCC unroll 2
+        for (int i = 0; i < ROWS; ++i) {
+          multiply_add<Real>(sum[i][strand], block[j], word_at(a + i * operand.row_stride + j * P));
+        }
+      }
+    }
+  }
+  return k;
+}
+
+// The same for what is left: any k, and n of the W lanes. Not inlined, so that the loop over whole
+// blocks keeps its addresses in registers.
+template <class Real, int ROWS>
+[[gnu::noinline]] void add_columns(Operand<Real> operand, const Real* weight, int64_t K, int n,
+                                   int64_t begin, int64_t stop, Vec<Real>* sum, int stride) {
+  constexpr int W = kLanes<Real>;
+  constexpr int P = kPack<Real>;
+  constexpr int kColumns = W * P;
+  Vec<Real> total[ROWS];
+  for (int i = 0; i < ROWS; ++i) total[i] = sum[i * stride];
+  for (int64_t k = begin; k < stop; k += kColumns) {
+    const int columns = stop - k < kColumns ? static_cast<int>(stop - k) : kColumns;
     Vec<Real> block[W];
-    auto add = [&](int tile, int j, auto word) GRU_MEMBER_LAMBDA {
+#pragma GCC unroll 16
+    for (int lane = 0; lane < W; ++lane) {
+      block[lane] = load_some_words(weight + (lane < n ? lane * K : 0) + k, lane < n ? columns : 0);
+    }
+    transpose<Real>(block);
+    auto add = [&](int j, auto word) GRU_MEMBER_LAMBDA {
       const Real* a = operand.a + k + j * P;
 #pragma GCC unroll 2
       for (int i = 0; i < ROWS; ++i) {
-        multiply_add<Real>(sum[i][tile], block[j], word(a + i * operand.row_stride));
+        multiply_add<Real>(total[i], block[j], word(a + i * operand.row_stride));
       }
     };
-    auto whole = [](const Real* at) GRU_MEMBER_LAMBDA { return word_at(at); };
-    const int64_t whole_lanes = n == W ? stop : k;
-    for (; k + kColumns <= whole_lanes; k += kColumns) {
-#pragma GCC unroll 2
-      for (int tile = 0; tile < TILES; ++tile) {
-        load_transposed(weight + tile * W * K + k, K, block);
+    const int words = columns / P;
 #pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) add(tile, j, whole);
+    for (int j = 0; j < W; ++j) {
+      if (j < words) add(j, [](const Real* at) GRU_MEMBER_LAMBDA { return word_at(at); });
+    }
+    if constexpr (P > 1) {
+      if (columns % P > 0) {
+        add(columns / P, [](const Real* at) GRU_MEMBER_LAMBDA { return half_word_at(at); });
       }
     }
-    for (; k < stop; k += kColumns) {
-      const int columns = stop - k < kColumns ? static_cast<int>(stop - k) : kColumns;
+  }
+  for (int i = 0; i < ROWS; ++i) sum[i * stride] = total[i];
+}
+
+// out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) * K + k]; of
+// the last tile's lanes n exist. From block k of the sum on: the ones before it are in `out`.
+template <class Real, int ROWS, int TILES, bool ASK_AHEAD = false>
+void product_in_place(Operand<Real> operand, const RowsInPlace<Real>& weight, int n, Vec<Real>* out,
+                      int stride, int64_t k) {
+  constexpr int W = kLanes<Real>;
+  const int64_t K = weight.K;
+  do {
+    const bool first = k == 0;
+    const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
+    Vec<Real> sum[ROWS][TILES] = {};
+    if (n == W) {
+      k = add_whole_blocks<ASK_AHEAD>(operand, weight, {W * K, 0}, k, stop, sum);
+    }
+    if (k < stop) {
+      Vec<Real> all[ROWS * TILES];
+      std::memcpy(all, sum, sizeof all);
       for (int tile = 0; tile < TILES; ++tile) {
-        const int lanes = tile + 1 == TILES ? n : W;
-        for (int lane = 0; lane < W; ++lane) {
-          block[lane] = lane < lanes ? load_some_words(weight + (tile * W + lane) * K + k, columns)
-                                     : Vec<Real>{};
-        }
-        transpose<Real>(block);
-        for (int j = 0; j < columns / P; ++j) add(tile, j, whole);
-        if constexpr (P > 1) {
-          if (columns % P > 0) {
-            add(tile, columns / P,
-                [](const Real* at) GRU_MEMBER_LAMBDA { return half_word_at(at); });
-          }
-        }
+        add_columns<Real, ROWS>(operand, weight.first + tile * W * K, K, tile + 1 == TILES ? n : W,
+                                k, stop, all + tile, TILES);
       }
+      std::memcpy(sum, all, sizeof all);
+      k = stop;
     }
 #pragma GCC unroll 2
     for (int i = 0; i < ROWS; ++i) {
@@ -77,8 +152,33 @@ void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t 
         to = first ? sum[i][tile] : to + sum[i][tile];
       }
     }
-    first = false;
   } while (k < K);
+}
+
+// The same of one row and tile, two blocks of the sum at a time.
+template <class Real>
+void product_of_blocks(Operand<Real> operand, const RowsInPlace<Real>& weight, int n,
+                       Vec<Real>* out, int stride, int64_t k) {
+  const int64_t size = operand.sum_block;
+  for (; n == kLanes<Real> && weight.K - k >= 2 * size; k += 2 * size) {
+    Vec<Real> sum[1][2] = {};
+    add_whole_blocks<false>(operand, weight, {size, size}, k, k + size, sum);
+    *out = k == 0 ? sum[0][0] : *out + sum[0][0];
+    *out += sum[0][1];
+  }
+  if (k < weight.K) product_in_place<Real, 1, 1>(operand, weight, n, out, stride, k);
+}
+
+template <class Real>
+using ProductInPlace = void (*)(Operand<Real>, const RowsInPlace<Real>&, int, Vec<Real>*, int,
+                                int64_t);
+
+template <class Real, int ROWS>
+ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
+  if (tiles == 2) return product_in_place<Real, ROWS, 2>;
+  if (pace == Pace::kAskAhead) return product_in_place<Real, ROWS, 1, true>;
+  if (ROWS == 1 && pace == Pace::kTwoBlocks) return product_of_blocks<Real>;
+  return product_in_place<Real, ROWS, 1>;
 }
 
 // As sweep() of tile.h; weight(tile, v) is the first weight row of vector v of a tile, of whose
@@ -86,18 +186,23 @@ void product_in_place(Operand<Real> operand, const Real* weight, int n, int64_t 
 // neighbours.
 template <class Real, class Weight, class Lanes, class Epilogue>
 GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vectors,
-                               int64_t tile_begin, int64_t tile_end, bool in_pairs, Weight weight,
+                               int64_t tile_begin, int64_t tile_end, Pace pace, Weight weight,
                                Lanes lanes, Epilogue epilogue) {
   static_assert(kMaxRowsInPlace == 2);
   if (rows <= 0) return;
-  const auto alone = rows == 2 ? product_in_place<Real, 2, 1> : product_in_place<Real, 1, 1>;
-  const auto pair = rows == 2 ? product_in_place<Real, 2, 2> : product_in_place<Real, 1, 2>;
   Vec<Real> sums[kMaxTileVectors];
   for (int64_t tile = tile_begin; tile < tile_end;) {
-    const int tiles = in_pairs && tile + 1 < tile_end ? 2 : 1;
-    const auto multiply = tiles == 2 ? pair : alone;
+    const bool pair = tile + 1 < tile_end && lanes(tile + 1) == kLanes<Real>;
+    const int tiles = pace == Pace::kTwoTiles && pair ? 2 : 1;
+    const auto multiply =
+        rows == 2 ? pick_in_place<Real, 2>(pace, tiles) : pick_in_place<Real, 1>(pace, tiles);
     const int n = lanes(tile + tiles - 1);
-    for (int v = 0; v < vectors; ++v) multiply(a, weight(tile, v), n, K, sums + v, vectors);
+    for (int v = 0; v < vectors; ++v) {
+      const Real* const next = v + 1 < vectors           ? weight(tile, v + 1)
+                               : tile + tiles < tile_end ? weight(tile + tiles, 0)
+                                                         : weight(tile, v);
+      multiply(a, {weight(tile, v), K, next}, n, sums + v, vectors, 0);
+    }
     for (int j = 0; j < tiles; ++j) {
       epilogue(
           Sums<Real>{0, static_cast<int>(rows), tile + j, sums + j * vectors, tiles * vectors});

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "problem.h"
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -126,27 +126,68 @@ GRU_INLINE void prefetch(const Real* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
+// Words as they lie, whatever they stand for.
+template <class Real>
+GRU_INLINE Vec<Real> load_words(const Real* p) {
+  return *reinterpret_cast<const typename VecType<Real>::Unaligned*>(p);
+}
+// Of `count` numbers, zero beyond: nothing behind them is read.
+template <class Real>
+GRU_INLINE Vec<Real> load_some_words(const Real* p, int count) {
+#if defined(__AVX512F__)
+  const uint64_t mask = (uint64_t{1} << count) - 1;
+  if constexpr (sizeof(Real) == 2) {
+    return reinterpret_cast<Vec<Real>>(_mm512_maskz_loadu_epi16(static_cast<__mmask32>(mask), p));
+  } else if constexpr (sizeof(Real) == 4) {
+    return reinterpret_cast<Vec<Real>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  } else {
+    return reinterpret_cast<Vec<Real>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
+  }
+#elif defined(__AVX2__)
+  alignas(64) static constexpr int32_t masks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  const int32_t* const mask = masks + 8 - count * static_cast<int>(sizeof(Real) / sizeof(int32_t));
+  return reinterpret_cast<Vec<Real>>(_mm256_maskload_epi32(
+      reinterpret_cast<const int*>(p), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask))));
+#else
+  Vec<Real> v{};
+  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(Real));
+  return v;
+#endif
+}
+
 // The first n lanes; the others read as zero, and are left alone by store_n.
 template <class Real>
 GRU_INLINE Vec<Real> load_n(const Real* p, int n) {
-  if (__builtin_expect(n == kLanes<Real>, 1)) return load(p);
-  Vec<Real> v{};
-  std::memcpy(&v, p, static_cast<size_t>(n) * sizeof(Real));
-  return v;
+  return __builtin_expect(n == kLanes<Real>, 1) ? load(p) : load_some_words(p, n);
 }
 template <class Real>
 GRU_INLINE void store_n(Real* p, Vec<Real> v, int n) {
   if (__builtin_expect(n == kLanes<Real>, 1)) {
     store(p, v);
-  } else {
-    std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(Real));
+    return;
   }
+#if defined(__AVX512F__)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(Real) == 4) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  } else {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+  }
+#else
+  std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(Real));
+#endif
 }
 
 // v with zero in the lanes from n on.
 template <class Real>
 GRU_INLINE Vec<Real> first_lanes(Vec<Real> v, int n) {
   if (__builtin_expect(n == kLanes<Real>, 1)) return v;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Compute<Real>) == 4) {
+    const auto mask = static_cast<__mmask16>((1u << n) - 1);
+    return reinterpret_cast<Vec<Real>>(_mm512_maskz_mov_ps(mask, reinterpret_cast<__m512>(v)));
+  }
+#endif
   Compute<Real> lanes[kLanes<Real>];
   store(lanes, v);
   return load_n(lanes, n);
@@ -175,19 +216,6 @@ GRU_INLINE float value_of(BFloat16 number) {
   return value;
 }
 
-// Words as they lie, whatever they stand for.
-template <class Real>
-GRU_INLINE Vec<Real> load_words(const Real* p) {
-  return *reinterpret_cast<const typename VecType<Real>::Unaligned*>(p);
-}
-// Of `count` numbers, zero beyond.
-template <class Real>
-GRU_INLINE Vec<Real> load_some_words(const Real* p, int count) {
-  if (__builtin_expect(count == kLanes<Real> * kPack<Real>, 1)) return load_words(p);
-  Vec<Real> v{};
-  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(Real));
-  return v;
-}
 template <class Real>
 GRU_INLINE void store_words(Real* p, Vec<Real> v) {
   *reinterpret_cast<typename VecType<Real>::Unaligned*>(p) = v;
