@@ -127,8 +127,8 @@ def _swap(
                 module.__dict__.pop("_flat_weights", None)
                 module.__dict__.pop("_flat_weight_refs", None)
             else:
-                for option in _OPTIONS:
-                    module.__dict__.pop(option, None)
+                for name in (*_OPTIONS, "_given_weights"):
+                    module.__dict__.pop(name, None)
                 if isinstance(module, TorchGRU):
                     module._init_flat_weights()
     except BaseException:

@@ -2,6 +2,7 @@
 """What the modules share: their options, and a stack of layers that keeps no list of weights."""
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -106,24 +107,40 @@ class Unscriptable:
 class Recurrent(Unscriptable, nn.RNNBase):
     """`nn.RNNBase` without its stored list of weights: what our stacks of layers have in common."""
 
+    _given_weights: tuple[list[Any], list[Any]] | None = None
+    """A list that was assigned to `_flat_weights`, and the module's own weights at that time."""
+
     @property
     def _flat_weights(self) -> list[Any]:
         # Not a stored list as in RNNBase: a stored one goes stale under functional_call.
         params = self._parameters
         try:
-            return [params[name] for name in self._flat_weights_names]
+            own = [params[name] for name in self._flat_weights_names]
         except KeyError:  # parametrized, weight_norm, a DataParallel replica, partly built
-            return [getattr(self, name, None) for name in self._flat_weights_names]
+            own = [getattr(self, name, None) for name in self._flat_weights_names]
+        given = self._given_weights
+        if given is None or not all(map(is_, given[1], own)):
+            return own
+        return given[0]
 
     @_flat_weights.setter
-    def _flat_weights(self, value: list[Any]) -> None:
-        pass
+    def _flat_weights(self, value: list[Any] | None) -> None:
+        # Layers of others assign dropped or quantized weights for the length of a call. As in
+        # RNNBase they hold until the module is moved or has another weight.
+        self.__dict__.pop("_given_weights", None)
+        own = self._flat_weights
+        if value is not None and not (len(value) == len(own) and all(map(is_, value, own))):
+            self.__dict__["_given_weights"] = value, own
 
     def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_given_weights", None)
         self.flatten_parameters()
 
     def _update_flat_weights(self) -> None:
         pass
+
+    def _weights_have_changed(self) -> bool:
+        return False
 
     def flatten_parameters(self) -> None:
         """Do nothing: kernels read each weight where it lies."""
