@@ -187,7 +187,8 @@ class GRU(Recurrent):
 
     def reset_parameters(self) -> None:
         """Draw the weights as `torch.nn.GRU` of a head's size does; `h0` becomes 0."""
-        h0 = self._parameters.pop("h0", None)  # RNNBase would draw it too
+        # RNNBase would draw it too, which is right for an h0 that a derived class has added.
+        h0 = self._parameters.pop("h0", None) if self.learn_h0 else None
         super().reset_parameters()
         if self.num_heads > 1:
             with torch.no_grad():

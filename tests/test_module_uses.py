@@ -95,6 +95,24 @@ def test_other_weights_are_copied_and_reverted():
     torch.testing.assert_close(rnn(x)[0], plain)
 
 
+def test_an_h0_of_a_derived_class_is_its_own():
+    def run(base):
+        class Started(base):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.h0 = nn.Parameter(torch.zeros(self.num_layers, 1, self.hidden_size))
+                self.reset_parameters()
+
+            def forward(self, input):
+                return super().forward(input, self.h0.expand(-1, input.shape[1], -1))
+
+        rnn = Started(3, 4, 2)
+        assert rnn.h0.any()
+        return [rnn(torch.randn(5, 2, 3)), *rnn.state_dict().values()]
+
+    torch.testing.assert_close(*results_of(run))
+
+
 def test_torch_would_find_no_weights_that_have_changed():
     for rnn in (gru_fast.GRU(3, 4), gru_fast.convert(nn.GRU(3, 4)).model):
         assert rnn._weights_have_changed() is False
