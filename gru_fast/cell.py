@@ -113,6 +113,9 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
         h = direct.gru_cell(input, hx, weights, self.cell, self.backend)
         if h is not None:
             return h
+        for name, weight in zip(_WEIGHTS[:2], weights, strict=False):
+            if weight is None and getattr(self, name) is None:
+                raise TypeError(f"{name} should be a Tensor, got: NoneType")
         dtype = weights[0].dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
             # torch.nn.GRUCell's type of exception; torch.nn.GRU raises a ValueError.

@@ -274,3 +274,9 @@ def _check_params(
             f"params: expected {expected} tensors for num_layers={num_layers}, "
             f"bias={bias}, bidirectional={bidirectional}, got {len(params)}"
         )
+    for k, weight in enumerate(params):
+        if weight is None:
+            layer, place = divmod(k // per, 2 if bidirectional else 1)
+            kind = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[k % per]
+            name = f"{kind}_l{layer}{'_reverse' if place else ''}"
+            raise TypeError(f"{name} should be a Tensor, got: NoneType")

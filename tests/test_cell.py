@@ -136,6 +136,16 @@ def test_changed_weights_are_seen():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_a_weight_that_is_missing_is_named():
+    cell, x = gru_fast.GRUCell(3, 4), torch.zeros(2, 3)
+    cell.weight_hh = None
+    with pytest.raises(TypeError, match="weight_hh should be a Tensor, got: NoneType"):
+        cell(x)
+    del cell.weight_hh
+    with pytest.raises(AttributeError, match="no attribute 'weight_hh'"):
+        cell(x)
+
+
 CONSTRUCTOR_ERRORS = [
     ((), {}),
     ((3,), {}),

@@ -113,6 +113,18 @@ def test_an_h0_of_a_derived_class_is_its_own():
     torch.testing.assert_close(*results_of(run))
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["weight_hh_l1_reverse", "bias_ih_l0"])
+def test_a_weight_that_is_none_is_named(name, grad):
+    rnn = gru_fast.GRU(3, 4, 2, bidirectional=True)
+    setattr(rnn, name, None)
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"{name} should be a Tensor"):
+        rnn(torch.zeros(5, 2, 3))
+    delattr(rnn, name)
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match=f"{name} should be a Tensor"):
+        rnn(torch.zeros(5, 2, 3))
+
+
 def test_torch_would_find_no_weights_that_have_changed():
     for rnn in (gru_fast.GRU(3, 4), gru_fast.convert(nn.GRU(3, 4)).model):
         assert rnn._weights_have_changed() is False
