@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -82,8 +83,9 @@ def gru_cell(
     x, h0 = matching(x, h0, weight_ih)
     grouped: list[Any] = [None if w is None else w.unsqueeze(0) for w in weights]
     output, _ = layer(x, h0, *grouped, cell=cell, backend=backend)
-    output = output[0] if batched else output[0, 0]
-    return output if output.dtype == dtype or not output.is_cpu else output.to(dtype)
+    # Not output[0], which is a view to autograd: `h.detach_()` would be refused.
+    state: Tensor = torch.ops.aten._unsafe_view(output, output.shape[1 if batched else 2 :])
+    return state if state.dtype == dtype or not state.is_cpu else state.to(dtype)
 
 
 @overload

@@ -136,6 +136,18 @@ def test_changed_weights_are_seen():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_state_is_no_view_and_may_be_detached_in_place(lead, dtype):
+    cell, h = gru_fast.GRUCell(3, 4, dtype=dtype), None
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for _ in range(2):
+                h = cell(torch.ones(*lead, 3, dtype=dtype), h)
+                h.square().sum().backward() if grad else None
+                h.detach_()
+
+
 def test_a_weight_that_is_missing_is_named():
     cell, x = gru_fast.GRUCell(3, 4), torch.zeros(2, 3)
     cell.weight_hh = None
