@@ -160,17 +160,27 @@ def _warn_once() -> None:
         )
 
 
+def owned(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a kernel may return: contiguous tensors of its own.
+
+    To autograd they must be no views either: it forbids to change such an output in place.
+    """
+    # The reference hands out one empty tensor for every gradient that is not wanted.
+    whole = (out.contiguous() if out.numel() else out.clone() for out in outputs)
+    view: Any = torch.ops.aten._unsafe_view
+    return tuple(view(out, out.shape) if out._is_view() else out for out in whole)
+
+
 def _as_kernel(
     function: Callable[..., tuple[Tensor, ...]], check: Callable[..., None], first: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """A reference function as a kernel: checked, autocast off, outputs contiguous and its own."""
+    """A reference function as a kernel: checked, autocast off, outputs its own."""
 
     def kernel(*args: Any) -> tuple[Tensor, ...]:
         check(*args)
         with without_autocast(args[first].device.type):
             outputs = function(*args)
-        # The reference hands out one empty tensor for every gradient that is not wanted.
-        return tuple(out.contiguous() if out.numel() else out.clone() for out in outputs)
+        return owned(outputs)
 
     return kernel
 

@@ -35,6 +35,25 @@ def test_works_without_optional_packages():
     assert result.stdout.startswith("torch.Size([2, 1, 4])")
 
 
+def test_one_step_may_be_changed_in_place_without_compiled_kernels_too():
+    code = (
+        "import sys, warnings\n"
+        "sys.modules['gru_fast._C'] = None\n"
+        "warnings.simplefilter('ignore')\n"
+        "import torch, gru_fast\n"
+        "layer, cell = gru_fast.GRU(3, 4, batch_first=True), gru_fast.GRUCell(4, 4)\n"
+        "output, h_n = layer(torch.ones(2, 1, 3))\n"
+        "output[:, 0] += 1\n"
+        "h_n *= 2\n"
+        "h = cell(output[:, 0], h_n[0])\n"
+        "h[0] = 0\n"
+        "h.relu_().sum().backward()\n"
+        "print(layer.weight_hh_l0.grad.shape, cell.weight_hh.grad.shape)\n"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_changes_no_global_state():
     code = (
         "import torch\n"
