@@ -30,6 +30,7 @@ from triton_support.mutants import GRID_MUTANTS, installed
 from triton_support.outcome import RESULTS, outcome
 
 interpreter.install_numerics()
+interpreter.install_bounds()
 
 # Triton 3.6's interpreter under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
@@ -45,17 +46,18 @@ def exact_products(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> No
 
 @contextmanager
 def small_tiles(
-    kernel: str, seed: int = 0, limit: int = 100_000, resident: bool = True
+    kernel: str, seed: int = 0, limit: int = 100_000, resident: bool = True, stages: int = 1
 ) -> Iterator[None]:
     """Run a kernel on tiles so small that a call has several; those of `grid` interleaved.
 
     resident: whether `grid` keeps the weights on chip.
+    stages: of the pipeline that `cta` leaves loads to.
     """
 
     def config(device: Device, sizes: Sizes, direction: str) -> Config:
         if kernel != "cta":
             return Config(16, 16, 16, 4, 1, resident)
-        return Config(16, max(16, triton.next_power_of_2(sizes.H)), 0, 4)
+        return Config(16, max(16, triton.next_power_of_2(sizes.H)), 0, 4, stages)
 
     before = registry.KERNELS[kernel]
     registry.KERNELS[kernel] = replace(before, config=config)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton's interpreter lacks: bfloat16, TF32, libdevice, programs that run side by side.
+"""What Triton's interpreter lacks: bfloat16, TF32, libdevice, programs side by side, bounds.
 
 The interpreter does arithmetic on the raw bits of bfloat16, ignores `input_precision`, refuses
-functions of libdevice, and runs the programs of a launch one after the other, so that a barrier
-between them never opens. Import this
+functions of libdevice, runs the programs of a launch one after the other, so that a barrier
+between them never opens, and reads and writes wherever a pointer points. Import this
 with TRITON_INTERPRET=1 set, before the kernels. Works on Triton 3.6 and 3.9.
 """
 
@@ -11,7 +11,7 @@ import inspect
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,6 +123,57 @@ def install_tanh() -> None:
     tl.extra.cuda.libdevice.tanh = tanh
 
 
+class _Extents:
+    """Where the tensors of a launch lie; overlapping ones count as one."""
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        spans = sorted(
+            (t.data_ptr(), t.data_ptr() + _elements_spanned(t) * t.element_size())
+            for t in tensors
+            if hasattr(t, "data_ptr")
+        )
+        self.begins = np.array([begin for begin, _ in spans], np.uint64)
+        self.ends = np.maximum.accumulate(np.array([end for _, end in spans], np.uint64))
+
+    def check(self, pointers: Any, mask: Any) -> None:
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.uint64)
+        which = np.searchsorted(self.begins, addresses, "right").astype(np.int64) - 1
+        outside = (which < 0) | (addresses + np.uint64(size) > self.ends[which])
+        if bool(outside.any()):
+            raise IndexError(f"{int(outside.sum())} addresses outside the tensors of the launch")
+
+
+def _elements_spanned(tensor: Any) -> int:
+    if tensor.numel() == 0:
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def install_bounds() -> None:
+    """From now on a load or store outside the tensors of its launch is an error."""
+    arguments = upstream.GridExecutor._init_args_hst
+    load, store = _Builder.create_masked_load, _Builder.create_masked_store
+    current: list[_Extents] = []
+
+    def noted(self: Any, args: Any, kwargs: Any) -> Any:
+        found = arguments(self, args, kwargs)
+        current[:] = [_Extents((*found[0], *found[1].values()))]
+        return found
+
+    def checked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        current[0].check(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        current[0].check(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    upstream.GridExecutor._init_args_hst = noted
+    _Builder.create_masked_load, _Builder.create_masked_store = checked_load, checked_store
+
+
 @contextmanager
 def original_numerics() -> Iterator[None]:
     """The interpreter as it comes, for a test that watches whether it has been mended."""
@@ -190,6 +241,8 @@ def concurrent_grid(seed: int = 0, limit: int = 100_000) -> Iterator[None]:
     def call(self: Any, *args: Any, **kwargs: Any) -> None:
         parameters = inspect.getfullargspec(self.fn)
         known = {*parameters.args, *parameters.kwonlyargs}
+        if "counters_ptr" in known:
+            assert kwargs.get("launch_cooperative_grid"), "programs that meet must run at once"
         kwargs = {name: value for name, value in kwargs.items() if name in known}
         host_args, host_kwargs = self._init_args_hst(args, kwargs)
         scope = upstream._patch_lang(self.fn)
