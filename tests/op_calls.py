@@ -25,6 +25,11 @@ def scan_arguments(inputs: LayerInputs, **changes: Any) -> list[Any]:
     return [gates_x, rest[1], rest[3], *rest[5:]]
 
 
+def turned(value: Any) -> Any:
+    """The same values, none beside the next; what is no tensor stays as it is."""
+    return torch.stack((value, value), -1)[..., 0] if isinstance(value, Tensor) else value
+
+
 def run(op: Any, arguments: Sequence[Any], grads: Sequence[Tensor]) -> list[Tensor]:
     """output, h_n and the gradient of every differentiable argument."""
     outputs = op(*arguments)[:2]

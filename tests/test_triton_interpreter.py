@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-SCANS = ("interpreted", "interpreted_norm")
+SCANS = ("interpreted", "interpreted_edges", "interpreted_norm")
 
 
 def run(files: tuple[str, ...], *arguments: str) -> None:

@@ -12,9 +12,11 @@ from gru_fast.kernels import norm_ops, norm_tables, ops, problem
 from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
 from norm_cases import RESULTS, backward_arguments, cast, norm_arguments, outcome
+from op_calls import turned
 from triton_support import interpreter
 
 interpreter.install_numerics()
+interpreter.install_bounds()
 
 # Triton 3.6's interpreter under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0")
@@ -66,6 +68,18 @@ class TestParity:
         case = Case("reset_after", "everything", (True, False), T=5, B=3, H=7)
         compare(case, recompute=True, draws=3)
 
+    def test_recompute_without_bias(self):
+        compare(Case(T=3, B=3, H=7, bias=False), recompute=True, draws=3)
+
+    def test_few_groups_at_a_time(self, monkeypatch):
+        """As with more directions than bits, or more groups than an axis has programs."""
+        launches = problem.Problem.launches
+        monkeypatch.setattr(
+            problem.Problem, "launches", lambda self, most=2: launches(self, min(most, 2))
+        )
+        case = Case("reset_after", "everything", (True, False, True), T=2, B=3, H=5)
+        compare(case, draws=3)
+
 
 @pytest.mark.slow
 class TestParityWidely:
@@ -108,6 +122,20 @@ class TestCalls:
             clean, found = (outcome(norm_ops, some, recompute) for some in (arguments, dirty))
             for a, b in zip(clean, found, strict=True):
                 assert torch.equal(a, b)
+
+    def test_strides_do_not_show(self):
+        case = Case(features="everything", reverse=(False, True), T=3, B=3, H=5)
+        plain = backward_arguments(norm_ops.norm_scan, norm_arguments(case, torch.float32))
+        strided = list(map(turned, plain))
+        for a, b in zip(
+            norm_ops.norm_scan_backward(*plain), norm_ops.norm_scan_backward(*strided), strict=True
+        ):
+            assert torch.equal(a, b)
+        given = [*plain[2:11], *plain[14:17]]
+        for a, b in zip(
+            norm_ops.norm_scan(*given), norm_ops.norm_scan(*map(turned, given)), strict=True
+        ):
+            assert torch.equal(a, b)
 
     def test_results_share_no_memory(self):
         arguments = norm_arguments(Case(T=3, B=3, H=5), torch.float32)
