@@ -29,6 +29,7 @@ from triton_support import interpreter
 from triton_support.mutants import GENERATE_MUTANTS, installed
 
 interpreter.install_numerics()
+interpreter.install_bounds()
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Conversion of an array with ndim > 0", "ignore:overflow encountered in divide"
@@ -385,6 +386,14 @@ class TestGrid:
         few = replace(tiling.assumed, processors=4)
         monkeypatch.setattr(tiling, "assumed", few)
         compare("grid", language_model(), max_new_tokens=3, seed=7, schedule={"rows": 2})
+
+    @pytest.mark.parametrize("rows, copies", [(2, 1), (16, 4)])
+    def test_uneven_shares(self, rows, copies):
+        """Three programs draw for the rows of a tile and share four tiles of tokens."""
+        compare(
+            "grid", language_model(hidden=75, vocabulary=100), max_new_tokens=2, seed=7,
+            num_return_sequences=copies, schedule={"rows": rows},
+        )  # fmt: skip
 
 
 def sometimes(mutant):
