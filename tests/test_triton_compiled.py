@@ -47,6 +47,27 @@ def launches(
     return list({id(launch.compiled): launch for launch in found}.values())
 
 
+@pytest.mark.parametrize("cell", ["reset_after", "reset_before"])
+def test_programs_that_meet_see_what_the_others_stored(cell):
+    """Memory order and caches, of which the interpreter knows nothing; the order is the text's."""
+    found = launches(90, "grid", Case(cell, T=3, B=8, H=64), torch.bfloat16)
+    scans = [launch for launch in found if launch.kernel in ("forward_grid", "backward_grid")]
+    assert len(scans) == 2
+    for scan in scans:
+        marks = re.findall(
+            r"bar\.sync|(?:red|atom)\.\S+|\.gpu\.acquire\b|ld\.global\.cg", scan.compiled.asm["ptx"]
+        )
+        arrivals = [at for at, mark in enumerate(marks) if ".gpu.release." in mark]
+        waits = [at for at, mark in enumerate(marks) if mark == ".gpu.acquire"]
+        meetings = 2 if cell == "reset_before" else 1
+        assert len(waits) == meetings
+        # Forward also arrives before its first step.
+        assert len(arrivals) == meetings + (scan.kernel == "forward_grid")
+        assert all(marks[at - 1] == "bar.sync" for at in arrivals)
+        for at, after in zip(waits, [*waits[1:], len(marks)], strict=True):
+            assert marks[at + 1] == "bar.sync" and "ld.global.cg" in marks[at:after]
+
+
 class _NoReads(TorchDispatchMode):
     """Raises where the host would have to wait for values of a tensor on a device."""
 
