@@ -121,6 +121,23 @@ class TestTensors:
             )
         assert all(map(torch.equal, found, expected))
 
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_gradients_that_are_missing_are_zeros(self, kernel):
+        inputs = layer_inputs(Case(features="everything", T=3, B=3, H=5), torch.float32)
+        results = reference.layer(*inputs.arguments())
+        given = *inputs.arguments()[:10], results[0], results[2]
+        tail = inputs.cell, [False], False, [True] * 8
+        for missing in range(3):
+            absent = [torch.ones_like(result) for result in results]
+            zeros = list(absent)
+            zeros[missing], absent[missing] = torch.zeros_like(results[missing]), None
+            with small_tiles(kernel):
+                found, expected = (
+                    kernels.layer_backward(*outer, *given, *tail, kernel=kernel)
+                    for outer in (absent, zeros)
+                )
+            assert all(map(torch.equal, found, expected))
+
     @pytest.mark.parametrize("T, B", [(0, 3), (3, 0)])
     def test_scan_of_nothing(self, T, B):
         shapes = (T, B, 2, 12), (2, B, 4), (2, 12, 4), (2, 12)

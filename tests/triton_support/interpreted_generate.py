@@ -4,6 +4,7 @@
 Each test is named after the form it runs, or is of the "draw".
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -154,11 +155,29 @@ class TestDraw:
 
     def test_shares_that_meet_an_edge(self):
         """Ten equal weights: top_p = 0.9 keeps nine of them, as the rules do in float64."""
-        logits = torch.zeros(64, 10)
         bits = torch.arange(64) * 2**18
-        for p in (0.1, 0.3, 0.5, 0.7, 0.9, 1 / 3):
-            expected = reference_sampling.draw(logits, bits.float() * 2.0**-24, top_p=p)
-            assert torch.equal(drawn(logits, bits, False, rows=64, top_p=p)[0], expected)
+        for V, shares in ((10, (0.1, 0.3, 0.5, 0.7, 0.9, 1 / 3)), (50, (0.14, 0.3, 0.56))):
+            logits = torch.zeros(64, V)
+            for p in shares:
+                expected = reference_sampling.draw(logits, bits.float() * 2.0**-24, top_p=p)
+                assert torch.equal(drawn(logits, bits, False, rows=64, top_p=p)[0], expected)
+
+    def test_edges_between_two_tokens(self):
+        """To four of the 2**24 random numbers."""
+        for gap in (0.3, 1.0, 2.5):
+            edge = round(2**24 / (1 + math.exp(-gap)))
+            logits = torch.tensor([[0.0, -gap]] * 2)
+            tokens, _, _ = drawn(logits, torch.tensor([edge - 4, edge + 4]), False, rows=16)
+            assert tokens.tolist() == [0, 1]
+
+    def test_logits_in_parts(self):
+        """The rest of the options that way is slow."""
+        logits, position, stream = logits_of(32, 40), torch.arange(32), torch.arange(32)
+        for options in ({}, {"top_k": 9, "top_p": 0.8}):
+            u = reference_sampling.uniform(SEED, position, stream)
+            bits = reference_sampling.philox(SEED, position, stream) >> 8
+            tokens, _, _ = drawn(logits, bits, True, rows=32, **options)
+            assert torch.equal(tokens, reference_sampling.draw(logits, u, **options))
 
     @pytest.mark.parametrize(
         "options", [{}, {"temperature": 2.0}, {"top_k": 6}, {"top_p": 0.7}], ids=str

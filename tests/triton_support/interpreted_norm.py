@@ -123,6 +123,19 @@ class TestCalls:
             for a, b in zip(clean, found, strict=True):
                 assert torch.equal(a, b)
 
+    def test_gradients_that_are_missing_are_zeros(self):
+        case = Case(features="everything", T=3, B=3, H=5)
+        given = backward_arguments(norm_ops.norm_scan, norm_arguments(case, torch.float32))
+        for missing in (0, 1):
+            zeros, absent = list(given), list(given)
+            zeros[missing], absent[missing] = torch.zeros_like(given[missing]), None
+            for a, b in zip(
+                norm_ops.norm_scan_backward(*zeros),
+                norm_ops.norm_scan_backward(*absent),
+                strict=True,
+            ):
+                assert torch.equal(a, b)
+
     def test_strides_do_not_show(self):
         case = Case(features="everything", reverse=(False, True), T=3, B=3, H=5)
         plain = backward_arguments(norm_ops.norm_scan, norm_arguments(case, torch.float32))
