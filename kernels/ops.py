@@ -123,8 +123,8 @@ def scan_backward(
     with on_device(gates_x), products.matmul_precision(problem.precision, gates_x):
         rest = _backward(
             problem, grad_output, grad_h_n, grad_workspace, output, workspace,
-            (lambda begin, end: gates_x) if recompute else None, on_chunk, False, output_mask[1:],
-            kernel,
+            (lambda begin, end: problem.gates_x) if recompute else None, on_chunk, False,
+            output_mask[1:], kernel,
         )  # fmt: skip
     if output_mask[0] and gates_x.numel() == 0:
         grad_gates[0] = torch.empty_like(gates_x, memory_format=torch.contiguous_format)

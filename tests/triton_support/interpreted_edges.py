@@ -4,8 +4,10 @@
 As interpreted.py, whose cases are the ordinary ones.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -47,14 +49,18 @@ def _activations(values_ptr, found_ptr, SIZE: tl.constexpr):
     tl.store(found_ptr + SIZE + at, tanh(values))
 
 
-def scan_both_ways(inputs: LayerInputs, form=lambda value: value) -> list[Tensor]:
+def scan_both_ways(
+    inputs: LayerInputs, recompute: bool, form: Callable[[Any], Any] = lambda value: value
+) -> list[Tensor]:
     """Results and gradients of `scan`, all of whose tensors have been through `form`."""
-    arguments = list(map(form, scan_arguments(inputs)))
+    arguments = list(map(form, scan_arguments(inputs, recompute=recompute)))
     with small_tiles("cta"):
         results = kernels.scan(*arguments, kernel="cta")
         generator = torch.Generator().manual_seed(1)
         outer = [form(torch.randn(r.shape, generator=generator)) for r in results]
         saved = [form(results[0]), form(results[2])]
+        if recompute:
+            outer[2] = None
         gradients = kernels.scan_backward(
             *outer, *arguments[:-3], *saved, *arguments[-3:], [True] * 6, kernel="cta"
         )
@@ -96,14 +102,14 @@ class TestValues:
 
 
 class TestTensors:
-    def test_strides_do_not_show(self):
-        inputs = layer_inputs(
-            Case(features="everything", reverse=(False, True), T=3, B=3, H=5), torch.float32
-        )
-        for plain, strided in zip(
-            scan_both_ways(inputs), scan_both_ways(inputs, turned), strict=True
-        ):
-            assert torch.equal(plain, strided) and strided.is_contiguous()
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_strides_do_not_show(self, recompute):
+        case = Case(features="everything", reverse=(False, True), T=3, B=3, H=5)
+        inputs = layer_inputs(case, torch.float32)
+        plain = scan_both_ways(inputs, recompute)
+        strided = scan_both_ways(inputs, recompute, turned)
+        for a, b in zip(plain, strided, strict=True):
+            assert torch.equal(a, b) and b.is_contiguous()
 
     def test_gradients_that_autograd_expands(self):
         """Those of a sum."""
