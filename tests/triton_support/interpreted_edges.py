@@ -111,19 +111,19 @@ class TestTensors:
         for a, b in zip(plain, strided, strict=True):
             assert torch.equal(a, b) and b.is_contiguous()
 
-    def test_gradients_that_autograd_expands(self):
-        """Those of a sum."""
-        inputs = layer_inputs(Case(T=3, B=3, H=5), torch.float32)
+    def test_gradients_in_other_layouts(self):
+        """What autograd expands for a sum, and the gradient of a transposed state."""
+        case = Case(reverse=(False, True), T=3, B=3, H=5)
+        inputs = layer_inputs(case, torch.float32)
         output, h_n, workspace = reference.layer(*inputs.arguments())
-        one, tail = torch.ones(()), (inputs.cell, [False], False, [True] * 8)
+        ones, of_state = torch.ones(()).expand_as(output), torch.randn_like(h_n)
+        permuted = of_state.transpose(0, 1).contiguous().transpose(0, 1)
         given = *inputs.arguments()[:10], output, workspace
+        tail = inputs.cell, inputs.reverse, False, [True] * 8
         with small_tiles("cta"):
             found, expected = (
                 kernels.layer_backward(*outer, None, *given, *tail, kernel="cta")
-                for outer in (
-                    (one.expand_as(output), one.expand_as(h_n)),
-                    (torch.ones_like(output), torch.ones_like(h_n)),
-                )
+                for outer in ((ones, permuted), (ones.contiguous(), of_state))
             )
         assert all(map(torch.equal, found, expected))
 
@@ -168,8 +168,12 @@ class TestChunks:
     @pytest.mark.usefixtures("short_chunks")
     @pytest.mark.parametrize(
         "case",
-        [Case(reverse=(True,), T=9), Case(reverse=(True, False), T=5, shared_x=False)],
-        ids=["plain", "own-x"],
+        [
+            Case(reverse=(True,), T=9),
+            Case(reverse=(True, False), T=5, shared_x=False),
+            Case(reverse=(True, True), T=5, shared_x=False),
+        ],
+        ids=["plain", "own-x", "own-x-one-way"],
     )
     def test_recompute(self, case):
         compare("cta", case, recompute=True)
@@ -222,5 +226,5 @@ class TestLaunches:
         """Two groups of two tiles of two programs."""
         few = replace(tiling.assumed, processors=processors)
         monkeypatch.setattr(tiling, "assumed", few)
-        case = Case(features="resets", reverse=(False, True), T=3, B=17, H=20)
-        compare("grid", case, draws=3)
+        case = Case("no_reset", "resets", (False, True), T=2, B=17, H=20)
+        compare("grid", case, draws=2)

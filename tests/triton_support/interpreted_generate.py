@@ -409,9 +409,10 @@ class TestGrid:
     @pytest.mark.parametrize("rows, copies", [(2, 1), (16, 4)])
     def test_uneven_shares(self, rows, copies):
         """Three programs draw for the rows of a tile and share four tiles of tokens."""
+        prompts = [[1], [3], [4], [7], []]  # the last tile draws as soon as the first
         compare(
-            "grid", language_model(hidden=75, vocabulary=100), max_new_tokens=2, seed=7,
-            num_return_sequences=copies, schedule={"rows": rows},
+            "grid", language_model(hidden=75, vocabulary=100), prompts, max_new_tokens=2, seed=7,
+            num_return_sequences=copies, schedule={"rows": rows, "seed": 1},
         )  # fmt: skip
 
 

@@ -57,8 +57,9 @@ class TestParity:
     def test_everything_in_both_directions(self):
         compare(Case("reset_after", "everything", (False, True), T=3, B=3, H=7), draws=3)
 
-    def test_bfloat16(self):
-        compare(Case(T=4, B=3, H=20), torch.bfloat16)
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_bfloat16(self, recompute):
+        compare(Case(T=4, B=3, H=20), torch.bfloat16, recompute)
 
     def test_a_power_of_two(self):
         compare(Case(T=3, B=5, H=16), draws=3)
