@@ -376,9 +376,11 @@ class TestCta:
             outputs("cta", large, PROMPTS, max_new_tokens=1)
 
 
-def test_step():
-    """One call of the form whose other tests are slow."""
-    compare("step", language_model(), [[1], []], max_new_tokens=4, eos_token_id=3, seed=-5)
+@pytest.mark.parametrize("cell, layers, tokens", [("reset_after", 1, 4), ("reset_before", 2, 2)])
+def test_step(cell, layers, tokens):
+    """Few calls of the form whose other tests are slow."""
+    model = language_model(cell, layers)
+    compare("step", model, [[1], []], max_new_tokens=tokens, eos_token_id=3, seed=-5)
 
 
 class TestGrid:
