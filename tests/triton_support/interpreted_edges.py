@@ -80,6 +80,17 @@ class TestValues:
         assert error.max() < 1.3e-7 and error[1, values.abs() < 0.3].max() < 1e-7
         assert torch.equal(found[:, [-8, -4]], torch.tensor([[0.0, 1.0], [-1.0, 1.0]]))
 
+    @pytest.mark.parametrize("kernel", KERNELS)
+    def test_the_state_is_carried_in_float32(self, kernel):
+        """Steps too small to change a state in bfloat16 add up."""
+        inputs = layer_inputs(Case(T=40, B=1, H=3), torch.bfloat16)
+        inputs.x[1:] = inputs.x[:1]
+        inputs.h0[:], inputs.bias_ih[:, 3:6] = 0.75, 5
+        exact = reference.layer(*inputs.to(torch.float64).arguments())[0]
+        with small_tiles(kernel):
+            output, _, _ = kernels.layer(*inputs.arguments(), kernel=kernel)
+        assert (output - exact).abs().max() < 2**-7
+
     def test_padding_is_not_read_for_the_weights_alone(self):
         """The first layer of a model: nobody wants the gradient of x."""
         inputs = layer_inputs(Case(features="lengths", T=4, B=3, H=5), torch.float32)
