@@ -139,6 +139,21 @@ class TestOrderOfSummation:
             assert_same_bits("grad_h0", some_h0, grad_h0[:, rows])
 
 
+# More weights than the second level of the cache holds: two blocks of the sum, or three, and a rest;
+# rows so long that the next ones are asked for ahead, in each dtype.
+FAR = ({"I": 660, "H": 210}, {"I": 1030, "H": 210}, {"I": 1540, "H": 120})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", FAR, ids=str)
+def test_weights_from_afar(isa: str, size: dict[str, int], dtype: torch.dtype) -> None:
+    """A single step of one or two rows reads them where they lie, of four packs them."""
+    inputs = layer_inputs(Case(T=1, B=4, **size), dtype)
+    output, _, _ = forward(inputs)
+    for rows in (slice(0, 1), slice(1, 3)):
+        assert_same_bits("output", forward(rows_of(inputs, rows))[0], output[:, rows])
+
+
 @pytest.mark.parametrize("B, reverse", ((8, (False,)), (3, (False, True))), ids=str)
 @pytest.mark.parametrize("features", ("plain", "everything"))
 @pytest.mark.parametrize("cell", CELLS)

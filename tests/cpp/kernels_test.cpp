@@ -332,9 +332,10 @@ int main() {
   }
   constexpr int64_t kSizes[][5] = {
       // T, B, G, I, H: one step; one row; rows left over; more than a chunk of the backward pass;
-      // more than a block of the sum
-      {1, 3, 2, 5, 7},   {1, 2, 1, 3, 19}, {9, 1, 1, 6, 33},
-      {5, 13, 2, 4, 10}, {40, 9, 1, 3, 9}, {3, 2, 1, 270, 5},
+      // more than a block of the sum; weights beyond the second level of the cache, in rows of
+      // 2.6 and of 4 KB
+      {1, 3, 2, 5, 7},  {1, 2, 1, 3, 19},  {9, 1, 1, 6, 33},    {5, 13, 2, 4, 10},
+      {40, 9, 1, 3, 9}, {3, 2, 1, 270, 5}, {1, 1, 1, 660, 210}, {1, 1, 1, 1030, 131},
   };
   for (const auto& [T, B, G, I, H] : kSizes) {
     for (int kind = 0; kind < 24; ++kind) {
