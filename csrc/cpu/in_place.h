@@ -22,7 +22,7 @@ enum class Pace {
   kTwoTiles,   // in the second level of the cache
   kTwoBlocks,  // beyond it: two blocks of the sum, which need half as many rows at a time
   kAskAhead,   // and where rows are long, where the hardware looks ahead too little: the next tile
-              // is asked for in the order of memory
+               // is asked for in the order of memory
 };
 constexpr int64_t kWeightsForTwoTiles = 1 << 20;
 constexpr int64_t kLongRowBytes = 3072;
@@ -94,11 +94,7 @@ template <class Real, int ROWS>
   for (int64_t k = begin; k < stop; k += kColumns) {
     const int columns = stop - k < kColumns ? static_cast<int>(stop - k) : kColumns;
     Vec<Real> block[W];
-#pragma GCC unroll 16
-    for (int lane = 0; lane < W; ++lane) {
-      block[lane] = load_some_words(weight + (lane < n ? lane * K : 0) + k, lane < n ? columns : 0);
-    }
-    transpose<Real>(block);
+    load_some_transposed(weight + k, K, n, columns, block);
     auto add = [&](int j, auto word) GRU_MEMBER_LAMBDA {
       const Real* a = operand.a + k + j * P;
 #pragma GCC unroll 2

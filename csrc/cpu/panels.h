@@ -39,13 +39,14 @@ void pack_transposed(const Real* rows, int64_t row_stride, int n, int64_t K, Rea
       for (int i = 0; i < W; ++i) store_words(to + (k / P + i) * to_stride, block[i]);
     }
   }
-  for (; k < K; k += P) {
-    Real column[W * P] = {};
-    const int64_t left = K - k < P ? K - k : P;
-    for (int lane = 0; lane < n; ++lane) {
-      for (int64_t i = 0; i < left; ++i) column[lane * P + i] = rows[lane * row_stride + k + i];
+  for (; k < K; k += W * P) {
+    const int columns = K - k < W * P ? static_cast<int>(K - k) : W * P;
+    Vec<Real> block[W];
+    load_some_transposed(rows + k, row_stride, n, columns, block);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i * P < columns) store_words(to + (k / P + i) * to_stride, block[i]);
     }
-    store_words(to + k / P * to_stride, load_words(column));
   }
 }
 

@@ -303,6 +303,16 @@ GRU_INLINE void load_transposed(const Real* p, int64_t stride, Vec<Real> (&rows)
   for (int i = 0; i < W; ++i) rows[i] = load_words(p + i * stride);
   transpose<Real>(rows);
 }
+// The same of n rows and `columns` numbers of each; zero beyond.
+template <class Real>
+GRU_INLINE void load_some_transposed(const Real* p, int64_t stride, int n, int columns,
+                                     Vec<Real> (&rows)[kLanes<Real>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<Real>; ++i) {
+    rows[i] = load_some_words(p + (i < n ? i * stride : 0), i < n ? columns : 0);
+  }
+  transpose<Real>(rows);
+}
 
 }  // namespace
 }  // namespace GRU_FAST_ISA
