@@ -33,7 +33,7 @@ class ForwardScan {
         plain_(p_.lengths == nullptr && p_.reset_mask == nullptr && p_.h_scale == nullptr),
         m_(f, steps_at_once(p_.T, p_.B)) {
     const bool once = p_.T == 1;
-    // Rows of several sequences need not lie evenly, so that each step is a product of its own.
+    // Rows of several sequences need not lie evenly, so that there may be several products.
     const bool input_once = once || (p_.B == 1 && m_.chunk == p_.T && p_.order == nullptr);
     Layout layout(scratch);
     m_.take(layout);
@@ -152,14 +152,28 @@ class ForwardScan {
       copy_gates(g, begin, end);
     } else if (p_.order != nullptr) {
       project_gathered(g, begin, end);
-    } else if (p_.B == 1) {
-      project_sequence(g, begin, end);
     } else {
-      const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
-      for (int64_t step = begin; step < end; ++step) {
-        const int64_t to = (step - begin) * p_.B + first;
-        project_rows(g, m_.rows.input_row(g, m_.rows.time(g, step), first), p_.x_stride_b, count,
-                     [&](int64_t row) { return to + row; });
+      project_batch(g, begin, end);
+    }
+  }
+
+  // As many rows in one product as lie evenly: all of the chunk, else those of a sequence or of a
+  // step, whichever are more.
+  void project_batch(int64_t g, int64_t begin, int64_t end) {
+    const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
+    const int64_t steps = end - begin, stride_b = p_.x_stride_b;
+    const int64_t stride_t = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
+    const Real* const x = m_.rows.input_row(g, m_.rows.time(g, begin), first);
+    auto rows = [&](const Real* from, int64_t stride, int64_t size, int64_t to, int64_t step) {
+      project_rows(g, from, stride, size, [&](int64_t row) { return to + row * step; });
+    };
+    if (count == p_.B && stride_t == count * stride_b) {
+      rows(x, stride_b, steps * count, 0, 1);
+    } else if (steps > count) {
+      for (int64_t i = 0; i < count; ++i) rows(x + i * stride_b, stride_t, steps, first + i, p_.B);
+    } else {
+      for (int64_t i = 0; i < steps; ++i) {
+        rows(x + i * stride_t, stride_b, count, i * p_.B + first, 1);
       }
     }
   }
@@ -227,14 +241,6 @@ class ForwardScan {
       }
     }
     flush();
-  }
-
-  // The steps of a single sequence are the rows of one product.
-  void project_sequence(int64_t g, int64_t begin, int64_t end) {
-    if (share_.ranks.below(1) == 0) return;
-    project_rows(g, m_.rows.input_row(g, m_.rows.time(g, begin), 0),
-                 p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t, end - begin,
-                 [](int64_t row) { return row; });
   }
 
   // Multiplies the states of this member's rows that are alive at t.
