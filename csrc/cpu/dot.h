@@ -204,18 +204,25 @@ DotTiles<P> pick_tiles(int tiles) {
 // than that, so that panels are small beside the first cache (see multiply).
 template <Weights P>
 constexpr int most_abreast(int rows, int vectors) {
-  const int sums = rows >= 4 ? 3 : rows >= 2 || P == Weights::kInt8 ? 6 : 12;
+  const int sums = rows > kMostRowsOfSix ? 3 : rows > 1 || P == Weights::kInt8 ? 6 : 12;
   return sums / vectors < 8 ? sums / vectors : 8;
 }
 
 template <Weights P, int NV>
 DotTiles<P> pick_dot(int rows, int tiles) {
+  auto of = [tiles]<int ROWS>(std::integral_constant<int, ROWS>) {
+    return pick_tiles<P, ROWS, NV, most_abreast<P>(ROWS, NV)>(tiles);
+  };
   if constexpr (kRowBlock == 8) {
-    if (rows == 8) return pick_tiles<P, 8, NV, most_abreast<P>(8, NV)>(tiles);
+    if (rows == 8) return of(std::integral_constant<int, 8>{});
+    if (rows == 7) return of(std::integral_constant<int, 7>{});
+    if (rows == 6) return of(std::integral_constant<int, 6>{});
+    if (rows == 5) return of(std::integral_constant<int, 5>{});
   }
-  if (rows == 4) return pick_tiles<P, 4, NV, most_abreast<P>(4, NV)>(tiles);
-  if (rows == 2) return pick_tiles<P, 2, NV, most_abreast<P>(2, NV)>(tiles);
-  return pick_tiles<P, 1, NV, most_abreast<P>(1, NV)>(tiles);
+  if (rows == 4) return of(std::integral_constant<int, 4>{});
+  if (rows == 3) return of(std::integral_constant<int, 3>{});
+  if (rows == 2) return of(std::integral_constant<int, 2>{});
+  return of(std::integral_constant<int, 1>{});
 }
 
 // The packed weights of `tiles` unit tiles, `count` gates side by side: [tile][k word][gate][lane].

@@ -111,17 +111,19 @@ void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, 
   } while (k < K);
 }
 
+// Every number of rows has a product of its own: two would read the weights twice.
 GRU_INLINE int rows_in_block(int64_t rows_left) {
-  if (kRowBlock == 8 && rows_left >= 8) return 8;
-  return rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1;
+  return rows_left < kRowBlock ? static_cast<int>(rows_left) : kRowBlock;
 }
 
 // Few rows need several tiles abreast to hide the latency of the fma chain: so many vectors for one
 // row, so many tiles at most.
 constexpr int kMostVectorsAbreast = 12, kMostTilesAbreast = 8;
+// Rows whose sums with six vectors stay in registers.
+constexpr int kMostRowsOfSix = kRowBlock == 8 ? 3 : 2;
 
 GRU_INLINE int tiles_abreast(int64_t rows, int vectors, int64_t tiles_left) {
-  const int room = (rows >= 4 ? 3 : rows >= 2 ? 6 : kMostVectorsAbreast) / vectors;
+  const int room = (rows > kMostRowsOfSix ? 3 : rows > 1 ? 6 : kMostVectorsAbreast) / vectors;
   const int want = room >= kMostTilesAbreast ? kMostTilesAbreast : room >= 4 ? 4 : room;
   // A tile alone would leave the multipliers waiting: the last four of many rows are two pairs.
   if (want == 3 && tiles_left == 4 && vectors == 1) return 2;
@@ -139,7 +141,7 @@ Product<Real> pick_product(int tiles, int vectors) {
       if (tiles == 4) return product<Real, ROWS, 4, 3>;
       if (tiles == 3) return product<Real, ROWS, 3, 3>;
     }
-    if constexpr (ROWS <= 2) {
+    if constexpr (ROWS <= kMostRowsOfSix) {
       if (tiles == 2) return product<Real, ROWS, 2, 3>;
     }
     return product<Real, ROWS, 1, 3>;
@@ -148,7 +150,7 @@ Product<Real> pick_product(int tiles, int vectors) {
     if constexpr (ROWS == 1) {
       if (tiles == 4) return product<Real, ROWS, 4, 2>;
     }
-    if constexpr (ROWS <= 2) {
+    if constexpr (ROWS <= kMostRowsOfSix) {
       if (tiles == 3) return product<Real, ROWS, 3, 2>;
       if (tiles == 2) return product<Real, ROWS, 2, 2>;
     }
@@ -157,7 +159,7 @@ Product<Real> pick_product(int tiles, int vectors) {
   if constexpr (ROWS == 1) {
     if (tiles == 8) return product<Real, ROWS, 8, 1>;
   }
-  if constexpr (ROWS <= 2) {
+  if constexpr (ROWS <= kMostRowsOfSix) {
     if (tiles == 4) return product<Real, ROWS, 4, 1>;
   }
   if (tiles == 3) return product<Real, ROWS, 3, 1>;
@@ -169,8 +171,12 @@ template <class Real>
 Product<Real> pick_product(int rows, int tiles, int vectors) {
   if constexpr (kRowBlock == 8) {
     if (rows == 8) return pick_product<Real, 8>(tiles, vectors);
+    if (rows == 7) return pick_product<Real, 7>(tiles, vectors);
+    if (rows == 6) return pick_product<Real, 6>(tiles, vectors);
+    if (rows == 5) return pick_product<Real, 5>(tiles, vectors);
   }
   if (rows == 4) return pick_product<Real, 4>(tiles, vectors);
+  if (rows == 3) return pick_product<Real, 3>(tiles, vectors);
   if (rows == 2) return pick_product<Real, 2>(tiles, vectors);
   return pick_product<Real, 1>(tiles, vectors);
 }
