@@ -82,7 +82,7 @@ class BackwardScan {
   // (11), and the e * r of (12).
   void through_candidate(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), first_row = c_.first_row(g, step);
-    multiply(c_.d(g, step, 0, 2, 0), candidate_panels_, g, t,
+    multiply(c_.d(g, step, 0, 2, 0), candidate_panels_, g, step,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t b = c_.rows.row(rank), place = t * p_.B + b;
                const int lanes = lanes_of<Real>(tile, p_.H);
@@ -104,7 +104,7 @@ class BackwardScan {
     const int64_t still = more ? c_.rows.alive_at(g, step - 1) : 0;
     const Gradients before(c_, carry_, prefetches_, g, more ? step - 1 : step);
     const bool plain = p_.reset_mask == nullptr && p_.h_scale == nullptr;
-    multiply(c_.d(g, step, 0, 0, 0), panels_, g, t,
+    multiply(c_.d(g, step, 0, 0, 0), panels_, g, step,
              [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                Number* const carried = before.carried(rank, tile);
                V so_far = load(carried) + sums[0];
@@ -123,13 +123,14 @@ class BackwardScan {
     if (still > alive) begin_rows(g, step - 1, alive);
   }
 
-  // Multiplies D of this member's rows that are alive at t; the epilogue gets ranks.
+  // Multiplies D of this member's rows that are alive at a step, every other step backwards; the
+  // epilogue gets ranks.
   template <class Epilogue>
   GRU_MEMBER void multiply(const Real* operand, const ColumnPanels<Real>& panels, int64_t g,
-                           int64_t t, Epilogue epilogue) {
+                           int64_t step, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
     panels.multiply({operand + ranks.first * c_.ld, ranks.stride * c_.ld},
-                    ranks.below(c_.rows.alive(t)), g, share_.tiles,
+                    ranks.below(c_.rows.alive_at(g, step)), g, share_.tiles, step % 2 != 0,
                     row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums)
                                          GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); }));
   }

@@ -54,7 +54,7 @@ struct ColumnPanels {
 
   // Multiplies rows by the tiles of a group: see sweep() in tile.h.
   template <class Epilogue>
-  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
+  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range, bool backwards,
                            Epilogue epilogue) const {
     if (packed == nullptr && rows <= kMaxRowsByColumns) {
       // A tile that ends beyond the rows of the weights has no register to be read into.
@@ -66,7 +66,7 @@ struct ColumnPanels {
       range.begin = whole > range.begin ? whole : range.begin;
     }
     sweep<Real>(
-        a, rows, K(), 1, range.begin, range.end,
+        a, rows, K(), 1, range.begin, range.end, backwards,
         [&](int64_t tile, int count) { return get(g, tile, count); }, epilogue);
   }
 

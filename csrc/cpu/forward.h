@@ -207,7 +207,7 @@ class ForwardScan {
   // Rows of x that lie evenly; to_row(i) is the row of the chunk that row i belongs to.
   template <class ToRow>
   void project_rows(int64_t g, const Real* first, int64_t stride, int64_t count, ToRow to_row) {
-    input_.multiply({first, stride}, count, g, share_.tiles,
+    input_.multiply({first, stride}, count, g, share_.tiles, false,
                     [&](const Sums<Real>& sums) GRU_MEMBER_LAMBDA {
                       V bias[3];
                       for (int gate = 0; gate < m_.gates; ++gate) {
@@ -243,13 +243,15 @@ class ForwardScan {
     flush();
   }
 
-  // Multiplies the states of this member's rows that are alive at t.
+  // Multiplies the states of this member's rows that are alive at a step; every other step
+  // backwards, as what was read last is still in the cache.
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
-                           int64_t t, Epilogue epilogue) {
+                           int64_t step, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
-    panels.multiply({operand + ranks.first * m_.ld, ranks.stride * m_.ld}, alive(t), g,
-                    share_.tiles, row_by_row<Real>(epilogue));
+    panels.multiply({operand + ranks.first * m_.ld, ranks.stride * m_.ld},
+                    alive(m_.rows.time(g, step)), g, share_.tiles, step % 2 != 0,
+                    row_by_row<Real>(epilogue));
   }
 
   template <bool PLAIN>
@@ -273,7 +275,7 @@ class ForwardScan {
   __attribute__((noinline)) void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
-    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, m_.rows.time(g, step),
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
@@ -335,7 +337,7 @@ class ForwardScan {
   template <bool PLAIN>
   __attribute__((noinline)) void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, m_.rows.time(g, step),
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V z = sigmoid<Real>(sums[0] + load(gx));
@@ -349,7 +351,7 @@ class ForwardScan {
   template <bool PLAIN>
   __attribute__((noinline)) void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, m_.rows.time(g, step),
+    multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V r = sigmoid<Real>(sums[0] + load(gx));
@@ -363,7 +365,7 @@ class ForwardScan {
   template <bool PLAIN>
   void step_candidate(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    multiply(second_, m_.gated + m_.at(g, 0, 0), g, m_.rows.time(g, step),
+    multiply(second_, m_.gated + m_.at(g, 0, 0), g, step,
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const Number* gx = rows.gates_x(row, tile);
                const V n = tanh<Real>(sums[0] + load(gx + 2 * W));

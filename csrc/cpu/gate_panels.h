@@ -45,7 +45,7 @@ struct GatePanels {
   }
   // Multiplies rows by the tiles of a group: see sweep() in tile.h.
   template <class Epilogue>
-  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range,
+  GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range, bool backwards,
                            Epilogue epilogue) const {
     if (packed == nullptr && rows <= kMaxRowsInPlace) {
       sweep_in_place<Real>(
@@ -57,7 +57,7 @@ struct GatePanels {
       return;
     }
     sweep<Real>(
-        a, rows, K, count, range.begin, range.end,
+        a, rows, K, count, range.begin, range.end, backwards,
         [&](int64_t tile, int abreast) { return get(g, tile, abreast); }, epilogue);
   }
   // Of one group, packed, as the products of the samplers have them.

@@ -130,7 +130,7 @@ class NormBackwardScan {
   void through_state(int64_t g, int64_t step) const {
     const int64_t t = c_.rows.time(g, step), first = batch_.begin;
     panels_.multiply(
-        {c_.du(g, c_.row_of(step, first)), c_.ld}, batch_.size(), g, share_.tiles,
+        {c_.du(g, c_.row_of(step, first)), c_.ld}, batch_.size(), g, share_.tiles, step % 2 != 0,
         row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           const int64_t b = first + i;
           if (!is_held(p_, t, b)) carry_.add(g, t, b, tile, sums[0]);

@@ -145,7 +145,7 @@ class NormForwardScan {
   void multiply(int64_t g, int64_t step) const {
     const Real* operand = operand_ + at(step, g, batch_.begin, 0);
     panels_.multiply(
-        {operand, ld_}, batch_.size(), g, share_.tiles,
+        {operand, ld_}, batch_.size(), g, share_.tiles, step % 2 != 0,
         row_by_row<Real>([&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           Real* to = products(g, batch_.begin + row) + tile * W;
           for (int gate = 0; gate < 3; ++gate) {

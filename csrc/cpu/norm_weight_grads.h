@@ -90,7 +90,7 @@ class NormWeightGrads {
       std::memcpy(block_ + row * kRowBlock, from, kRowBlock * sizeof(Real));
     }
     sweep<Real>(
-        {block_, 1, kRowBlock, kGradSumBlock<Real>}, kRowBlock, rows, 1, 0, c_.tiles,
+        {block_, 1, kRowBlock, kGradSumBlock<Real>}, kRowBlock, rows, 1, 0, c_.tiles, false,
         [&](int64_t tile, int) { return state_ + tile * rows * W; },
         row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           if (i >= valid) return;

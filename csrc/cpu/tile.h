@@ -206,16 +206,23 @@ GRU_INLINE auto row_by_row(Each each) {
   };
 }
 
+// More rows take longer than the weights take to come, which forwards are fetched ahead.
+constexpr int64_t kMostRowsBackwards = 16;
+
 // Multiplies `rows` rows by tiles [tile_begin, tile_end) of `vectors` vectors each.
-// panels(tile, count) gives the packed weights of `count` tiles; epilogue(sums) gets the `vectors`
-// sums of each row of a block and a tile. Tiles are the outer loop: a panel is read once from afar.
+// panels(tile, count) gives the packed weights of `count` tiles, the last ones first if backwards;
+// epilogue(sums) gets the `vectors` sums of each row of a block and a tile. Tiles are the outer
+// loop: a panel is read once from afar.
 template <class Real, class Panels, class Epilogue>
 GRU_INLINE void sweep(Operand<Real> a, int64_t rows, int64_t K, int vectors, int64_t tile_begin,
-                      int64_t tile_end, Panels panels, Epilogue epilogue) {
+                      int64_t tile_end, bool backwards, Panels panels, Epilogue epilogue) {
   if (rows <= 0) return;
+  const bool turned = backwards && rows <= kMostRowsBackwards;
   Vec<Real> sums[kMaxTileVectors];
-  for (int64_t tile = tile_begin; tile < tile_end;) {
-    const int tiles = tiles_abreast(rows, vectors, tile_end - tile);
+  for (int64_t left = tile_end - tile_begin; left > 0;) {
+    const int tiles = tiles_abreast(rows, vectors, left);
+    left -= tiles;
+    const int64_t tile = turned ? tile_begin + left : tile_end - left - tiles;
     const Real* panel = panels(tile, tiles);
     for (int64_t row = 0; row < rows;) {
       const int block = rows_in_block(rows - row);
@@ -225,7 +232,6 @@ GRU_INLINE void sweep(Operand<Real> a, int64_t rows, int64_t K, int vectors, int
       }
       row += block;
     }
-    tile += tiles;
   }
 }
 

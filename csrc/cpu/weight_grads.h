@@ -148,7 +148,7 @@ class WeightGrads {
       return;
     }
     input_panels_.multiply(
-        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), g, tiles,
+        {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), g, tiles, false,
         row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           const int64_t place = c_.place(g, rows.begin + i);
           const int lanes = lanes_of<Real>(tile, p_.I);
@@ -239,7 +239,7 @@ class WeightGrads {
         outer_product(operand, kRowBlock, panels, padded, tiles_of<Real>(columns), add);
       } else {
         sweep<Real>(
-            operand, kRowBlock, padded, 1, 0, tiles_of<Real>(columns),
+            operand, kRowBlock, padded, 1, 0, tiles_of<Real>(columns), false,
             [&](int64_t tile, int) { return panels + tile * padded * W; }, add);
       }
     };
