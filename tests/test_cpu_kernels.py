@@ -140,7 +140,7 @@ class TestOrderOfSummation:
 
 
 # More weights than the second level of the cache holds: two blocks of the sum, or three, and a rest;
-# rows so long that the next ones are asked for ahead, in each dtype.
+# the next tile asked for ahead, in each dtype.
 FAR = ({"I": 660, "H": 210}, {"I": 1030, "H": 210}, {"I": 1540, "H": 120})
 
 

@@ -20,9 +20,8 @@ constexpr int64_t kMaxRowsInPlace = 2;
 // are.
 enum class Pace {
   kTwoTiles,   // in the second level of the cache
-  kTwoBlocks,  // beyond it: two blocks of the sum, which need half as many rows at a time
-  kAskAhead,   // and where rows are long, where the hardware looks ahead too little: the next tile
-               // is asked for in the order of memory
+  kAskAhead,   // beyond it: the next tile is asked for in the order of memory
+  kTwoBlocks,  // of the sum, for the longer chains of bfloat16, unless rows are long
 };
 constexpr int64_t kWeightsForTwoTiles = 1 << 20;
 constexpr int64_t kLongRowBytes = 3072;
@@ -31,7 +30,7 @@ template <class Real>
 Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
   const int64_t row_bytes = K * static_cast<int64_t>(sizeof(Real));
   if (rows * weight_rows * row_bytes <= kWeightsForTwoTiles) return Pace::kTwoTiles;
-  return row_bytes < kLongRowBytes ? Pace::kTwoBlocks : Pace::kAskAhead;
+  return kPack<Real> > 1 && row_bytes < kLongRowBytes ? Pace::kTwoBlocks : Pace::kAskAhead;
 }
 
 // W weight rows of K columns, and those that follow them in memory.

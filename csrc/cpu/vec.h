@@ -144,6 +144,7 @@ GRU_INLINE Vec<Real> load_some_words(const Real* p, int count) {
     return reinterpret_cast<Vec<Real>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p));
   }
 #elif defined(__AVX2__)
+  static_assert(sizeof(Real) >= sizeof(int32_t));
   alignas(64) static constexpr int32_t masks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
   const int32_t* const mask = masks + 8 - count * static_cast<int>(sizeof(Real) / sizeof(int32_t));
   return reinterpret_cast<Vec<Real>>(_mm256_maskload_epi32(
