@@ -139,8 +139,8 @@ class TestOrderOfSummation:
             assert_same_bits("grad_h0", some_h0, grad_h0[:, rows])
 
 
-# More weights than the second level of the cache holds: two blocks of the sum, or three, and a rest;
-# the next tile asked for ahead, in each dtype.
+# More weights than the second level of the cache holds: the next tile is asked for ahead, and in
+# bfloat16 two blocks of the sum, with a rest, take turns.
 FAR = ({"I": 660, "H": 210}, {"I": 1030, "H": 210}, {"I": 1540, "H": 120})
 
 
