@@ -55,7 +55,8 @@ def test_programs_that_meet_see_what_the_others_stored(cell):
     assert len(scans) == 2
     for scan in scans:
         marks = re.findall(
-            r"bar\.sync|\b(?:red|atom)\.\S+|\.gpu\.acquire\b|ld\.global\.cg", scan.compiled.asm["ptx"]
+            r"bar\.sync|\b(?:red|atom)\.\S+|\.gpu\.acquire\b|ld\.global\.cg",
+            scan.compiled.asm["ptx"],
         )
         arrivals = [at for at, mark in enumerate(marks) if ".gpu.release." in mark]
         waits = [at for at, mark in enumerate(marks) if mark == ".gpu.acquire"]
