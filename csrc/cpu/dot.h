@@ -210,19 +210,9 @@ constexpr int most_abreast(int rows, int vectors) {
 
 template <Weights P, int NV>
 DotTiles<P> pick_dot(int rows, int tiles) {
-  auto of = [tiles]<int ROWS>(std::integral_constant<int, ROWS>) {
+  return for_rows(rows, [=]<int ROWS>(std::integral_constant<int, ROWS>) {
     return pick_tiles<P, ROWS, NV, most_abreast<P>(ROWS, NV)>(tiles);
-  };
-  if constexpr (kRowBlock == 8) {
-    if (rows == 8) return of(std::integral_constant<int, 8>{});
-    if (rows == 7) return of(std::integral_constant<int, 7>{});
-    if (rows == 6) return of(std::integral_constant<int, 6>{});
-    if (rows == 5) return of(std::integral_constant<int, 5>{});
-  }
-  if (rows == 4) return of(std::integral_constant<int, 4>{});
-  if (rows == 3) return of(std::integral_constant<int, 3>{});
-  if (rows == 2) return of(std::integral_constant<int, 2>{});
-  return of(std::integral_constant<int, 1>{});
+  });
 }
 
 // The packed weights of `tiles` unit tiles, `count` gates side by side: [tile][k word][gate][lane].

@@ -4,6 +4,8 @@
 // in order. Rows per tile, tiles abreast, threads and time chunks change nothing of that, so they
 // change no bit.
 #pragma once
+#include <type_traits>
+
 #include "vec.h"
 
 namespace gru_fast {
@@ -172,18 +174,26 @@ Product<Real> pick_product(int tiles, int vectors) {
   return product<Real, ROWS, 1, 1>;
 }
 
+// pick(std::integral_constant<int, rows>) for the rows of a block.
+template <class Pick>
+auto for_rows(int rows, Pick pick) {
+  if constexpr (kRowBlock == 8) {
+    if (rows == 8) return pick(std::integral_constant<int, 8>{});
+    if (rows == 7) return pick(std::integral_constant<int, 7>{});
+    if (rows == 6) return pick(std::integral_constant<int, 6>{});
+    if (rows == 5) return pick(std::integral_constant<int, 5>{});
+  }
+  if (rows == 4) return pick(std::integral_constant<int, 4>{});
+  if (rows == 3) return pick(std::integral_constant<int, 3>{});
+  if (rows == 2) return pick(std::integral_constant<int, 2>{});
+  return pick(std::integral_constant<int, 1>{});
+}
+
 template <class Real>
 Product<Real> pick_product(int rows, int tiles, int vectors) {
-  if constexpr (kRowBlock == 8) {
-    if (rows == 8) return pick_product<Real, 8>(tiles, vectors);
-    if (rows == 7) return pick_product<Real, 7>(tiles, vectors);
-    if (rows == 6) return pick_product<Real, 6>(tiles, vectors);
-    if (rows == 5) return pick_product<Real, 5>(tiles, vectors);
-  }
-  if (rows == 4) return pick_product<Real, 4>(tiles, vectors);
-  if (rows == 3) return pick_product<Real, 3>(tiles, vectors);
-  if (rows == 2) return pick_product<Real, 2>(tiles, vectors);
-  return pick_product<Real, 1>(tiles, vectors);
+  return for_rows(rows, [=]<int ROWS>(std::integral_constant<int, ROWS>) {
+    return pick_product<Real, ROWS>(tiles, vectors);
+  });
 }
 
 // What an epilogue gets: the sums of `rows` neighbouring rows and one tile.
