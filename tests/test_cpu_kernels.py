@@ -154,6 +154,18 @@ def test_weights_from_afar(isa: str, size: dict[str, int], dtype: torch.dtype) -
         assert_same_bits("output", forward(rows_of(inputs, rows))[0], output[:, rows])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_few_steps_with_weights_from_afar(isa: str, cell: str, dtype: torch.dtype) -> None:
+    """Up to four steps of one or two rows, or two of more, do not pack them; five do."""
+    inputs = layer_inputs(Case(cell, T=5, B=5, I=20, H=850), dtype)
+    output, _, _ = forward(inputs)
+    for steps, rows in ((4, slice(0, 1)), (4, slice(1, 3)), (2, slice(0, 5)), (3, slice(0, 5))):
+        part = rows_of(inputs, rows)
+        some, _, _ = forward(part, x=part.x[:steps])
+        assert_same_bits("output", some, output[:steps, rows])
+
+
 @pytest.mark.parametrize("B, reverse", ((8, (False,)), (3, (False, True))), ids=str)
 @pytest.mark.parametrize("features", ("plain", "everything"))
 @pytest.mark.parametrize("cell", CELLS)

@@ -20,6 +20,11 @@ namespace {
 constexpr int64_t kProjectRows = 64;
 constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
 
+// Weights beyond the second level of the cache, which take long to pack, and the most steps that
+// read them as they lie in that time: of rows that are multiplied in place, and of more.
+constexpr int64_t kFarWeights = 4 << 20;
+constexpr int64_t kStepsInPlace = 4, kStepsByTile = 2;
+
 template <class Real>
 class ForwardScan {
  public:
@@ -33,16 +38,16 @@ class ForwardScan {
         plain_(p_.lengths == nullptr && p_.reset_mask == nullptr && p_.h_scale == nullptr),
         m_(f, steps_at_once(p_.T, p_.B)) {
     const bool once = p_.T == 1;
-    // Rows of several sequences need not lie evenly, so that there may be several products.
-    const bool input_once = once || (p_.B == 1 && m_.chunk == p_.T && p_.order == nullptr);
+    const bool few = once || has_few_steps(threads);
+    const bool input_once = once || projects_once(threads);
+    gathers_ = p_.order != nullptr || (input_once && !once && p_.B > 1);
     Layout layout(scratch);
     m_.take(layout);
-    const bool gathers = p_.order != nullptr && p_.weight_ih != nullptr;
-    gathered_ = layout.take<Real>(gathers ? threads * kProjectRows * p_.I : 0) +
+    gathered_ = layout.take<Real>(gathers_ && p_.weight_ih ? threads * kProjectRows * p_.I : 0) +
                 member * kProjectRows * p_.I;
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     const int64_t panel = kMostVectorsAbreast * W * packed_k<Real>(most);
-    Real* mine = layout.take<Real>(input_once ? threads * panel : 0) + member * panel;
+    Real* mine = layout.take<Real>(few || input_once ? threads * panel : 0) + member * panel;
     auto panels = [&](int gate, int count, const Real* weight, int64_t K, bool on_the_fly,
                       const Real* given) {
       GatePanels<Real> made{
@@ -54,10 +59,10 @@ class ForwardScan {
       return made;
     };
     const int first = first_gates(p_.cell);
-    first_ = panels(0, first, p_.weight_hh, p_.H, once, f.packed_hh);
+    first_ = panels(0, first, p_.weight_hh, p_.H, few, f.packed_hh);
     if (has_second_product(p_.cell)) {
       const Real* given = f.packed_hh ? f.packed_hh + first_.size() : nullptr;
-      second_ = panels(first, 1, p_.weight_hh, p_.H, once, given);
+      second_ = panels(first, 1, p_.weight_hh, p_.H, few, given);
     }
     if (p_.weight_ih != nullptr) {
       input_ = panels(0, m_.gates, p_.weight_ih, p_.I, input_once, f.packed_ih);
@@ -68,8 +73,7 @@ class ForwardScan {
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ = share_of(member, team.size(), p_.G, p_.B, m_.tiles, p_.H, first_.packed == nullptr,
-                      p_.order != nullptr);
+    share_ = share(member, team.size(), first_.packed == nullptr);
     const Range panels = part_of(p_.G * m_.tiles, member, team.size());
     first_.pack(panels);
     second_.pack(panels);
@@ -111,6 +115,28 @@ class ForwardScan {
     return B * T <= rows ? T : B >= rows ? 1 : rows / B;
   }
 
+  // Whether the steps are so few that packing weight_hh takes longer than reading it as it lies.
+  bool has_few_steps(int threads) const {
+    const int64_t bytes = m_.gates * p_.H * p_.H * static_cast<int64_t>(sizeof(Real));
+    const int64_t most = p_.B <= kMaxRowsInPlace ? kStepsInPlace : kStepsByTile;
+    return bytes > kFarWeights && p_.T <= most && keeps_rows_together(threads);
+  }
+
+  // Whether all inputs are projected at once, so that each panel of weight_ih is used once.
+  bool projects_once(int threads) const {
+    if (p_.B == 1 && p_.order == nullptr) return m_.chunk == p_.T;
+    return p_.B * p_.T <= kProjectRows && keeps_rows_together(threads);
+  }
+
+  // Members that each have some of the rows would all pack the same weights on the fly.
+  bool keeps_rows_together(int threads) const {
+    return threads == 1 || share(0, threads, false).ranks.below(p_.B) == p_.B;
+  }
+
+  Share share(int member, int members, bool once) const {
+    return share_of(member, members, p_.G, p_.B, m_.tiles, p_.H, once, p_.order != nullptr);
+  }
+
   // How many of this member's rows have a valid step at t.
   GRU_MEMBER int64_t alive(int64_t t) const { return share_.ranks.below(m_.rows.alive(t)); }
 
@@ -150,11 +176,17 @@ class ForwardScan {
   void project(int64_t g, int64_t begin, int64_t end) {
     if (p_.weight_ih == nullptr) {
       copy_gates(g, begin, end);
-    } else if (p_.order != nullptr) {
+    } else if (gathers_ && !lie_evenly(g)) {
       project_gathered(g, begin, end);
     } else {
       project_batch(g, begin, end);
     }
+  }
+
+  // Whether the inputs of all rows and steps lie as far from each other, in the order of steps.
+  GRU_MEMBER bool lie_evenly(int64_t g) const {
+    return p_.order == nullptr && share_.ranks.below(p_.B) == p_.B && !p_.reverse[g] &&
+           p_.x_stride_t == p_.B * p_.x_stride_b;
   }
 
   // As many rows in one product as lie evenly: all of the chunk, else those of a sequence or of a
@@ -378,6 +410,7 @@ class ForwardScan {
   const Problem<Real>& p_;
   const bool plain_;
   ForwardMemory<Real> m_;
+  bool gathers_;
   Real* gathered_;
   GatePanels<Real> first_{}, second_{}, input_{};
   int64_t scratch_bytes_;
