@@ -59,6 +59,10 @@ COMMON = [
     *(["-DGRU_FAST_NEON_DOT=1"] if NEON_DOT else []),
 ]
 
+# Tuned for most processors, newer GCC (16.2, not 12.2) multiplies and adds apart in some copies of a
+# product, so that bits would depend on how many rows a call has.
+FUSED = ["--param", "avoid-fma-max-bits=0"]
+
 
 def find_torch() -> Path | None:
     """Return the folder of a usable torch, also that of the environment we are installing into.
@@ -84,6 +88,13 @@ def find_compiler() -> str:
         if shutil.which(shlex.split(command)[0]):
             return command
     raise CompileError(f"gru_fast needs a C++20 compiler such as g++ >= 11. {SKIP_HINT}")
+
+
+def if_known(flags: list[str]) -> list[str]:
+    """Return the flags, or none if the compiler does not know them."""
+    command = [*shlex.split(os.environ["CXX"]), *flags, "-Werror", "-fsyntax-only", "-xc++", "-"]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+    return [] if run.returncode else flags
 
 
 def flags_of(source: Path, torch: Path) -> list[str]:
@@ -134,7 +145,7 @@ class BuildExt(build_ext):
 
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
-        flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        flags = [*COMMON, *if_known(FUSED), *shlex.split(os.environ.get("CXXFLAGS", ""))]
         objects = []
         with open(build / "build.ninja", "w") as file:
             graph = Writer(file, width=100)

@@ -61,7 +61,9 @@ def test_workers_of_a_data_loader_run_layers():
     """Workers are forked, also from a process whose threads have run a layer."""
     features = Features(gru_fast.GRU(8, 16))
     expected = torch.stack([features[i] for i in range(4)])
-    loader = torch.utils.data.DataLoader(features, 4, num_workers=1, timeout=60)
+    loader = torch.utils.data.DataLoader(
+        features, 4, num_workers=1, timeout=60, multiprocessing_context="fork"
+    )
     torch.testing.assert_close(next(iter(loader)), expected)
 
 

@@ -9,7 +9,7 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 
 template <class Real>
-constexpr KernelTable<Real> kTable = {forward_scratch_bytes<Real>,  forward<Real>,
+static constexpr KernelTable<Real> kTable = {forward_scratch_bytes<Real>,  forward<Real>,
                                       backward_scratch_bytes<Real>, backward<Real>,
                                       packed_weight_size<Real>,     pack_weight<Real>};
 
