@@ -59,8 +59,8 @@ COMMON = [
     *(["-DGRU_FAST_NEON_DOT=1"] if NEON_DOT else []),
 ]
 
-# Tuned for most processors, newer GCC (16.2, not 12.2) multiplies and adds apart in some copies of a
-# product, so that bits would depend on how many rows a call has.
+# Tuned for most processors, newer GCC (16.2, not 12.2) multiplies and adds apart in some copies of
+# a product, so that bits would depend on how many rows a call has.
 FUSED = ["--param", "avoid-fma-max-bits=0"]
 
 

@@ -10,8 +10,8 @@ namespace GRU_FAST_ISA {
 
 template <class Real>
 static constexpr KernelTable<Real> kTable = {forward_scratch_bytes<Real>,  forward<Real>,
-                                      backward_scratch_bytes<Real>, backward<Real>,
-                                      packed_weight_size<Real>,     pack_weight<Real>};
+                                             backward_scratch_bytes<Real>, backward<Real>,
+                                             packed_weight_size<Real>,     pack_weight<Real>};
 
 #ifdef GRU_FAST_BFLOAT16
 const KernelTable<BFloat16>& bfloat16_table();
