@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t kProjectRows = 64;
 constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
 
-// Weights beyond the second level of the cache, which take long to pack, and the most steps that
-// read them as they lie in that time: of rows that are multiplied in place, and of more.
+// Packing weights beyond the second level of the cache takes as long as so many steps that read
+// them as they lie: of rows that are multiplied in place, and of more rows.
 constexpr int64_t kFarWeights = 4 << 20;
 constexpr int64_t kStepsInPlace = 4, kStepsByTile = 2;
 
