@@ -199,7 +199,7 @@ class ForwardScan {
     auto rows = [&](const Real* from, int64_t stride, int64_t size, int64_t to, int64_t step) {
       project_rows(g, from, stride, size, [&](int64_t row) { return to + row * step; });
     };
-    if (count == p_.B && stride_t == count * stride_b) {
+    if (lie_evenly(g)) {
       rows(x, stride_b, steps * count, 0, 1);
     } else if (steps > count) {
       for (int64_t i = 0; i < count; ++i) rows(x + i * stride_b, stride_t, steps, first + i, p_.B);
