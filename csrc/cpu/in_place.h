@@ -21,16 +21,22 @@ constexpr int64_t kMaxRowsInPlace = 2;
 enum class Pace {
   kTwoTiles,   // in the second level of the cache
   kAskAhead,   // beyond it: the next tile is asked for in the order of memory
+  kAskForTwo,  // the same of two tiles, for the short registers that wait for each other most
   kTwoBlocks,  // of the sum, for the longer chains of bfloat16, unless rows are long
 };
 constexpr int64_t kWeightsForTwoTiles = 1 << 20;
 constexpr int64_t kLongRowBytes = 3072;
+// Longer rows of a multiple of this fall into two sets of the first cache, which hold no more than
+// one tile of them.
+constexpr int64_t kCrowdBytes = 2048;
 
 template <class Real>
 Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
   const int64_t row_bytes = K * static_cast<int64_t>(sizeof(Real));
   if (rows * weight_rows * row_bytes <= kWeightsForTwoTiles) return Pace::kTwoTiles;
-  return kPack<Real> > 1 && row_bytes < kLongRowBytes ? Pace::kTwoBlocks : Pace::kAskAhead;
+  if (kPack<Real> > 1 && row_bytes < kLongRowBytes) return Pace::kTwoBlocks;
+  const bool crowd = row_bytes > kCrowdBytes && row_bytes % kCrowdBytes == 0;
+  return kVecBytes < 64 && rows == 1 && !crowd ? Pace::kAskForTwo : Pace::kAskAhead;
 }
 
 // W weight rows of K columns, and those that follow them in memory.
@@ -59,9 +65,10 @@ GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Rea
   int64_t k = begin;
   for (; k + kColumns <= stop; k += kColumns) {
     if constexpr (ASK_AHEAD) {
-      const char* ahead = reinterpret_cast<const char*>(weight.next + k * W);
+      constexpr int kBytes = STRANDS * W * kVecBytes;
+      const char* ahead = reinterpret_cast<const char*>(weight.next + k * (STRANDS * W));
 #pragma GCC unroll 16
-      for (int byte = 0; byte < W * kVecBytes; byte += 64) __builtin_prefetch(ahead + byte);
+      for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(ahead + byte);
     }
 #pragma GCC unroll 2
     for (int strand = 0; strand < STRANDS; ++strand) {
@@ -170,6 +177,9 @@ using ProductInPlace = void (*)(Operand<Real>, const RowsInPlace<Real>&, int, Ve
 
 template <class Real, int ROWS>
 ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
+  if constexpr (ROWS == 1 && kVecBytes < 64) {
+    if (tiles == 2 && pace == Pace::kAskForTwo) return product_in_place<Real, 1, 2, true>;
+  }
   if (tiles == 2) return product_in_place<Real, ROWS, 2>;
   if (pace == Pace::kAskAhead) return product_in_place<Real, ROWS, 1, true>;
   if (ROWS == 1 && pace == Pace::kTwoBlocks) return product_of_blocks<Real>;
@@ -188,7 +198,7 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vec
   Vec<Real> sums[kMaxTileVectors];
   for (int64_t tile = tile_begin; tile < tile_end;) {
     const bool pair = tile + 1 < tile_end && lanes(tile + 1) == kLanes<Real>;
-    const int tiles = pace == Pace::kTwoTiles && pair ? 2 : 1;
+    const int tiles = (pace == Pace::kTwoTiles || pace == Pace::kAskForTwo) && pair ? 2 : 1;
     const auto multiply =
         rows == 2 ? pick_in_place<Real, 2>(pace, tiles) : pick_in_place<Real, 1>(pace, tiles);
     const int n = lanes(tile + tiles - 1);
