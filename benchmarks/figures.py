@@ -144,7 +144,7 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
 """What docs/results.md shows of each committed file."""
 
 
-MACHINES = {"": "Results", "zen5": "Results on a Zen 5"}
+MACHINES = {"": "Results", "zen3": "Results on a Zen 3", "zen5": "Results on a Zen 5"}
 """Folders of `benchmarks/results/`, and the titles of their pages."""
 
 

@@ -257,7 +257,10 @@ class GRULanguageModel(nn.Module):
     def teacher_forcing(self, tokens: Tensor) -> Tensor:
         """The inputs whose targets are `tokens` (B, T): the zero vector, then the true tokens."""
         first = tokens.new_full((tokens.shape[0], 1), self.start)
-        return torch.cat([first, tokens[:, :-1].clamp(min=0)], 1)[:, : tokens.shape[1]]
+        # Where nothing is to be said the input does not matter. PADDING before a token stays, an
+        # id that is refused.
+        before = tokens[:, :-1].masked_fill(tokens[:, 1:] == PADDING, 0)
+        return torch.cat([first, before], 1)[:, : tokens.shape[1]]
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy, in nats, over the real tokens of whole sequences.
@@ -272,7 +275,7 @@ class GRULanguageModel(nn.Module):
         Raises:
             TypeError: `tokens` is not a tensor of integers.
             ValueError: It has not two dimensions.
-            IndexError: A token is outside its range (on the CPU).
+            IndexError: A token is outside its range, or follows PADDING (on the CPU).
         """
         if not isinstance(tokens, Tensor):
             raise TypeError(f"tokens should be a Tensor, got: {type(tokens).__name__}")

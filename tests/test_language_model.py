@@ -237,6 +237,9 @@ def test_bad_calls():
             lm(torch.tensor(tokens))
     with pytest.raises(IndexError):
         lm.loss(torch.tensor([[1, V]]))
+    for tokens in ([[1, PADDING, 2]], [[PADDING, 2]], [[1, -1, PADDING]]):
+        with pytest.raises(IndexError):
+            lm.loss(torch.tensor(tokens))
     with pytest.raises(TypeError, match=r"tokens: expected integers, got torch.float32"):
         lm.loss(torch.zeros(2, 3))
     with pytest.raises(TypeError, match=r"tokens should be a Tensor, got: list"):
