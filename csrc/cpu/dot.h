@@ -17,8 +17,6 @@ namespace {
 // Rows or tiles whose epilogues run side by side: what one waits for hides in the others.
 constexpr int kItems = kVecBytes == 64 ? 4 : 2;
 
-constexpr Words kHighHalves = Words{} + 0xffff0000u;
-
 // sum[i][n] += half HALF of the words at `a` and at `panels`, as dot_tiles() has them.
 template <Weights P, int HALF, int NV, int ROWS, int N>
 GRU_INLINE void add_half(const uint32_t* a, int64_t row_stride, const uint32_t* panels,
@@ -27,10 +25,9 @@ GRU_INLINE void add_half(const uint32_t* a, int64_t row_stride, const uint32_t* 
   // Each half reads the words anew, and the mask each time: compilers would keep them.
   asm("" : "+r"(a), "+r"(panels));
   auto half_of = [](Words word) GRU_MEMBER_LAMBDA {
-    if constexpr (HALF == 0) return reinterpret_cast<Sum<P>>(word << 16);
     const Words* mask = &kHighHalves;
     asm("" : "+r"(mask));
-    return reinterpret_cast<Sum<P>>(word & *mask);
+    return Dot<P>::template half<HALF>(word, *mask);
   };
   Sum<P> weight[N];
 #pragma GCC unroll 12

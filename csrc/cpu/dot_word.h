@@ -47,6 +47,8 @@ constexpr bool kHalfByHalf = true;
 constexpr bool kHalfByHalf = false;
 #endif
 
+constexpr Words kHighHalves = Words{} + 0xffff0000u;
+
 // Without the instruction: products of the two halves, each a float32 with 16 zero bits.
 template <>
 struct Dot<Weights::kBFloat16> {
@@ -73,8 +75,8 @@ struct Dot<Weights::kBFloat16> {
     sum += half<1>(weight) * row.odd;
   }
   template <int HALF>
-  GRU_INLINE Vec<float> half(Words words) {
-    return reinterpret_cast<Vec<float> >(HALF == 0 ? words << 16 : words & 0xffff0000u);
+  GRU_INLINE Vec<float> half(Words words, const Words& high = kHighHalves) {
+    return reinterpret_cast<Vec<float> >(HALF == 0 ? words << 16 : words & high);
   }
 #endif
 };
