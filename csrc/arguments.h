@@ -113,26 +113,17 @@ class Marshal {
   // Results are in Number, Real or what it is computed in, until give_back().
   template <class Number>
   Tensor make(std::initializer_list<int64_t> shape, bool zeroed = false) const {
-    const torch::headeronly::IntHeaderOnlyArrayRef sizes(shape);
+    const Shape sizes(shape);
     if (zeroed) return torch::stable::new_zeros(like_, sizes, kScalarType<Number>);
-    // new_empty looks its operator up by name, three times a call: as much as a small step.
-    int64_t strides[kMaxDims];
-    int64_t stride = 1;
-    for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim] > 1 ? sizes[dim] : 1) {
-      strides[dim] = stride;
-    }
-    AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                    sizes.data(), strides, dtype_code<Number>(),
-                                                    aoti_torch_device_type_cpu(), 0, &made));
-    const Tensor result(made);
-    const size_t bytes = static_cast<size_t>(result.numel()) * sizeof(Number);
-    prefer_huge_pages(result.mutable_data_ptr(), bytes);
-    poison_if_set(result.mutable_data_ptr(), bytes);
+    Tensor result = empty(sizes, dtype_code<Number>());
+    poison_if_set(result.mutable_data_ptr(), static_cast<size_t>(result.numel()) * sizeof(Number));
     return result;
   }
   Tensor give_back(const Tensor& result) const {
-    return result.scalar_type() == given_ ? result : torch::stable::to(result, given_);
+    if (result.scalar_type() == given_) return result;
+    int32_t code = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like_.get(), &code));
+    return copy(result, code);
   }
 
   const int64_t* read_lengths(const MaybeTensor& lengths, int64_t T, int64_t B) {
@@ -181,6 +172,7 @@ class Marshal {
   }
 
  private:
+  using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
   static constexpr size_t kMaxDims = 4;
   template <class Number>
   static int32_t dtype_code() {
@@ -203,10 +195,31 @@ class Marshal {
                     torch::headeronly::toString(given_), ", got ",
                     torch::headeronly::toString(tensor.scalar_type()));
   }
+  // torch::stable's new_empty(), to() and contiguous() look their operators up by name, three times
+  // a call: as much as a small step.
+  Tensor empty(Shape sizes, int32_t dtype) const {
+    int64_t strides[kMaxDims];
+    int64_t stride = 1;
+    for (size_t dim = sizes.size(); dim-- > 0; stride *= sizes[dim] > 1 ? sizes[dim] : 1) {
+      strides[dim] = stride;
+    }
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                    sizes.data(), strides, dtype,
+                                                    aoti_torch_device_type_cpu(), 0, &made));
+    Tensor result(made);
+    prefer_huge_pages(result.mutable_data_ptr(),
+                      static_cast<size_t>(result.numel()) * result.element_size());
+    return result;
+  }
+  Tensor copy(const Tensor& tensor, int32_t dtype) const {
+    Tensor result = empty(tensor.sizes(), dtype);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), tensor.get(), 0));
+    return result;
+  }
   Tensor as_real(const Tensor& tensor) const {
-    const Tensor real =
-        given_ == kScalarType<Real> ? tensor : torch::stable::to(tensor, kScalarType<Real>);
-    return real.is_contiguous() ? real : torch::stable::contiguous(real);
+    const bool is_real = given_ == kScalarType<Real> && tensor.is_contiguous();
+    return is_real ? tensor : copy(tensor, dtype_code<Real>());
   }
   const Tensor& keep(Tensor tensor) {
     kept_.push_back(std::move(tensor));

@@ -40,22 +40,28 @@ constexpr int64_t kFewRows = 2;
 static_assert(kFewRows <= kGradSumBlock<float>);
 
 // As sweep() with one vector a tile, for so few k that nothing is gained by many sums at a time:
-// the results are written row after row.
-template <class Real, class Epilogue>
-GRU_INLINE void outer_product(Operand<Real> operand, int64_t rows, const Real* panels, int64_t K,
-                              int64_t tiles, Epilogue epilogue) {
+// the results are written row after row, add(row, column, sum, lanes).
+template <int WORDS, class Real, class Add>
+GRU_INLINE void outer_product(Operand<Real> operand, int64_t rows, const Real* panels,
+                              int64_t columns, Add add) {
   constexpr int W = kLanes<Real>;
-  constexpr int P = kPack<Real>;
+  const int64_t whole = columns / W;
   for (int64_t i = 0; i < rows; ++i) {
-    const Real* a = operand.a + i * operand.row_stride;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      Vec<Real> sum{};
-      for (int64_t k = 0; k < K; k += P) {
-        multiply_add<Real>(sum, load_words(panels + (tile * K + k) * W),
-                           word_at(a + k / P * operand.word_stride));
-      }
-      epilogue(Sums<Real>{i, 1, tile, &sum, 1});
+    decltype(word_at(operand.a)) words[WORDS];
+    for (int k = 0; k < WORDS; ++k) {
+      words[k] = word_at(operand.a + i * operand.row_stride + k * operand.word_stride);
     }
+    auto at = [&](int64_t tile, int lanes) GRU_MEMBER_LAMBDA {
+      Vec<Real> sum{};
+#pragma GCC unroll 2
+      for (int k = 0; k < WORDS; ++k) {
+        const Real* panel = panels + (tile * WORDS + k) * kPack<Real> * W;
+        multiply_add<Real>(sum, load_words(panel), words[k]);
+      }
+      add(i, tile * W, sum, lanes);
+    };
+    for (int64_t tile = 0; tile < whole; ++tile) at(tile, W);
+    if (columns > whole * W) at(whole, static_cast<int>(columns - whole * W));
   }
 }
 
@@ -230,18 +236,20 @@ class WeightGrads {
       if (hidden_side && bias_hh_.result) bias_hh_.add(first_row + i, sum, lanes, first, last);
     }
     auto multiply = [&](const Real* panels, int64_t columns, const ChunkSum<Real>& grad) {
-      auto add = row_by_row<Real>([&](int64_t i, int64_t tile, const V* sum) GRU_MEMBER_LAMBDA {
-        const int64_t at = (first_row + i) * columns + tile * W;
-        if (i < valid) grad.add(at, *sum, lanes_of<Real>(tile, columns), first, last);
-      });
+      auto add = [&](int64_t i, int64_t column, V sum, int lanes) GRU_MEMBER_LAMBDA {
+        grad.add((first_row + i) * columns + column, sum, lanes, first, last);
+      };
       const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock<Real>};
-      if (padded <= kFewRows) {
-        outer_product(operand, kRowBlock, panels, padded, tiles_of<Real>(columns), add);
-      } else {
-        sweep<Real>(
-            operand, kRowBlock, padded, 1, 0, tiles_of<Real>(columns), false,
-            [&](int64_t tile, int) { return panels + tile * padded * W; }, add);
+      if (padded == P) return outer_product<1>(operand, valid, panels, columns, add);
+      if constexpr (P < kFewRows) {
+        if (padded == kFewRows) return outer_product<2>(operand, valid, panels, columns, add);
       }
+      sweep<Real>(
+          operand, kRowBlock, padded, 1, 0, tiles_of<Real>(columns), false,
+          [&](int64_t tile, int) { return panels + tile * padded * W; },
+          row_by_row<Real>([&](int64_t i, int64_t tile, const V* sum) GRU_MEMBER_LAMBDA {
+            if (i < valid) add(i, tile * W, *sum, lanes_of<Real>(tile, columns));
+          }));
     };
     if (input_side && x_ != nullptr) multiply(x_, p_.I, weight_ih_);
     if (hidden_side && state_ != nullptr) {
