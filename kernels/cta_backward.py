@@ -27,7 +27,7 @@ from .tile_backward import (
     previous_state,
     store_gradients,
 )
-from .tiling import Config
+from .tiling import Config, cdiv
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def launch_backward_cta(chunk: Chunk, config: Config) -> None:
     """Run the scan steps of a chunk, from the last to the first."""
     turned = chunk.turned_weight()
     for first_group, groups, reverse_bits in chunk.problem.launches():
-        backward_cta[(triton.cdiv(chunk.problem.B, config.BLOCK_B), groups)](
+        backward_cta[(cdiv(chunk.problem.B, config.BLOCK_B), groups)](
             **chunk.arguments(),
             turned_ptr=turned,
             first_group=first_group,

@@ -23,7 +23,7 @@ from .tile import (
     tanh,
     time_of,
 )
-from .tiling import Config
+from .tiling import Config, cdiv
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def launch_forward_cta(
 ) -> None:
     """Run all T steps; output, h_n and, unless it is None, workspace are written."""
     for first_group, groups, reverse_bits in problem.launches():
-        forward_cta[(triton.cdiv(problem.B, config.BLOCK_B), groups)](
+        forward_cta[(cdiv(problem.B, config.BLOCK_B), groups)](
             **problem.forward_arguments(),
             output_ptr=output,
             h_n_ptr=h_n,

@@ -14,7 +14,7 @@ from .generate_inputs import last_drawn, next_input, record, table_gates
 from .generate_tables import compiled_as
 from .generation import Generation, model_of
 from .tile import load_bias, load_weight, sigmoid, tanh
-from .tiling import Config, device_of
+from .tiling import Config, cdiv, device_of
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def generate_cta(
 def launch_generate_cta(call: Generation, steps: tuple[int, int], config: Config) -> None:
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive."""
     device, model = device_of(call.rows.state), model_of(call.weights, call.rows.B)
-    generate_cta[(triton.cdiv(call.rows.B, config.BLOCK_B),)](
+    generate_cta[(cdiv(call.rows.B, config.BLOCK_B),)](
         **call.arguments(max(16, triton.next_power_of_2(call.weights.V))),
         state_out_ptr=call.rows.state,
         step_begin=steps[0],

@@ -19,7 +19,7 @@ from .generate_tables import compiled_as
 from .generation import LOGITS_OF_WARP, Generation, exchange_of, model_of
 from .grid import arrive, load_panels, wait
 from .tile import anew, anew_in_a_row
-from .tiling import Config, device_of
+from .tiling import Config, cdiv, device_of
 
 
 @triton.jit
@@ -201,8 +201,8 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
     """Run positions steps[0] ... steps[1] - 1 of every row that is alive; each launch fits."""
     B, H, device = call.rows.B, call.weights.H, device_of(call.rows.state)
     model = model_of(call.weights, B)
-    unit_tiles, batch_tiles = triton.cdiv(H, config.BLOCK_H), triton.cdiv(B, config.BLOCK_B)
-    DRAW_B = triton.next_power_of_2(triton.cdiv(config.BLOCK_B, unit_tiles))
+    unit_tiles, batch_tiles = cdiv(H, config.BLOCK_H), cdiv(B, config.BLOCK_B)
+    DRAW_B = triton.next_power_of_2(cdiv(config.BLOCK_B, unit_tiles))
     known = (
         call.split_arguments(DRAW_B, LOGITS_OF_WARP * config.num_warps)
         | exchange_of(call, steps[0]).arguments()

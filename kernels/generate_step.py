@@ -11,7 +11,8 @@ import triton.language as tl
 from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
 from .generation import MOST_DRAWN_FROM, Generation, exchange_of, parameters
-from .tiling import AMD, Config, device_of
+from .launch import Launches
+from .tiling import AMD, Config, cdiv, device_of
 
 
 @triton.jit(do_not_specialize=["layer", "position", "B", "P", "S", "V"])
@@ -137,10 +138,10 @@ def launch_generate_step(call: Generation, steps: tuple[int, int], config: Confi
     known = call.split_arguments(1, MOST_DRAWN_FROM) | exchange_of(call, steps[0]).arguments()
     known |= {name: getattr(config, name) for name in ("BLOCK_H", "BLOCK_B", "BLOCK_K")}
     options = config.arguments()
-    tiles = triton.cdiv(B, config.BLOCK_B)
+    tiles = cdiv(B, config.BLOCK_B)
     by_units, by_tokens = (
-        (tiles, triton.cdiv(H, config.BLOCK_H)),
-        (tiles, min(65535, triton.cdiv(V, known["BLOCK_T"]))),
+        (tiles, cdiv(H, config.BLOCK_H)),
+        (tiles, min(65535, cdiv(V, known["BLOCK_T"]))),
     )
     layers, head, drawing = (
         parameters(kernel, known) | options
@@ -150,12 +151,13 @@ def launch_generate_step(call: Generation, steps: tuple[int, int], config: Confi
     if not drawing["WHOLE"] and device_of(call.rows.state).arch != AMD:
         drawing["maxnreg"] = 255  # left to itself, the assembler takes 80 on sm_80 and spills
     parts = ("gates", "candidate") if call.weights.cell == "reset_before" else ("all",)
+    launch_layer = Launches(generate_step_layer, by_units, layers, "layer", "position")
+    launch_head = Launches(generate_step_head, by_tokens, head, "position")
+    launch_draw = Launches(generate_step_draw, (B,), drawing, "position")
     for position in range(*steps):
         for layer in range(L):
             for part in parts:
-                generate_step_layer[by_units](
-                    **layers, layer=layer, position=position, FIRST=layer == 0, PART=part
-                )
+                launch_layer(layer, position, FIRST=layer == 0, PART=part)
         if position >= call.rows.shortest:
-            generate_step_head[by_tokens](**head, position=position)
-        generate_step_draw[(B,)](**drawing, position=position)
+            launch_head(position)
+        launch_draw(position)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .problem import Problem
 from .tile import load_weight
-from .tiling import Config, device_of
+from .tiling import Config, cdiv, device_of
 
 
 @triton.jit
@@ -98,8 +98,8 @@ class GridLaunch:
 def grid_launches(problem: Problem, config: Config) -> Iterator[GridLaunch]:
     """Launches of which each fits the device."""
     programs = device_of(problem.h0).processors
-    unit_tiles = triton.cdiv(problem.H, config.BLOCK_H)
-    batch_tiles = triton.cdiv(problem.B, config.BLOCK_B)
+    unit_tiles = cdiv(problem.H, config.BLOCK_H)
+    batch_tiles = cdiv(problem.B, config.BLOCK_B)
     counters = torch.zeros(problem.G * batch_tiles, dtype=torch.int32, device=problem.h0.device)
     used = 0
     for first_group, groups, reverse_bits in problem.launches(max(1, programs // unit_tiles)):

@@ -21,7 +21,7 @@ from .tile import (
     time_of,
 )
 from .tile_backward import chunk_begin, pass_back, previous_state
-from .tiling import Config
+from .tiling import Config, cdiv
 
 
 @triton.jit(
@@ -160,7 +160,7 @@ def launch_backward_norm(chunk: NormChunk, config: Config) -> None:
     """Run the scan steps of a chunk, from the last to the first."""
     arguments = chunk.arguments()
     for first_group, groups, reverse_bits in chunk.problem.scan.launches():
-        backward_norm[(triton.cdiv(chunk.problem.scan.B, config.BLOCK_B), groups)](
+        backward_norm[(cdiv(chunk.problem.scan.B, config.BLOCK_B), groups)](
             **arguments,
             first_group=first_group,
             reverse_bits=reverse_bits,

@@ -25,7 +25,7 @@ from .tile import (
     tanh,
     time_of,
 )
-from .tiling import Config
+from .tiling import Config, cdiv
 
 
 @triton.jit
@@ -205,7 +205,7 @@ def launch_forward_norm(
 ) -> None:
     """Run all T steps; output, h_n and, unless they are None, workspace and rstd are written."""
     for first_group, groups, reverse_bits in problem.scan.launches():
-        forward_norm[(triton.cdiv(problem.scan.B, config.BLOCK_B), groups)](
+        forward_norm[(cdiv(problem.scan.B, config.BLOCK_B), groups)](
             **problem.forward_arguments(),
             output_ptr=output,
             h_n_ptr=h_n,

@@ -23,6 +23,7 @@ from .tile import (
     tanh,
 )
 from .tile_backward import chunk_begin, previous_state
+from .tiling import cdiv
 
 _BLOCK_B, _BLOCK_H = 8, 64
 
@@ -164,10 +165,10 @@ def rebuild_gates(
 
 
 def _launch(kernel, problem: Problem, steps: tuple[int, int], **arguments) -> None:
-    tiles = triton.cdiv(problem.H, _BLOCK_H)
+    tiles = cdiv(problem.H, _BLOCK_H)
     for first_group, groups, reverse_bits in problem.launches():
         # All but groups on the first axis: the others end at 65535 programs.
-        programs = (steps[1] - steps[0]) * triton.cdiv(problem.B, _BLOCK_B) * tiles
+        programs = (steps[1] - steps[0]) * cdiv(problem.B, _BLOCK_B) * tiles
         kernel[(programs, groups)](
             **arguments,
             lengths_ptr=problem.lengths,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launches
 from .problem import Chunk
 from .tile import (
     is_backwards,
@@ -30,7 +31,7 @@ from .tile_backward import (
     previous_state,
     store_gradients,
 )
-from .tiling import Config
+from .tiling import Config, cdiv
 
 
 @triton.jit
@@ -210,22 +211,19 @@ def launch_backward_step(chunk: Chunk, config: Config) -> None:
         if before:
             plan.append((step, False, "reset"))
     plan.append((begin - 1, True, "none"))
-    arguments = chunk.arguments() | {"weight_ptr": problem.weight_hh}
+    arguments = chunk.arguments() | {
+        "weight_ptr": problem.weight_hh,
+        "kept_ptr": kept,
+        "extra_ptr": extra,
+        **config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K"),
+    }
     for first_group, groups, reverse_bits in problem.launches():
         grid = (
-            triton.cdiv(problem.B, config.BLOCK_B),
-            triton.cdiv(problem.H, config.BLOCK_H),
+            cdiv(problem.B, config.BLOCK_B),
+            cdiv(problem.H, config.BLOCK_H),
             groups,
         )
+        part_of = {"first_group": first_group, "reverse_bits": reverse_bits}
+        launch = Launches(backward_step, grid, arguments | part_of, "step")
         for step, product, part in plan:
-            backward_step[grid](
-                **arguments,
-                kept_ptr=kept,
-                extra_ptr=extra,
-                step=step,
-                first_group=first_group,
-                reverse_bits=reverse_bits,
-                PRODUCT=product,
-                PART=part,
-                **config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K"),
-            )
+            launch(step, PRODUCT=product, PART=part)

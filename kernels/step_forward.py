@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Launches
 from .problem import Problem
 from .tile import (
     enter,
@@ -28,7 +29,7 @@ from .tile import (
     tanh,
     time_of,
 )
-from .tiling import Config
+from .tiling import Config, cdiv
 
 
 @triton.jit
@@ -224,24 +225,21 @@ def launch_forward_step(
     if problem.cell == "reset_before":
         gated, update = torch.empty_like(h0), torch.empty_like(h0, dtype=torch.float32)
         parts = ("gates", "candidate")
+    arguments = problem.forward_arguments() | {
+        "output_ptr": output,
+        "h_n_ptr": h_n,
+        "workspace_ptr": workspace,
+        "carry_ptr": carry,
+        "operand_ptr": operand,
+        "gated_ptr": gated,
+        "update_ptr": update,
+        "PRECISION": problem.precision,
+        **config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K"),
+    }
     for first_group, groups, reverse_bits in problem.launches():
-        grid = (triton.cdiv(B, config.BLOCK_B), triton.cdiv(H, config.BLOCK_H), groups)
+        grid = (cdiv(B, config.BLOCK_B), cdiv(H, config.BLOCK_H), groups)
+        part_of = {"first_group": first_group, "reverse_bits": reverse_bits}
+        launch = Launches(forward_step, grid, arguments | part_of, "step")
         for step in range(problem.T):
             for part in parts:
-                forward_step[grid](
-                    **problem.forward_arguments(),
-                    output_ptr=output,
-                    h_n_ptr=h_n,
-                    workspace_ptr=workspace,
-                    carry_ptr=carry,
-                    operand_ptr=operand,
-                    gated_ptr=gated,
-                    update_ptr=update,
-                    step=step,
-                    first_group=first_group,
-                    reverse_bits=reverse_bits,
-                    FIRST=step == 0,
-                    PART=part,
-                    PRECISION=problem.precision,
-                    **config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K"),
-                )
+                launch(step, FIRST=step == 0, PART=part)

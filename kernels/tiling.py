@@ -23,9 +23,14 @@ WHOLE = 16
 """Elements at whose multiples rows begin where 16 bytes can be read, or copied, at once."""
 
 
+def cdiv(size: int, block: int) -> int:
+    """Blocks that hold so much: `triton.cdiv`, which is for kernels, takes 100 times as long."""
+    return -(-size // block)
+
+
 def whole(H: int) -> int:
     """The next multiple of `WHOLE`."""
-    return -(-H // WHOLE) * WHOLE
+    return cdiv(H, WHOLE) * WHOLE
 
 
 @cache

@@ -33,11 +33,56 @@ DEVICES = {
 PTX_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was asked for: the kernel, its binary, its arguments, its grid and stream."""
+
+    kernel: str
+    compiled: Any
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+    stream: int = 0
+
+
+class _Launcher:
+    """What a binary is launched by; runs nothing but the hooks, as Triton's own in C does."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.kernel = source.fn
+
+    def __call__(self, x: int, y: int, z: int, stream: int, function: Any, *rest: Any) -> None:
+        _, metadata, enter, leave, *values = rest
+        arguments = dict(zip(self.kernel.arg_names, values, strict=True))
+        active: Any = driver.active
+        compiled = active.binaries.get(id(function), function)
+        enter(metadata)
+        active.launches.append(Launch(self.kernel.__name__, compiled, arguments, (x, y, z), stream))
+        leave(metadata)
+
+
+class _Utils:
+    """What a binary asks for when it is loaded."""
+
+    @staticmethod
+    def get_device_properties(device: int) -> dict[str, int]:
+        return {"max_shared_mem": 2**30}
+
+    @staticmethod
+    def load_binary(name: str, kernel: Any, shared: int, device: int) -> tuple[Any, ...]:
+        # No module, so that nothing is unloaded; the function is the binary.
+        return None, kernel, 0, 0, 2**30
+
+
 class _Driver:
     """Answers what the launch path asks of a driver; a device id per target, as caches go by it."""
 
-    def __init__(self, target: GPUTarget) -> None:
+    utils = _Utils
+    launcher_cls = _Launcher
+
+    def __init__(self, target: GPUTarget, launches: list[Launch]) -> None:
         self.target = target
+        self.launches = launches
+        self.binaries: dict[int, Any] = {}
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -55,16 +100,6 @@ class _Driver:
         return torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One launch that was asked for: the kernel, its binary, its arguments and its grid."""
-
-    kernel: str
-    compiled: Any
-    arguments: dict[str, Any]
-    grid: tuple[int, ...]
-
-
 @contextmanager
 def dry_launches(arch: int | str, device: tiling.Device | None = None) -> Iterator[list[Launch]]:
     """Launches in the block compile for the target and run nothing; CPU tensors stand in."""
@@ -79,9 +114,11 @@ def dry_launches(arch: int | str, device: tiling.Device | None = None) -> Iterat
             kwargs.pop("maxnreg", None)
         compiled = before_run(self, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(self.__name__, compiled, kwargs, tuple(grid)))
+        active.binaries[id(compiled.kernel)] = compiled
         return compiled
 
-    driver.set_active(_Driver(target))
+    active = _Driver(target, launches)
+    driver.set_active(active)
     JITFunction.run = run
     tiling.assumed = device or DEVICES[90 if amd else arch]
     try:
@@ -92,6 +129,18 @@ def dry_launches(arch: int | str, device: tiling.Device | None = None) -> Iterat
         driver._active = before_driver
         JITFunction.run = before_run
         tiling.assumed = before_device
+
+
+@contextmanager
+def recorded_launches(arch: int) -> Iterator[list[Launch]]:
+    """As `dry_launches`, but all of Triton's launch is run up to its C; a binary is bytes."""
+    launches: list[Launch] = []
+    before = driver._active
+    driver.set_active(_Driver(GPUTarget("cuda", arch, 32), launches))
+    try:
+        yield launches
+    finally:
+        driver._active = before
 
 
 @dataclass(frozen=True)
