@@ -44,12 +44,13 @@ def layer(
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer; `kernel` names one of `registry.KERNELS`, None leaves the choice to it."""
-    with on_device(x), products.matmul_precision(dot_precision(x), x):
-        gates_x = products.project(x, weight_ih, bias_ih)
-    return scan(
-        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse,
-        recompute, kernel,
-    )  # fmt: skip
+    with on_device(x):
+        with products.matmul_precision(dot_precision(x), x):
+            gates_x = products.project(x, weight_ih, bias_ih)
+        return _scan(
+            gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell,
+            reverse, recompute, kernel,
+        )  # fmt: skip
 
 
 def scan(
@@ -67,6 +68,27 @@ def scan(
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence over projected inputs; `kernel` as in `layer`."""
+    with on_device(gates_x):
+        return _scan(
+            gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell,
+            reverse, recompute, kernel,
+        )  # fmt: skip
+
+
+def _scan(
+    gates_x: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+    cell: str,
+    reverse: Sequence[bool],
+    recompute: bool,
+    kernel: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = problem_of(
         gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse
     )
@@ -76,10 +98,8 @@ def scan(
     if T == 0 or B == 0:
         return output, h0.clone(memory_format=torch.contiguous_format), workspace
     h_n = torch.empty_like(problem.h0)
-    with on_device(gates_x):
-        chosen, config = take(kernel, problem, "forward", "infer" if recompute else "train")
-        saved = None if recompute else workspace
-        chosen.launch_forward(problem, output, h_n, saved, config)
+    chosen, config = take(kernel, problem, "forward", "infer" if recompute else "train")
+    chosen.launch_forward(problem, output, h_n, None if recompute else workspace, config)
     return output, h_n, workspace
 
 

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .tiling import device_of
 
 GATES = {"reset_after": 3, "reset_before": 3, "no_reset": 2}
 """Gate rows per hidden unit, N."""
@@ -22,15 +24,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _MOST_TILE_STRIDE = 2**31 // 256
 
+# torch.backends.cudnn takes microseconds to hand out what is in it.
+_SWITCH = torch.backends.cudnn.rnn
+
 MOST_UNITS = 2**31 // (64 * max(SLOTS.values()))
 """G * H at most, where a tile of up to 64 rows has several."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """G recurrences over (T, B), none of T, B, G, H zero; shapes as in `gru_fast.reference`.
 
-    gates_x has any strides but in its last axis; every other tensor is contiguous.
+    gates_x has any strides but in its last axis; every other tensor is contiguous. A tuple, since
+    a frozen dataclass takes five times as long to make, for every call.
     """
 
     gates_x: Tensor
@@ -44,28 +49,18 @@ class Problem:
     cell: str
     reverse: tuple[bool, ...]
     precision: str
-
-    @property
-    def T(self) -> int:
-        return self.gates_x.shape[0]
-
-    @property
-    def B(self) -> int:
-        return self.h0.shape[1]
-
-    @property
-    def G(self) -> int:
-        return self.h0.shape[0]
-
-    @property
-    def H(self) -> int:
-        return self.h0.shape[2]
+    T: int
+    B: int
+    G: int
+    H: int
 
     def launches(self, most: int = 65535) -> list[tuple[int, int, int]]:
         """(first group, groups, direction bits): at most so many groups, 31 if directions mix.
 
         Bit i is the direction of the i-th group of the launch, and bit 31 that of all after it.
         """
+        if self.G == 1:
+            return [(0, 1, -int(self.reverse[0]))]
         uniform = len(set(self.reverse)) == 1
         size = most if uniform else min(most, 31)
         result = []
@@ -198,6 +193,10 @@ def problem_of(
         cell,
         tuple(reverse),
         dot_precision(gates_x),
+        gates_x.shape[0],
+        B,
+        G,
+        H,
     )
 
 
@@ -211,9 +210,9 @@ def dot_precision(tensor: Tensor) -> str:
         return "ieee"  # the one that Triton knows on every AMD device
     if tensor.dtype != torch.float32:
         return "tf32"
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if tensor.is_cuda and device_of(tensor).arch < 80:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if _SWITCH.fp32_precision == "tf32" else "tf32x3"
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -7,27 +7,31 @@ They are deterministic and follow, in float32, the same TF32 switch as the scan.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
+_SETTINGS = torch.backends.cuda.matmul
+
+
+def matmul_precision(precision: str, tensor: Tensor) -> AbstractContextManager[None]:
+    """Round float32 products on CUDA as the scan does: TF32 or not at all."""
+    wanted = "tf32" if precision == "tf32" else "ieee"
+    if not tensor.is_cuda or tensor.dtype != torch.float32 or _SETTINGS.fp32_precision == wanted:
+        return nullcontext()
+    return _rounding(wanted)
+
 
 @contextmanager
-def matmul_precision(precision: str, tensor: Tensor) -> Iterator[None]:
-    """Round float32 products on CUDA as the scan does: TF32 or not at all."""
-    settings = torch.backends.cuda.matmul
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    if not tensor.is_cuda or tensor.dtype != torch.float32 or settings.fp32_precision == wanted:
-        yield
-        return
-    before = settings.fp32_precision
-    settings.fp32_precision = wanted
+def _rounding(wanted: str) -> Iterator[None]:
+    before = _SETTINGS.fp32_precision
+    _SETTINGS.fp32_precision = wanted
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        _SETTINGS.fp32_precision = before
 
 
 def project(x: Tensor, weight_ih: Tensor, bias_ih: Tensor | None) -> Tensor:

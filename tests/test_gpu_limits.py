@@ -89,7 +89,8 @@ def test_a_named_kernel_needs_tiles_for_the_whole_call(monkeypatch):
     ids=["before-ampere", "ampere", "amd"],
 )
 def test_how_products_of_float32_round(capability, hip, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = Device(10 * capability[0] + capability[1], 0, 0)
+    monkeypatch.setattr(problem, "device_of", lambda tensor: found)
     monkeypatch.setattr(torch.version, "hip", hip)
     before = torch.backends.cudnn.rnn.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = "ieee"

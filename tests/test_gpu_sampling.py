@@ -212,7 +212,7 @@ def test_amd_devices_are_offered_launches_only():
     for numbers, H in product(("16", "tf32", "ieee"), (32, 64, 512)):
         model = model_of(H, numbers=numbers)
         assert generate_tables.choose(device, model) == "step"
-        sizes = replace(model.sizes, T=512)
+        sizes = model.sizes._replace(T=512)
         assert measured.nearest(device, sizes, "infer") is None
         assert registry.choose(device, sizes, "forward", "infer")[0].name == "step"
         assert norm_tables.config(device, sizes, "forward") is None
