@@ -20,37 +20,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import ops
 from gru_fast.backends import counts_flops
+from gru_fast.ops_past import CAN_TELL, is_unobserved
 
 native: Any = None
 native_takes: Any = None
 native_backward: Any = None
-# They tell whether a mode, a transform or a tracer would see an operator.
-_WATCHERS = ("_len_torch_dispatch_stack", "_len_torch_function_stack", "_get_tracing_state")
-if ops.HAS_CPU_KERNELS and all(hasattr(torch._C, name) for name in _WATCHERS):
+if ops.HAS_CPU_KERNELS and CAN_TELL:
     from gru_fast import _C
 
-    if hasattr(torch.autograd, "_profiler_enabled") and _C.enable_direct(Tensor, nn.Parameter):
+    if _C.enable_direct(Tensor, nn.Parameter):
         native, native_takes = _C.run_direct, _C.takes_direct
         native_backward = _C.run_direct_backward
 
 BACKENDS = ("auto", "cpu")
-
-
-def is_unobserved() -> bool:
-    """Whether nothing would see that no operator was called.
-
-    Dynamo never gets behind `is_compiling`, to which it knows the answer.
-    """
-    C: Any = torch._C
-    return not (
-        torch.compiler.is_compiling()
-        or C._are_functorch_transforms_active()
-        or C._len_torch_dispatch_stack()
-        or C._len_torch_function_stack()
-        or C._get_tracing_state()
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-        or forward_ad._current_level >= 0
-    )
 
 
 def gru_cell(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import direct, ops
+from gru_fast.ops_past import is_unobserved
 
 
 class GRULayer(torch.autograd.Function):
@@ -48,7 +49,7 @@ class GRULayer(torch.autograd.Function):
             return (None,) * (2 + len(needed))
         x, h0, *weights, output, workspace = ctx.saved_tensors
         found = None
-        if grad_workspace is None and not torch.is_grad_enabled() and direct.is_unobserved():
+        if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
             found = direct.native_backward(
                 grad_output, grad_h_n, x, h0, weights, output, workspace, ctx.is_cell, ctx.cell,
                 needed,
@@ -99,7 +100,7 @@ def _run(
     be on for one of them only.
     """
     call = (input, hx, weights, layers, True, False, cell, True)
-    if direct.is_unobserved():
+    if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None

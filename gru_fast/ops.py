@@ -22,6 +22,7 @@ from torch import Tensor
 from gru_fast import ops_vmap, reference
 from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_backward, check_layer, check_length_values, check_scan
+from gru_fast.ops_past import are_plain_cuda, is_not_compiled, is_unobserved
 from gru_fast.ops_vmap import DIFFERENTIABLE
 from gru_fast.reference import SLOTS
 
@@ -229,8 +230,13 @@ def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return kernel
 
 
+_cuda_kernels: dict[Any, Callable[..., tuple[Tensor, ...]]] = {}
+"""By the op: what the dispatcher calls for CUDA tensors, and `without_grad` past it."""
+
 for _name in _CHECKS:
-    torch.library.register_kernel(f"gru_fast::{_name}", "cuda", _cuda_kernel(_name), lib=_lib)
+    _kernel = _cuda_kernel(_name)
+    torch.library.register_kernel(f"gru_fast::{_name}", "cuda", _kernel, lib=_lib)
+    _cuda_kernels[getattr(torch.ops.gru_fast, _name).default] = _kernel
     if not HAS_CPU_KERNELS:
         torch.library.register_kernel(f"gru_fast::{_name}", "cpu", _cpu_fallback(_name), lib=_lib)
 
@@ -241,14 +247,18 @@ _BelowAutograd: type = torch._C._AutoDispatchBelowAutograd
 def without_grad(op: Any, *args: Any) -> tuple[Tensor, ...]:
     """The op past its autograd formula, where nothing is to be differentiated.
 
-    The formula's own wrapper costs as much as a small call even then.
+    The formula's own wrapper costs as much as a small call even then, and so does the dispatcher
+    on the way to a kernel in Python, which is that of CUDA tensors.
     """
     outputs: tuple[Tensor, ...]
     if torch.compiler.is_compiling():
         outputs = op(*args)
     else:
+        kernel: Any = _cuda_kernels.get(op)
+        if kernel is None or not (are_plain_cuda(args) and is_unobserved() and is_not_compiled()):
+            kernel = op._op  # OpOverload.__call__, less its own frame
         with _BelowAutograd():
-            outputs = op._op(*args)  # OpOverload.__call__, less its own frame
+            outputs = kernel(*args)
     return outputs
 
 
