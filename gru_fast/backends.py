@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -168,10 +170,15 @@ def available_backends() -> tuple[str, ...]:
     return (*found, "reference")
 
 
+@cache
+def _kernels() -> Any:
+    """Imported on first use: what has to do with CUDA only."""
+    return import_module("gru_fast.kernels")
+
+
 def nothing_measured() -> bool:
     """Whether the table of what was measured on GPUs is empty."""
-    kernels = import_module("gru_fast.kernels")
-    return not kernels.measured.POINTS
+    return not _kernels().measured.POINTS
 
 
 nothing_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -197,9 +204,8 @@ def why_cudnn(
         return "no Triton kernel has been measured on a GPU yet"
     if dtype not in TRITON_DTYPES or 0 in sizes:
         return None
-    kernels = import_module("gru_fast.kernels")
     suite = "train" if training else "infer"
-    reason: str | None = kernels.why_cudnn(device, dtype, sizes, cell, suite)
+    reason: str | None = _kernels().why_cudnn(device, dtype, sizes, cell, suite)
     return reason
 
 
@@ -274,8 +280,7 @@ def norm_unfit(device: torch.device, dtype: torch.dtype, H: int, plain: bool) ->
     """
     if device.type != "cuda" or not HAS_TRITON or dtype not in TRITON_DTYPES:
         return None
-    kernels = import_module("gru_fast.kernels")
-    reason: str | None = kernels.norm_why_not(device, dtype, H, plain)
+    reason: str | None = _kernels().norm_why_not(device, dtype, H, plain)
     return reason
 
 

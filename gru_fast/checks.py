@@ -29,16 +29,17 @@ def _check_alike(first: str, tensors: dict[str, Tensor | None]) -> None:
     assert like is not None
     if not like.is_floating_point():
         raise RuntimeError(f"{first}: expected a floating dtype, got {like.dtype}")
+    dtype, device = like.dtype, like.device
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.dtype != like.dtype:
+        if tensor.dtype != dtype:
             raise RuntimeError(
-                f"{name}: expected the dtype of {first}, {like.dtype}, got {tensor.dtype}"
+                f"{name}: expected the dtype of {first}, {dtype}, got {tensor.dtype}"
             )
-        if tensor.device != like.device:
+        if tensor.device != device:
             raise RuntimeError(
-                f"{name}: expected the device of {first}, {like.device}, got {tensor.device}"
+                f"{name}: expected the device of {first}, {device}, got {tensor.device}"
             )
 
 

@@ -39,9 +39,10 @@ def _route(
     prefer_cudnn = True
     dtype = backends.dtype_of_call(steps.device.type, steps.dtype)
     if backend == "auto" and steps.is_cuda:
-        prefer_cudnn = backends.nothing_measured()
         # Compiled code does not choose by T and B, which would compile it again for others.
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            prefer_cudnn = backends.nothing_measured()
+        else:
             T, B = steps.shape[:2]
             sizes = (T, B, h0.shape[0], h0.shape[2])
             reason = backends.why_cudnn(steps.device, dtype, sizes, cell, training)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,10 +73,18 @@ def choose(device: Device, sizes: Sizes, direction: str, suite: str) -> tuple[Ke
     raise AssertionError("step takes every call")
 
 
+class _StandIn(NamedTuple):
+    """What is asked of a tensor to know where it is, and how products of it round."""
+
+    device: torch.device
+    dtype: torch.dtype
+    is_cuda: bool
+
+
 def _call(
     device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int], cell: str
 ) -> tuple[Device, Sizes]:
-    stand_in = torch.empty((), dtype=dtype, device=device)
+    stand_in: Any = _StandIn(device, dtype, device.type == "cuda")
     precision = dot_precision(stand_in)
     return device_of(stand_in), Sizes(*sizes, cell, dtype, precision)
 
