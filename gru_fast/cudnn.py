@@ -56,16 +56,23 @@ def layer(
     every = (weight_ih, weight_hh, bias_ih, bias_hh)
     parts = [t.unbind(0) for t in every if t is not None]
     weights = [t for group in zip(*parts, strict=True) for t in group]
-    both = weight_hh.shape[0] == 2
+    return run(x, h0, weights, len(parts), training)
+
+
+def run(
+    x: Tensor, h0: Tensor, weights: list[Tensor], per_direction: int, training: bool
+) -> tuple[Tensor, Tensor]:
+    """`layer` of weights as `torch.nn.GRU` has them, one direction after the other."""
+    both = len(weights) == 2 * per_direction
     output, h_n, *_ = torch._cudnn_rnn(
         x,
         weights,
-        len(parts),
-        _weights_in_one_block(weights, len(parts), both),
+        per_direction,
+        _weights_in_one_block(weights, per_direction, both),
         h0.contiguous(),
         None,
         _GRU,
-        weight_hh.shape[2],
+        weights[1].shape[1],
         0,
         1,
         False,

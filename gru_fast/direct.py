@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
-from gru_fast import ops
+from gru_fast import direct_gpu, ops
 from gru_fast.backends import counts_flops
 from gru_fast.ops_past import CAN_TELL, is_unobserved
 
@@ -63,9 +63,12 @@ def gru(
     """`functional.gru` in one direction, or None where the call is not plain."""
     if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
-    if backend not in BACKENDS:
-        return None
-    return native(input, hx, params, num_layers, bias, batch_first, cell, False)  # type: ignore[no-any-return]
+    done: tuple[Tensor, Tensor] | None = None
+    if backend in BACKENDS:
+        done = native(input, hx, params, num_layers, bias, batch_first, cell, False)
+    if done is None and type(input) is Tensor and input.is_cuda:
+        done = direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
+    return done
 
 
 def is_only_watched() -> bool:

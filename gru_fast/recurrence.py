@@ -59,6 +59,14 @@ def _route(
     return name if name in ("reference", "cudnn") else "ops"
 
 
+def route_of_inference(x: Tensor, h0: Tensor, backend: str, cell: str) -> str:
+    """`_route` of a plain layer in one direction: no features, no biases of another shape."""
+    return _route(
+        x, h0, backend, cell, False, lengths=False, resets=False, h_scale=False, gates=False,
+        grouped=False,
+    )  # fmt: skip
+
+
 def _is_grouped(
     x: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, reverse: Sequence[bool]
 ) -> bool:

@@ -184,7 +184,7 @@ def layer_backward(
     padded = products.without_padding(x, lengths) if need_ih else x
     weight, bias = products.Total(), products.Total()
     added = recompute and shared and len(products.direction_runs(problem.reverse)) > 1
-    grad_x = x.new_empty(0)
+    grad_x: Tensor | None = None
     if need_x and (recompute or T == 0 or B == 0):
         grad_x = (x.new_zeros if added else x.new_empty)(x.shape)
 
@@ -229,12 +229,10 @@ def layer_backward(
             gates if recompute else None, on_chunk, need_b_ih and bias_ih is not None,
             (need_h0, need_hh, need_b_hh, need_start, need_scale), kernel,
         )  # fmt: skip
-    nothing = T == 0 or B == 0
-    grad_ih, grad_b_ih = x.new_empty(0), x.new_empty(0)
-    if need_ih:
-        grad_ih = torch.zeros_like(weight_ih) if nothing else weight.result()
-    if need_b_ih and bias_ih is not None:
-        grad_b_ih = torch.zeros_like(bias_ih) if nothing else bias.result()
+    grad_ih = weight.gradient(weight_ih if need_ih else None, x)
+    grad_b_ih = bias.gradient(bias_ih if need_b_ih else None, x)
+    if grad_x is None:
+        grad_x = x.new_empty(0)
     return grad_x, grad_h0, grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_start, grad_scale
 
 
@@ -321,20 +319,17 @@ def _backward(
                         (rows[..., :gate_rows], entering), (candidate, operand)
                     )
                 )
-    nothing = T == 0 or B == 0
-    # Each its own tensor: PyTorch complains of an operator that returns one of them twice.
-    grad_h0, grad_w, grad_b, grad_s, grad_d = (h0.new_empty(0) for _ in range(5))
-    if need_h0:
-        grad_h0 = grad_state.to(h0.dtype)
-    if need_w:
-        grad_w = torch.zeros_like(problem.weight_hh) if nothing else weight.result()
-    if need_b:
-        grad_b = torch.zeros_like(problem.bias_hh) if nothing else bias.result()
-    if grad_start is not None:
-        grad_s = grad_start.to(h0.dtype)
-    if grad_scale is not None:
-        grad_d = grad_scale.transpose(0, 1).flatten(1).to(h0.dtype)
-    return grad_h0, grad_w, grad_b, grad_s, grad_d
+    # What is not needed is each time another tensor: PyTorch complains of an operator that returns
+    # one of them twice.
+    return (
+        grad_state.to(h0.dtype) if need_h0 else h0.new_empty(0),
+        weight.gradient(problem.weight_hh if need_w else None, h0),
+        bias.gradient(problem.bias_hh if need_b else None, h0),
+        h0.new_empty(0) if grad_start is None else grad_start.to(h0.dtype),
+        h0.new_empty(0)
+        if grad_scale is None
+        else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
+    )
 
 
 def _copy(gradient: Tensor) -> Tensor:

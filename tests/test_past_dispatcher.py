@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA calls past the dispatcher and past `functional`, on CPU tensors that claim to be on CUDA."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import Case, layer_inputs
+from gru_fast import GRU, cudnn, direct, direct_gpu, functional, ops, ops_past, reference
+
+
+@pytest.fixture
+def past(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the ops whose CUDA kernel was called past the dispatcher; the reference runs."""
+    called: list[str] = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        def kernel(*args: Any) -> tuple[Tensor, ...]:
+            called.append(name)
+            return ops._reference_kernel(name)(*args)
+
+        return kernel
+
+    names = ("layer", "scan", "layer_backward", "scan_backward")
+    monkeypatch.setattr(ops, "_cuda_kernels", {getattr(ops, name): spy(name) for name in names})
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(direct, "native", lambda *args: None)
+    monkeypatch.setattr(direct_gpu, "route_of_inference", lambda *args: "ops")
+    return called
+
+
+def arguments() -> list[Any]:
+    return list(layer_inputs(Case("reset_after", "everything"), torch.float32).arguments())
+
+
+def test_inference(past):
+    given = arguments()
+    with torch.no_grad():
+        outputs = ops.without_grad(ops.layer, *given)
+    assert past == ["layer"]
+    torch.testing.assert_close(outputs, reference.layer(*given))
+
+
+def test_training(past):
+    module = GRU(4, 5, 2, bidirectional=True)
+    x = torch.randn(6, 3, 4, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    ours = torch.autograd.grad(module(x)[0].square().sum(), leaves)
+    assert past == ["layer"] * 2 + ["layer_backward"] * 2
+    module.backend = "reference"
+    theirs = torch.autograd.grad(module(x)[0].square().sum(), leaves)
+    torch.testing.assert_close(ours, theirs)
+
+
+class Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, value)
+        yield
+
+
+class Subclass(Tensor):
+    pass
+
+
+WATCHED = {
+    "nothing": nullcontext,
+    "mode": Mode,
+    "profiler": torch.profiler.profile,
+    "forward-mode": forward_ad.dual_level,
+    "autocast": lambda: replaced(torch, "is_autocast_enabled", lambda device: True),
+    "dynamo": lambda: replaced(ops_past, "_callback", lambda: False),
+    "unknown": lambda: replaced(ops_past, "_callback", None),
+}
+
+
+@pytest.mark.parametrize("by", WATCHED)
+def test_who_watches_sees_the_operator(past, by):
+    given = arguments()
+    with torch.no_grad(), WATCHED[by]():
+        ops.without_grad(ops.layer, *given)
+    assert past == (["layer"] if by == "nothing" else [])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.as_subclass(Subclass),
+        torch._neg_view,
+        lambda t: torch._efficientzerotensor(t.shape),
+        lambda t: t.to_sparse(),
+        lambda t: torch.nested.nested_tensor(list(t)),
+    ],
+    ids=["subclass", "negated", "zero", "sparse", "nested"],
+)
+def test_tensors_that_only_the_dispatcher_knows(change):
+    plain = torch.ones(2, 3)
+    with replaced(torch.Tensor, "is_cuda", True):
+        assert ops_past.are_plain_cuda(
+            (None, "cell", plain, [False], True, torch.nn.Parameter(plain))
+        )
+        assert not ops_past.are_plain_cuda((plain, change(plain)))
+        assert not ops_past.are_plain_cuda((plain, 1.5))
+    assert not ops_past.are_plain_cuda((plain,))
+
+
+@pytest.fixture
+def through_functional(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has an element for each call that `functional` hands to a stack of layers."""
+    calls: list[int] = []
+    run_layers = functional.run_layers
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return run_layers(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "run_layers", spy)
+    return calls
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_short_way(past, through_functional, layers, bias, batch_first, given):
+    module = GRU(4, 5, layers, bias, batch_first)
+    x, hx = torch.randn(6, 3, 4), None
+    B = 6 if batch_first else 3
+    if given:
+        hx = torch.randn(layers, B, 5)
+    with torch.no_grad():
+        ours = module(x, hx)
+    assert past == ["layer"] * layers and not through_functional
+    theirs = module(x, hx)
+    assert through_functional
+    torch.testing.assert_close(ours, theirs)
+    assert [t.shape for t in ours] == [t.shape for t in theirs]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        GRU(4, 5, bidirectional=True), GRU(4, 6, num_heads=2),
+        GRU(4, 5, 2, dropout=0.5), GRU(4, 5, recurrent_dropout=0.5),
+    ],
+    ids=["directions", "heads", "dropout", "recurrent"],
+)  # fmt: skip
+def test_what_has_more_to_do_goes_the_long_way(past, through_functional, module):
+    with torch.no_grad():
+        module(torch.randn(6, 3, 4))
+    assert through_functional
+
+
+def wrong() -> dict[str, Callable[[GRU], Any]]:
+    x = torch.randn(6, 3, 4)
+    return {
+        "width": lambda m: m(x[..., :3]),
+        "dtype": lambda m: m(x.double()),
+        "axes": lambda m: m(x[None]),
+        "state": lambda m: m(x, torch.zeros(2, 2, 5)),
+        "state axes": lambda m: m(x, torch.zeros(3, 5)),
+        "state dtype": lambda m: m(x, torch.zeros(2, 3, 5).double()),
+        "no tensor": lambda m: m([1.0]),
+        "weight": lambda m: (setattr(m, "weight_hh_l0", None), m(x)),
+        "later weight": lambda m: (setattr(m, "weight_ih_l1", m.weight_ih_l0), m(x)),
+    }
+
+
+@pytest.mark.parametrize("name", wrong())
+def test_what_is_wrong_is_said_by_the_same_error(past, name):
+    """Whether it goes the short way or not."""
+    said = []
+    for grad in (True, False):
+        module = GRU(4, 5, 2)
+        with torch.set_grad_enabled(grad), pytest.raises(Exception) as caught:
+            wrong()[name](module)
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_short_way_to_cudnn(past, through_functional, monkeypatch, layers, bias):
+    """PyTorch's CPU recurrence stands in for cuDNN: it takes the same list of weights."""
+    calls = []
+
+    def stand_in(x, weights, stride, buffer, h0, c0, mode, H, P, count, first, p, train, both, *_):
+        assert (stride, H, count, first, train, both) == (len(weights), 5, 1, False, False, False)
+        calls.append(h0.is_contiguous())
+        return *torch._VF.gru(x, h0, weights, bias, 1, 0.0, False, False, False), None, None, None
+
+    monkeypatch.setattr(torch, "_cudnn_rnn", stand_in)
+    monkeypatch.setattr(cudnn, "_weights_in_one_block", lambda *args: None)
+    monkeypatch.setattr(direct_gpu, "route_of_inference", lambda *args: "cudnn")
+    module = GRU(4, 5, layers, bias)
+    x, hx = torch.randn(6, 3, 4), torch.randn(layers, 3, 10)[..., ::2]
+    with torch.no_grad():
+        ours = module(x, hx)
+    assert calls == [True] * layers and not past and not through_functional
+    torch.testing.assert_close(ours, module(x, hx))
