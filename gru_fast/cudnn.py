@@ -104,17 +104,18 @@ def flatten(weights: Sequence[Tensor]) -> None:
 def block_of(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights as one tensor without gradient, if each begins where the one before it ends."""
     first = weights[0]
-    ends = [w.data_ptr() + w.numel() * w.element_size() for w in weights]
-    if ends[:-1] != [w.data_ptr() for w in weights[1:]]:
+    end, size = first.data_ptr(), 0
+    if end % ALIGNMENT:
         return None
-    size = sum(w.numel() for w in weights)
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+        size += weight.numel()
     held = first.untyped_storage().nbytes() // first.element_size()
-    if first.data_ptr() % ALIGNMENT:
+    if first.storage_offset() + size > held:
         return None
-    if first.storage_offset() + size > held or not all(w.is_contiguous() for w in weights):
-        return None
-    with torch.no_grad():
-        return first.as_strided((size,), (1,)).detach()
+    return first.detach().as_strided((size,), (1,))
 
 
 def _weights_in_one_block(

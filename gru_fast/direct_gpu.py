@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import cudnn, ops
-from gru_fast.ops_past import are_plain_cuda
+from gru_fast.ops_past import are_plain_cuda, is_not_compiled
 from gru_fast.recurrence import FORWARD, route_of_inference
 from gru_fast.reference import GATES
 
@@ -38,18 +38,20 @@ def gru(
     per = 4 if bias else 2
     if len(params) != per * num_layers or input.dim() != 3 or cell not in GATES:
         return None
-    if any(weight is None for weight in params) or not are_plain_cuda((input, hx, *params)):
+    if any(weight is None for weight in params) or not is_not_compiled():
+        return None
+    if not are_plain_cuda((input, hx, *params)):
         return None
     x = input.transpose(0, 1) if batch_first else input
     H = params[1].shape[-1]
     shape = (num_layers, x.shape[1], H)
-    if not _fit(x, params, per, GATES[cell] * H, H):
+    if H < 1 or not _fit(x, params, per, GATES[cell] * H, H):
         return None
     if hx is None:
         hx = x.new_zeros(shape)
     elif hx.shape != shape or hx.dtype != x.dtype or hx.get_device() != x.get_device():
         return None
-    route = route_of_inference(x, hx[:1], backend, cell)
+    route = route_of_inference(x, H, backend, cell)
     if route == "reference":
         return None
     finals = []
@@ -61,7 +63,7 @@ def gru(
         else:
             weights: list[Any] = [weight.unsqueeze(0) for weight in own]
             rest = (None,) * (8 - per)
-            x, h_n, _ = ops.without_grad(ops.layer, x, h0, *weights, *rest, cell, FORWARD, True)
+            x, h_n, _ = ops.layer_of_fitting(x, h0, *weights, *rest, cell, FORWARD, True)
         finals.append(h_n)
     h_n = finals[0] if num_layers == 1 else torch.cat(finals)
     return x.transpose(0, 1) if batch_first else x, h_n

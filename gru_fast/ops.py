@@ -211,7 +211,7 @@ def _cpu_fallback(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return _as_kernel(getattr(reference, name), check, first)
 
 
-def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
+def _cuda_kernel(name: str, checked: bool = True) -> Callable[..., tuple[Tensor, ...]]:
     chosen: Callable[..., tuple[Tensor, ...]] | None = None
     fallback, first = _reference_kernel(name), _PLACES[name][0]
 
@@ -223,7 +223,7 @@ def _cuda_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
             chosen = fallback
             if find_spec("triton") is not None:
                 chosen = getattr(importlib.import_module("gru_fast.kernels"), name)
-        if chosen is not fallback:
+        if checked and chosen is not fallback:
             _CHECKS[name](*args)
         return chosen(*args)
 
@@ -260,6 +260,15 @@ def without_grad(op: Any, *args: Any) -> tuple[Tensor, ...]:
         with _BelowAutograd():
             outputs = kernel(*args)
     return outputs
+
+
+_fitting_layer = _cuda_kernel("layer", checked=False)
+
+
+def layer_of_fitting(*args: Any) -> tuple[Tensor, ...]:
+    """`layer` past the dispatcher for who has made sure that it may be and that arguments fit."""
+    with _BelowAutograd():
+        return _fitting_layer(*args)
 
 
 def unwatched(output: Tensor) -> Tensor:

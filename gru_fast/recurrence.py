@@ -59,12 +59,15 @@ def _route(
     return name if name in ("reference", "cudnn") else "ops"
 
 
-def route_of_inference(x: Tensor, h0: Tensor, backend: str, cell: str) -> str:
-    """`_route` of a plain layer in one direction: no features, no biases of another shape."""
-    return _route(
-        x, h0, backend, cell, False, lengths=False, resets=False, h_scale=False, gates=False,
-        grouped=False,
-    )  # fmt: skip
+def route_of_inference(x: Tensor, H: int, backend: str, cell: str) -> str:
+    """`_route` of a plain layer in one direction on CUDA that `is_unobserved`, with H units."""
+    prefer_cudnn = True
+    if backend == "auto":
+        sizes = (x.shape[0], x.shape[1], 1, H)
+        reason = backends.why_cudnn(x.device, x.dtype, sizes, cell, False)
+        prefer_cudnn = reason is not None and 0 not in sizes
+    name = backends.select(backend, "cuda", x.dtype, cell, prefer_cudnn=prefer_cudnn)
+    return name if name in ("reference", "cudnn") else "ops"
 
 
 def _is_grouped(

@@ -326,6 +326,36 @@ class TestCalls:
         assert backends.select("auto", "cuda", torch.float64, "no_reset") == "reference"
 
 
+@needs_triton
+@pytest.mark.parametrize("backend", ["auto", "triton", "cudnn", "reference", "cpu", "nonsense"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_short_way_is_the_same_way(hopper, points, backend, cell):
+    """What `direct_gpu` asks answers as what every other call asks."""
+    features = dict.fromkeys(("lengths", "resets", "h_scale", "gates", "grouped"), False)
+
+    def answer(ask):
+        try:
+            return ask()
+        except (RuntimeError, ValueError) as error:
+            return type(error), str(error)
+
+    seen = set()
+    with FakeTensorMode():
+        for dtype, H, B, T in product(
+            (torch.bfloat16, torch.float32, torch.float64, torch.int32),
+            (8, 128, 512), (0, 1, 64, 500), (0, 1, 512),
+        ):  # fmt: skip
+            x = torch.empty(T, B, 4, dtype=dtype, device="cuda")
+            h0 = torch.empty(1, B, H, dtype=dtype, device="cuda")
+            short = answer(lambda: recurrence.route_of_inference(x, H, backend, cell))  # noqa: B023
+            usual = answer(lambda: recurrence._route(x, h0, backend, cell, False, **features))  # noqa: B023
+            assert short == usual, (dtype, H, B, T)
+            seen.add(short)
+    if backend == "auto":
+        wanted = {"cudnn", "ops", "reference"} if cell == "reset_after" else {"ops", "reference"}
+        assert seen == wanted
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("reverse", [(False,), (False, True)])
 def test_weights_reach_cudnn_in_its_order(monkeypatch, reverse, bias):

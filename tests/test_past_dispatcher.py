@@ -29,6 +29,7 @@ def past(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     names = ("layer", "scan", "layer_backward", "scan_backward")
     monkeypatch.setattr(ops, "_cuda_kernels", {getattr(ops, name): spy(name) for name in names})
+    monkeypatch.setattr(ops, "layer_of_fitting", spy("layer"))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     monkeypatch.setattr(direct, "native", lambda *args: None)
     monkeypatch.setattr(direct_gpu, "route_of_inference", lambda *args: "ops")
