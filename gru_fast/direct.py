@@ -45,9 +45,12 @@ def gru_cell(
     """`functional.gru_cell`, or None where the call is not plain."""
     if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
-    if backend not in BACKENDS:
-        return None
-    return native(input, hx, weights, None, True, False, cell, False)  # type: ignore[no-any-return]
+    done: Tensor | None = None
+    if backend in BACKENDS:
+        done = native(input, hx, weights, None, True, False, cell, False)
+    if done is None and type(input) is Tensor and input.is_cuda:
+        done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
+    return done
 
 
 def gru(

@@ -30,7 +30,7 @@ def gru(
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """`functional.gru` in one direction of a call that `direct` found to be unobserved.
+    """`functional.gru` in one direction, of a call that `direct` found to be unobserved.
 
     None where `functional.gru` has to see the call: it is not plain, the reference takes it, or
     there is something wrong with it.
@@ -67,6 +67,24 @@ def gru(
         finals.append(h_n)
     h_n = finals[0] if num_layers == 1 else torch.cat(finals)
     return x.transpose(0, 1) if batch_first else x, h_n
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor | None], cell: str, backend: str
+) -> Tensor | None:
+    """`functional.gru_cell`, likewise."""
+    params = [weight for weight in weights if weight is not None]
+    biased = len(params) == 4
+    if input.dim() != 2 or (hx is not None and (type(hx) is not Tensor or hx.dim() != 2)):
+        return None
+    if not biased and (len(params) != 2 or weights[0] is None or weights[1] is None):
+        return None
+    hx = None if hx is None else hx.unsqueeze(0)
+    done = gru(input.unsqueeze(0), hx, params, 1, biased, False, cell, backend)
+    if done is None:
+        return None
+    state: Tensor = torch.ops.aten._unsafe_view(done[0], done[0].shape[1:])  # as functional does
+    return state
 
 
 def _fit(x: Tensor, params: Sequence[Tensor], per: int, rows: int, H: int) -> bool:

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import Case, layer_inputs
-from gru_fast import GRU, cudnn, direct, direct_gpu, functional, ops, ops_past, reference
+from gru_fast import GRU, GRUCell, cudnn, direct, direct_gpu, functional, ops, ops_past, reference
 
 
 @pytest.fixture
@@ -150,6 +150,23 @@ def test_the_short_way(past, through_functional, layers, bias, batch_first, give
     assert [t.shape for t in ours] == [t.shape for t in theirs]
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["hx", "zeros"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_short_way_of_a_cell(past, monkeypatch, bias, given):
+    cell = GRUCell(4, 5, bias)
+    x, hx = torch.randn(3, 4), torch.randn(3, 5) if given else None
+    theirs = cell(x, hx)
+    with torch.no_grad():
+        row = cell(x[0], None if hx is None else hx[0])
+        del past[:]
+        monkeypatch.setattr(functional, "gru_cell", None)
+        ours = cell(x, hx)
+    assert past == ["layer"]
+    torch.testing.assert_close(ours, theirs.detach())
+    torch.testing.assert_close(row, theirs[0].detach())
+    ours.detach_()  # not a view
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -162,6 +179,32 @@ def test_what_has_more_to_do_goes_the_long_way(past, through_functional, module)
     with torch.no_grad():
         module(torch.randn(6, 3, 4))
     assert through_functional
+
+
+def wrong_of_cell() -> dict[str, Callable[[GRUCell], Any]]:
+    x = torch.randn(3, 4)
+    return {
+        "width": lambda c: c(x[..., :3]),
+        "dtype": lambda c: c(x.double()),
+        "axes": lambda c: c(x[None]),
+        "state": lambda c: c(x, torch.zeros(2, 5)),
+        "state axes": lambda c: c(x, torch.zeros(5)),
+        "state dtype": lambda c: c(x, torch.zeros(3, 5).double()),
+        "state type": lambda c: c(x, 1.5),
+        "weight": lambda c: (setattr(c, "weight_hh", None), c(x)),
+        "weight shape": lambda c: (setattr(c, "weight_hh", c.weight_ih), c(x)),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_of_cell())
+def test_what_is_wrong_with_a_cell_is_said_by_the_same_error(past, name):
+    said = []
+    for grad in (True, False):
+        cell = GRUCell(4, 5)
+        with torch.set_grad_enabled(grad), pytest.raises(Exception) as caught:
+            wrong_of_cell()[name](cell)
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]
 
 
 def wrong() -> dict[str, Callable[[GRU], Any]]:
