@@ -17,7 +17,8 @@ CAN_TELL = all(hasattr(torch._C, name) for name in _WATCHERS) and hasattr(
 )
 """Whether this PyTorch says what `is_unobserved` asks it."""
 
-_callback: Any = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", None)
+_frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+_callback: Any = getattr(_frames, "get_eval_frame_callback", None)
 
 _PLAIN = (Tensor, nn.Parameter)
 _OTHER = (type(None), str, bool, list, tuple)
