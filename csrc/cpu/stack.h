@@ -4,6 +4,7 @@
 // by operation, so float32 gives the same bits as the layer.
 #pragma once
 #include "dot_pairs.h"
+#include "multiply.h"
 #include "team.h"
 
 namespace gru_fast {
@@ -140,6 +141,9 @@ class Stack {
     frames_ = shared.take<uint32_t>(kStepRows * ldx_);
     frame_scale_ = shared.take<float>(ldx_ > 0 ? kStepRows : 0);
     gates_of_ = mine.take<const float*>(chunk);
+    if constexpr (kWidens<P>) {
+      wide_ = take_widened(chunk, s.shape.I > s.shape.H ? s.shape.I : s.shape.H, mine);
+    }
   }
 
   // Steps of R rows that fit into one advance().
@@ -236,7 +240,7 @@ class Stack {
   // Logits of `rows` rows from top(), each padded_outputs() long; -inf behind the last.
   void logits(const uint32_t* top, int64_t rows, float* to, Range tiles) const {
     const int64_t ld = s_.padded_outputs();
-    multiply<P, 1>(s_.head, top, ldw_, rows, tiles, parity_ != 0,
+    multiply<P, 1>(s_.head, top, ldw_, rows, tiles, parity_ != 0, wide_,
                    [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
                      GRU_EACH(j) {
                        store(to + at.row_of(j) * ld + at.tile_of(j) * W,
@@ -282,7 +286,7 @@ class Stack {
   void project_gates(int64_t layer, const uint32_t* x, int64_t stride, int64_t count,
                      [[maybe_unused]] const float* scale, const Crew& crew) const {
     const Snapshot::Layer& weights = s_.layers[layer];
-    multiply<P, GATES>(weights.input, x, stride, count, crew.tiles, false,
+    multiply<P, GATES>(weights.input, x, stride, count, crew.tiles, false, wide_,
                        [&]<int N>(Items at, const V(&sums)[GATES][N]) GRU_MEMBER_LAMBDA {
                          GRU_EACH(j) {
                            const int64_t row = at.row_of(j), first = at.tile_of(j) * GATES * W;
@@ -376,7 +380,7 @@ class Stack {
         tiles.begin = tiles.end - tiles.size() % 2;
       }
     }
-    multiply<P, 3>(weights.first, previous, ldw_, now.rows, tiles, now.parity != 0,
+    multiply<P, 3>(weights.first, previous, ldw_, now.rows, tiles, now.parity != 0, wide_,
                    [&]<int N>(Items at, const V(&sums)[3][N])
                        GRU_MEMBER_LAMBDA { close(at, sums, Nothing{}); });
   }
@@ -384,7 +388,7 @@ class Stack {
   void step_no_reset(const Step& now, const Crew& crew) const {
     const Rows<2> rows(*this, now);
     multiply<P, 2>(s_.layers[now.layer].first, operand(now.layer, now.parity, 0), ldw_, now.rows,
-                   crew.tiles, now.parity != 0,
+                   crew.tiles, now.parity != 0, wide_,
                    [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
                      V z[N], n[N];
                      GRU_EACH(j) z[j] = sums[0][j] + rows.gx(at, j, 0);
@@ -400,7 +404,8 @@ class Stack {
     const Rows<3> rows(*this, now);
     const int64_t H = s_.shape.H;
     multiply<P, 2>(weights.first, operand(now.layer, now.parity, 0), ldw_, now.rows, crew.tiles,
-                   now.parity != 0, [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
+                   now.parity != 0, wide_,
+                   [&]<int N>(Items at, const V(&sums)[2][N]) GRU_MEMBER_LAMBDA {
                      V rz[2 * N];
                      GRU_EACH(j) rz[j] = sums[0][j] + rows.gx(at, j, 0);
                      GRU_EACH(j) rz[N + j] = sums[1][j] + rows.gx(at, j, 1);
@@ -412,7 +417,7 @@ class Stack {
                      }
                    });
     crew.wait();
-    multiply<P, 1>(weights.second, gated_, ldw_, now.rows, crew.tiles, now.parity != 0,
+    multiply<P, 1>(weights.second, gated_, ldw_, now.rows, crew.tiles, now.parity != 0, wide_,
                    [&]<int N>(Items at, const V(&sums)[1][N]) GRU_MEMBER_LAMBDA {
                      V n[N];
                      GRU_EACH(j) n[j] = sums[0][j] + rows.gx(at, j, 2);
@@ -430,6 +435,7 @@ class Stack {
   uint32_t *row_, *gated_, *between_, *frames_;
   const float** gates_of_;
   int parity_ = 0;
+  [[no_unique_address]] WideRoom<P> wide_;
 };
 
 }  // namespace
