@@ -117,6 +117,19 @@ class TestNothingButTheSequenceMatters:
             assert torch.equal(some.hidden, many.hidden[:, :n])
 
     @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize("shape", ((65, 50, 1), (1000, 51, 2), (65, 300, 2)))
+    def test_few_rows_or_many(self, sampler_isa, weights, cell, shape, poisoned_memory):
+        """Without AVX-512 bfloat16 becomes float32 for 8 rows or more, and stays for fewer."""
+        sampler = Sampler(language_model(*shape, cell), weights, threads=1)
+        arguments = {"max_new_tokens": 6, "seed": 5}
+        many = detailed(sampler, num_return_sequences=64, **arguments)
+        for n in (1, 4, 7, 8, 9, 14):
+            some = detailed(sampler, num_return_sequences=n, **arguments)
+            assert torch.equal(some.sequences, many.sequences[:n])
+            assert torch.equal(some.log_probs, many.log_probs[:n])
+            assert torch.equal(some.hidden, many.hidden[:, :n])
+
+    @pytest.mark.parametrize("cell", CELLS)
     @pytest.mark.parametrize("rows", (1, 2, 70))
     def test_threads(self, sampler_isa, weights, cell, rows, two_threads):
         """One row splits the hidden units; the head is large enough to be split too."""
