@@ -17,8 +17,12 @@ constexpr bool kWidens = P == Weights::kBFloat16;
 template <Weights P>
 constexpr bool kWidens = false;
 #endif
-// Fewer do not pay for writing the weights and reading them again.
-constexpr int64_t kFewestWidened = 2 * kRowBlock;
+// Fewer do not pay for writing the weights and reading them again; nor do nine, which are blocks of
+// three, whose sums leave registers for the halves.
+template <Weights P>
+constexpr bool widens(int64_t rows) {
+  return kWidens<P> && rows >= 2 * kRowBlock && rows != 9;
+}
 
 // A product of many rows has at most three vectors of weights side by side: see most_abreast().
 constexpr int kWideVectors = 3;
