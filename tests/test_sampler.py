@@ -119,7 +119,7 @@ class TestNothingButTheSequenceMatters:
     @pytest.mark.parametrize("cell", CELLS)
     @pytest.mark.parametrize("shape", ((65, 50, 1), (1000, 51, 2), (65, 300, 2)))
     def test_few_rows_or_many(self, sampler_isa, weights, cell, shape, poisoned_memory):
-        """Without AVX-512 bfloat16 becomes float32 for 8 rows or more, and stays for fewer."""
+        """Without AVX-512 bfloat16 becomes float32 for 8 rows and for 10 or more."""
         sampler = Sampler(language_model(*shape, cell), weights, threads=1)
         arguments = {"max_new_tokens": 6, "seed": 5}
         many = detailed(sampler, num_return_sequences=64, **arguments)
