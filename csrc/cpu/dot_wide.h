@@ -19,10 +19,7 @@ constexpr bool kWidens = false;
 #endif
 // Fewer do not pay for writing the weights and reading them again; nor do nine, which are blocks of
 // three, whose sums leave registers for the halves.
-template <Weights P>
-constexpr bool widens(int64_t rows) {
-  return kWidens<P> && rows >= 2 * kRowBlock && rows != 9;
-}
+GRU_INLINE bool pays_to_widen(int64_t rows) { return rows >= 2 * kRowBlock && rows != 9; }
 
 // A product of many rows has at most three vectors of weights side by side: see most_abreast().
 constexpr int kWideVectors = 3;

@@ -17,7 +17,7 @@ GRU_INLINE void multiply(const Panels& panels, const uint32_t* a, int64_t row_st
                          Range range, bool backwards, const WideRoom<P>& wide, Epilogue epilogue) {
   constexpr int W = kLanes<float>;
   Sum<P> sums[kMaxTileVectors];
-  const bool widened = widens<P>(rows);
+  const bool widened = kWidens<P> && pays_to_widen(rows);
   if constexpr (kWidens<P>) {
     if (widened) widen_rows(a, row_stride, rows, panels.K, wide);
   }
