@@ -61,6 +61,11 @@ constexpr int64_t packed_k(int64_t K) {
   return (K + kPack<Real> - 1) / kPack<Real> * kPack<Real>;
 }
 
+// How far ahead many rows ask for three gates' weights, which beyond the first level come in a
+// single stream: a processor with registers of half a line asks for too little of it by itself.
+template <int ROWS, int NV>
+constexpr int kBytesAhead = kVecBytes == 32 && ROWS == kRowBlock && NV == 3 ? 1536 : 0;
+
 // Weights of a unit tile, packed for the product: [word][NV][lanes]; tiles lie one after the other.
 // out[(i * NT + tile) * NV + v] = sum_k a[row + i][k] * panel[tile][k][v]
 template <class Real, int ROWS, int NT, int NV>
@@ -84,6 +89,10 @@ void product(Operand<Real> operand, int64_t row, const Real* panels, int64_t K, 
 #pragma GCC unroll 12
       for (int n = 0; n < N; ++n) {
         weight[n] = load_words(pk + (n / NV) * panel_stride + (n % NV) * (W * P));
+      }
+      if constexpr (kBytesAhead<ROWS, NV> != 0) {
+        const char* ahead = reinterpret_cast<const char*>(pk) + kBytesAhead<ROWS, NV>;
+        for (int byte = 0; byte < N * kVecBytes; byte += 64) __builtin_prefetch(ahead + byte);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) {
