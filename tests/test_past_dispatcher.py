@@ -181,6 +181,39 @@ def test_what_has_more_to_do_goes_the_long_way(past, through_functional, module)
     assert through_functional
 
 
+@pytest.mark.parametrize("by", WATCHED)
+def test_who_watches_gets_the_long_way(past, through_functional, by):
+    with torch.no_grad(), WATCHED[by]():
+        GRU(4, 5)(torch.randn(6, 3, 4))
+    assert len(through_functional) == (by != "nothing")
+
+
+def test_a_weight_of_a_subclass_goes_the_long_way(past, through_functional):
+    module = GRU(4, 5)
+    module.weight_hh_l0 = torch.nn.Parameter(module.weight_hh_l0.detach().as_subclass(Subclass))
+    with torch.no_grad():
+        module(torch.randn(6, 3, 4))
+    assert through_functional
+
+
+@pytest.mark.parametrize("elsewhere", [(15,), (15, 5), (1, 3, 5)], ids=["bias", "weight", "hx"])
+def test_what_is_on_another_device_goes_the_long_way(
+    past, through_functional, monkeypatch, elsewhere
+):
+    devices = {True: -2, False: -1}
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: devices[self.shape == elsewhere])
+    with torch.no_grad():
+        GRU(4, 5)(torch.randn(6, 3, 4), torch.randn(1, 3, 5))
+    assert through_functional
+
+
+def test_what_the_reference_takes_goes_the_long_way(past, through_functional, monkeypatch):
+    monkeypatch.setattr(direct_gpu, "route_of_inference", lambda *args: "reference")
+    with torch.no_grad():
+        GRU(4, 5)(torch.randn(6, 3, 4))
+    assert through_functional
+
+
 def wrong_of_cell() -> dict[str, Callable[[GRUCell], Any]]:
     x = torch.randn(3, 4)
     return {
