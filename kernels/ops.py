@@ -47,10 +47,11 @@ def layer(
     with on_device(x):
         with products.matmul_precision(dot_precision(x), x):
             gates_x = products.project(x, weight_ih, bias_ih)
-        return _scan(
+        problem = problem_of(
             gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell,
-            reverse, recompute, kernel,
+            reverse,
         )  # fmt: skip
+        return _scan(problem, recompute, kernel)
 
 
 def scan(
@@ -69,35 +70,21 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence over projected inputs; `kernel` as in `layer`."""
     with on_device(gates_x):
-        return _scan(
+        problem = problem_of(
             gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell,
-            reverse, recompute, kernel,
+            reverse,
         )  # fmt: skip
+        return _scan(problem, recompute, kernel)
 
 
-def _scan(
-    gates_x: Tensor,
-    h0: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
-    lengths: Tensor | None,
-    reset_mask: Tensor | None,
-    reset_state: Tensor | None,
-    h_scale: Tensor | None,
-    cell: str,
-    reverse: Sequence[bool],
-    recompute: bool,
-    kernel: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = problem_of(
-        gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse
-    )
+def _scan(problem: Problem, recompute: bool, kernel: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    gates_x, h0 = problem.gates_x, problem.h0
     T, B, G, H = problem.T, problem.B, problem.G, problem.H
     output = gates_x.new_empty(T, B, G * H)
     workspace = gates_x.new_empty(0) if recompute else rebuild.new_workspace(problem, T)
     if T == 0 or B == 0:
         return output, h0.clone(memory_format=torch.contiguous_format), workspace
-    h_n = torch.empty_like(problem.h0)
+    h_n = torch.empty_like(h0)
     chosen, config = take(kernel, problem, "forward", "infer" if recompute else "train")
     chosen.launch_forward(problem, output, h_n, None if recompute else workspace, config)
     return output, h_n, workspace
