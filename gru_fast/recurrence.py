@@ -45,8 +45,7 @@ def _route(
         else:
             T, B = steps.shape[:2]
             sizes = (T, B, h0.shape[0], h0.shape[2])
-            reason = backends.why_cudnn(steps.device, dtype, sizes, cell, training)
-            prefer_cudnn = reason is not None and T > 0 and B > 0
+            prefer_cudnn = _prefers_cudnn(steps.device, dtype, sizes, cell, training)
     name = backends.select(
         backend,
         steps.device.type,
@@ -56,7 +55,23 @@ def _route(
         prefer_cudnn=prefer_cudnn,
         **features,
     )
-    return name if name in ("reference", "cudnn") else "ops"
+    return _route_to(name)
+
+
+def _prefers_cudnn(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    cell: str,
+    training: bool,
+) -> bool:
+    """Whether "auto" gives T, B, G, H to cuDNN, which takes neither T nor B of 0."""
+    reason = backends.why_cudnn(device, dtype, sizes, cell, training)
+    return reason is not None and 0 not in sizes[:2]
+
+
+def _route_to(backend: str) -> str:
+    return backend if backend in ("reference", "cudnn") else "ops"
 
 
 def route_of_inference(x: Tensor, H: int, backend: str, cell: str) -> str:
@@ -64,10 +79,8 @@ def route_of_inference(x: Tensor, H: int, backend: str, cell: str) -> str:
     prefer_cudnn = True
     if backend == "auto":
         sizes = (x.shape[0], x.shape[1], 1, H)
-        reason = backends.why_cudnn(x.device, x.dtype, sizes, cell, False)
-        prefer_cudnn = reason is not None and 0 not in sizes
-    name = backends.select(backend, "cuda", x.dtype, cell, prefer_cudnn=prefer_cudnn)
-    return name if name in ("reference", "cudnn") else "ops"
+        prefer_cudnn = _prefers_cudnn(x.device, x.dtype, sizes, cell, False)
+    return _route_to(backends.select(backend, "cuda", x.dtype, cell, prefer_cudnn=prefer_cudnn))
 
 
 def _is_grouped(

@@ -145,22 +145,16 @@ def norm_scan_backward(
                         scan, output.contiguous(), None, steps
                     )
                 weight.add(products.weight_gradients((grad_u, entering)))
-    empty = h0.new_empty(0)
-    nothing = T == 0 or B == 0
-
-    def result(needed: bool, total: products.Total, like: Tensor | None) -> Tensor:
-        if not needed or like is None:
-            return empty.clone()
-        return torch.zeros_like(like) if nothing else total.result()
-
     return (
         grad_gates,
-        grad_state.to(h0.dtype) if need_h0 else empty,
-        result(need_w, weight, scan.weight_hh),
-        result(need_gain, gain, problem.gamma_hh),
-        result(need_b, bias, scan.bias_hh),
-        empty.clone() if grad_start is None else grad_start.to(h0.dtype),
-        empty.clone() if grad_scale is None else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
+        grad_state.to(h0.dtype) if need_h0 else h0.new_empty(0),
+        weight.gradient(scan.weight_hh if need_w else None, h0),
+        gain.gradient(problem.gamma_hh if need_gain else None, h0),
+        bias.gradient(scan.bias_hh if need_b else None, h0),
+        h0.new_empty(0) if grad_start is None else grad_start.to(h0.dtype),
+        h0.new_empty(0)
+        if grad_scale is None
+        else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
     )
 
 

@@ -214,6 +214,17 @@ def test_what_the_reference_takes_goes_the_long_way(past, through_functional, mo
     assert through_functional
 
 
+def errors(make: Callable[[], Any], call: Callable[[Any], Any]) -> list[tuple[type, str]]:
+    """What is said of a wrong call: by the long way, which gradients take, and by the short one."""
+    said = []
+    for grad in (True, False):
+        module = make()
+        with torch.set_grad_enabled(grad), pytest.raises(Exception) as caught:
+            call(module)
+        said.append((caught.type, str(caught.value)))
+    return said
+
+
 def wrong_of_cell() -> dict[str, Callable[[GRUCell], Any]]:
     x = torch.randn(3, 4)
     return {
@@ -231,13 +242,8 @@ def wrong_of_cell() -> dict[str, Callable[[GRUCell], Any]]:
 
 @pytest.mark.parametrize("name", wrong_of_cell())
 def test_what_is_wrong_with_a_cell_is_said_by_the_same_error(past, name):
-    said = []
-    for grad in (True, False):
-        cell = GRUCell(4, 5)
-        with torch.set_grad_enabled(grad), pytest.raises(Exception) as caught:
-            wrong_of_cell()[name](cell)
-        said.append((caught.type, str(caught.value)))
-    assert said[0] == said[1]
+    long_way, short_way = errors(lambda: GRUCell(4, 5), wrong_of_cell()[name])
+    assert long_way == short_way
 
 
 def wrong() -> dict[str, Callable[[GRU], Any]]:
@@ -257,14 +263,8 @@ def wrong() -> dict[str, Callable[[GRU], Any]]:
 
 @pytest.mark.parametrize("name", wrong())
 def test_what_is_wrong_is_said_by_the_same_error(past, name):
-    """Whether it goes the short way or not."""
-    said = []
-    for grad in (True, False):
-        module = GRU(4, 5, 2)
-        with torch.set_grad_enabled(grad), pytest.raises(Exception) as caught:
-            wrong()[name](module)
-        said.append((caught.type, str(caught.value)))
-    assert said[0] == said[1]
+    long_way, short_way = errors(lambda: GRU(4, 5, 2), wrong()[name])
+    assert long_way == short_way
 
 
 @pytest.mark.parametrize("bias", [True, False])
