@@ -124,10 +124,12 @@ class Total:
         else:
             self.value = self.value.float() + term.float()
 
+    def result(self) -> Tensor:
+        assert self.value is not None
+        return self.value.to(self.dtype).contiguous()
+
     def gradient(self, of: Tensor | None, like: Tensor) -> Tensor:
         """The sum as the gradient of a tensor, 0 without terms; empty as no gradient is wanted."""
         if of is None:
             return like.new_empty(0)
-        if self.value is None:
-            return torch.zeros_like(of)
-        return self.value.to(self.dtype).contiguous()
+        return torch.zeros_like(of) if self.value is None else self.result()
