@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "panels.h"
+#include "processor.h"
 #include "tile.h"
 
 namespace gru_fast {
@@ -15,16 +16,17 @@ namespace {
 // Measured: from 3 rows on, packing a tile once is as fast or faster.
 constexpr int64_t kMaxRowsInPlace = 2;
 
-// A chain of sums takes longer than the transposes of what it adds, so where a single row meets the
-// weights two chains take turns. Which two, and what helps instead, depends on how far the weights
-// are.
+// A row's chain of sums takes longer than the transposes of what it adds, where these are quick:
+// two chains take turns there. From afar it helps more to ask for the next weights, in the order of
+// memory. Which of it a processor gains by is measured.
 enum class Pace {
-  kTwoTiles,   // in the second level of the cache
-  kAskAhead,   // beyond it: the next tile is asked for in the order of memory
-  kAskForTwo,  // the same of two tiles, for the short registers that wait for each other most
-  kTwoBlocks,  // of the sum, for the longer chains of bfloat16, unless rows are long
+  kTwoTiles,
+  kTwoBlocks,  // of the sum
+  kOneAhead,   // one tile, while the next is asked for
+  kTwoAhead,   // the same of two tiles
 };
-constexpr int64_t kWeightsForTwoTiles = 1 << 20;
+// As much as the second level of the cache holds.
+constexpr int64_t kNearWeights = 1 << 20;
 constexpr int64_t kLongRowBytes = 3072;
 // Longer rows of a multiple of this fall into two sets of the first cache, which hold no more than
 // one tile of them.
@@ -33,10 +35,16 @@ constexpr int64_t kCrowdBytes = 2048;
 template <class Real>
 Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
   const int64_t row_bytes = K * static_cast<int64_t>(sizeof(Real));
-  if (rows * weight_rows * row_bytes <= kWeightsForTwoTiles) return Pace::kTwoTiles;
-  if (kPack<Real> > 1 && row_bytes < kLongRowBytes) return Pace::kTwoBlocks;
-  const bool crowd = row_bytes > kCrowdBytes && row_bytes % kCrowdBytes == 0;
-  return kVecBytes < 64 && rows == 1 && !crowd ? Pace::kAskForTwo : Pace::kAskAhead;
+  const bool near = rows * weight_rows * row_bytes <= kNearWeights;
+  if constexpr (kVecBytes < 64) {
+    if (rows > 1) return near ? Pace::kTwoTiles : Pace::kOneAhead;
+    const bool crowd = row_bytes > kCrowdBytes && row_bytes % kCrowdBytes == 0;
+    return crowd ? Pace::kOneAhead : Pace::kTwoAhead;
+  } else {
+    if (!shuffles_two_wide_registers()) return Pace::kOneAhead;
+    if (near) return Pace::kTwoTiles;
+    return kPack<Real> > 1 && row_bytes < kLongRowBytes ? Pace::kTwoBlocks : Pace::kOneAhead;
+  }
 }
 
 // W weight rows of K columns, and those that follow them in memory.
@@ -68,7 +76,7 @@ GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Rea
       constexpr int kBytes = STRANDS * W * kVecBytes;
       const char* ahead = reinterpret_cast<const char*>(weight.next + k * (STRANDS * W));
 #pragma GCC unroll 16
-      for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(ahead + byte);
+      for (int byte = 0; byte < kBytes; byte += 64) prefetch(ahead + byte);
     }
 #pragma GCC unroll 2
     for (int strand = 0; strand < STRANDS; ++strand) {
@@ -178,10 +186,10 @@ using ProductInPlace = void (*)(Operand<Real>, const RowsInPlace<Real>&, int, Ve
 template <class Real, int ROWS>
 ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
   if constexpr (ROWS == 1 && kVecBytes < 64) {
-    if (tiles == 2 && pace == Pace::kAskForTwo) return product_in_place<Real, 1, 2, true>;
+    if (tiles == 2 && pace == Pace::kTwoAhead) return product_in_place<Real, 1, 2, true>;
   }
   if (tiles == 2) return product_in_place<Real, ROWS, 2>;
-  if (pace == Pace::kAskAhead) return product_in_place<Real, ROWS, 1, true>;
+  if (pace == Pace::kOneAhead) return product_in_place<Real, ROWS, 1, true>;
   if (ROWS == 1 && pace == Pace::kTwoBlocks) return product_of_blocks<Real>;
   return product_in_place<Real, ROWS, 1>;
 }
@@ -198,7 +206,7 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vec
   Vec<Real> sums[kMaxTileVectors];
   for (int64_t tile = tile_begin; tile < tile_end;) {
     const bool pair = tile + 1 < tile_end && lanes(tile + 1) == kLanes<Real>;
-    const int tiles = (pace == Pace::kTwoTiles || pace == Pace::kAskForTwo) && pair ? 2 : 1;
+    const int tiles = (pace == Pace::kTwoTiles || pace == Pace::kTwoAhead) && pair ? 2 : 1;
     const auto multiply =
         rows == 2 ? pick_in_place<Real, 2>(pace, tiles) : pick_in_place<Real, 1>(pace, tiles);
     const int n = lanes(tile + tiles - 1);

@@ -120,11 +120,8 @@ GRU_INLINE void load_after(const Number*& p, const V (&values)[N]) {
 }
 #endif
 
-// Into the second level of the cache: it is read a step later.
-template <class Real>
-GRU_INLINE void prefetch(const Real* p) {
-  __builtin_prefetch(p, 0, 2);
-}
+// Into the second level of the cache: it is read later than the first would keep it.
+GRU_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Words as they lie, whatever they stand for.
 template <class Real>
