@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
     "arena_test": ("arena", "huge_pages"),
+    "in_place_test": (),
     "parallel_test": (),
     "team_test": ("team",),
     "kernels_test": ("kernels_baseline", "norm_baseline", "team"),
@@ -37,9 +38,13 @@ def run(name: str, folder: Path, *flags: str, compiler="", emulator=()) -> None:
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
-@pytest.mark.parametrize("name", ("arena_test", "parallel_test", "team_test"))
+@pytest.mark.parametrize("name", ("arena_test", "in_place_test", "parallel_test", "team_test"))
 def test_program(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
+
+
+def test_weights_in_place_with_the_widest_registers(tmp_path: Path) -> None:
+    run("in_place_test", tmp_path, "-march=native")
 
 
 @pytest.mark.slow
@@ -51,7 +56,7 @@ def test_under_sanitizers(name: str, sanitizer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("kernels_test", "sampler_test"))
+@pytest.mark.parametrize("name", ("in_place_test", "kernels_test", "sampler_test"))
 def test_widest_registers_under_sanitizers(name: str, tmp_path: Path) -> None:
     """The same code for the registers of this machine, as a build with CXXFLAGS=-march=native."""
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-march=native")
