@@ -21,7 +21,7 @@ constexpr int64_t kMaxRowsInPlace = 2;
 // memory. Which of it a processor gains by is measured.
 enum class Pace {
   kTwoTiles,
-  kTwoBlocks,  // of the sum
+  kTwoBlocks,  // of the sum, for the longer chains of bfloat16, unless rows are long
   kOneAhead,   // one tile, while the next is asked for
   kTwoAhead,   // the same of two tiles
 };
