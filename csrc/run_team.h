@@ -23,7 +23,7 @@ void run_on_team(const Call& call, int passes, int64_t (*scratch_bytes)(const Ca
   Signals signals;
   Team team(threads, Signals::poll, &signals);
   auto part = [&](int64_t begin, int64_t end) {
-    const int member = team.join(static_cast<int>(end - begin));
+    const int member = team.join(static_cast<int>(begin), static_cast<int>(end - begin));
     if (member >= 0) kernel(call, team, threads, member, scratch.data());
   };
   run_parts(threads, std::ref(part));

@@ -116,7 +116,7 @@ void run(const PackedStack& stack, const Generation& g, GenerationState& state, 
   Team team(threads);
   std::atomic<int> finished{0};
   run_parts(threads, [&](int64_t begin, int64_t end) {
-    const int member = team.join(static_cast<int>(end - begin));
+    const int member = team.join(static_cast<int>(begin), static_cast<int>(end - begin));
     if (member < 0) {
       // Only the thread that Python called can look for signals, also where it came too late.
       while (signals.is_mine() && finished.load() < team.size_for_latecomer()) {

@@ -35,13 +35,13 @@ bool is_before(uint32_t phase, uint32_t target) { return static_cast<int32_t>(ph
 
 }  // namespace
 
-int Team::join(int parts) {
+int Team::join(int first, int parts) {
   uint64_t door = door_.load(std::memory_order_relaxed);
   do {
     if (door & kClosed || members_of(door) == parts_) return -1;
   } while (!door_.compare_exchange_weak(door, door + (uint64_t{1} << kPartBits) + parts,
                                         std::memory_order_acq_rel));
-  const int member = members_of(door);
+  const int arrived = members_of(door);
 
   int spins = 0;
   for (door = door_.load(std::memory_order_acquire); !(door & kClosed);
@@ -54,6 +54,7 @@ int Team::join(int parts) {
       sched_yield();
     }
   }
+  const int member = members_of(door) == parts_ ? first : arrived;
   if (member == 0) size_ = members_of(door);
   // Everybody reads size_ from now on: member 0 must have written it.
   if (members_of(door) > 1) barrier(member);

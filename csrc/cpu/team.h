@@ -22,9 +22,12 @@ class Team {
         context_(context),
         arrived_(parts > 1 ? new Flag[parts] : nullptr) {}
 
-  // Called once by each thread of the region with the number of parts it was handed. Returns the
-  // member's number, or -1 to one that comes after closing time, which must return at once.
-  int join(int parts);
+  // Called once by each thread of the region with the parts it was handed: the number of the first
+  // and how many. Returns the member's number, or -1 to one that comes after closing time, which
+  // must return at once. Where each thread has one part and none is missing, the member's number is
+  // the part's: a pool that hands the same part to the same thread in every call keeps the work,
+  // and what it reads, on the same core. Otherwise members are numbered as they come.
+  int join(int first, int parts);
 
   // The final number of members. Valid after join().
   int size() const { return size_; }

@@ -150,13 +150,13 @@ void on_team(const Call& call, int threads, int64_t (*scratch_bytes)(const Call&
   const std::unique_ptr<void, void (*)(void*)> scratch(std::aligned_alloc(64, bytes), std::free);
   std::memset(scratch.get(), 0xff, bytes);
   Team team(threads, poll, context);
-  auto part = [&] {
-    const int member = team.join(1);
+  auto part = [&](int number) {
+    const int member = team.join(number, 1);
     if (member >= 0) kernel(call, team, threads, member, scratch.get());
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(part);
-  part();
+  for (int i = 1; i < threads; ++i) others.emplace_back(part, i);
+  part(0);
   for (std::thread& other : others) other.join();
 }
 

@@ -105,13 +105,13 @@ Result run(const StackShape& shape, const void* snapshot, const Prompts& prompts
   GenerationState state{};
   const Block scratch(kernels.generate_scratch_bytes(shape, g, threads));
   Team team(threads);
-  auto part = [&] {
-    const int member = team.join(1);
+  auto part = [&](int number) {
+    const int member = team.join(number, 1);
     if (member >= 0) kernels.generate(snapshot, g, state, team, threads, member, scratch.data);
   };
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(part);
-  part();
+  for (int i = 1; i < threads; ++i) others.emplace_back(part, i);
+  part(0);
   for (std::thread& other : others) other.join();
   return result;
 }

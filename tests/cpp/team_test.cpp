@@ -25,10 +25,11 @@ void run(int parts, int callers, int rounds) {
   std::vector<int> counters(parts * 16, 0);
   std::vector<int> members(callers, -2);
   auto work = [&](int caller) {
-    const int mine = parts * (caller + 1) / callers - parts * caller / callers;
-    const int member = team.join(mine);
+    const int first = parts * caller / callers;
+    const int member = team.join(first, parts * (caller + 1) / callers - first);
     members[caller] = member;
     if (member < 0) return;
+    if (team.size() == parts) expect(member == first, "a part's member has another number");
     for (int round = 1; round <= rounds; ++round) {
       counters[member * 16] = round;
       team.barrier(member);
@@ -52,9 +53,9 @@ void run(int parts, int callers, int rounds) {
 // all.
 void one_after_the_other() {
   Team team(4);
-  expect(team.join(1) == 0 && team.size() == 1, "the first caller did not become the team");
+  expect(team.join(3, 1) == 0 && team.size() == 1, "the first caller did not become the team");
   team.barrier(0);
-  for (int late = 0; late < 3; ++late) expect(team.join(1) == -1, "a late comer was let in");
+  for (int late = 0; late < 3; ++late) expect(team.join(late, 1) == -1, "a late comer was let in");
 }
 
 }  // namespace
