@@ -14,6 +14,7 @@ PROGRAMS = {
     "arena_test": ("arena", "huge_pages"),
     "in_place_test": (),
     "parallel_test": (),
+    "share_test": (),
     "team_test": ("team",),
     "kernels_test": ("kernels_baseline", "norm_baseline", "team"),
     "sampler_test": ("gru_stream", "sampler_isa", "sampler_baseline", "team"),
@@ -38,7 +39,9 @@ def run(name: str, folder: Path, *flags: str, compiler="", emulator=()) -> None:
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
-@pytest.mark.parametrize("name", ("arena_test", "in_place_test", "parallel_test", "team_test"))
+@pytest.mark.parametrize(
+    "name", ("arena_test", "in_place_test", "parallel_test", "share_test", "team_test")
+)
 def test_program(name: str, tmp_path: Path) -> None:
     run(name, tmp_path)
 

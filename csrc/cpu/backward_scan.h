@@ -23,7 +23,7 @@ class BackwardScan {
 
   BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
                int member)
-      : f_(f), p_(f.in), c_(chunk), carry_(f, c_.units, layout) {
+      : f_(f), p_(f.in), c_(chunk), carry_(f, c_.units, layout, threads) {
     // Where all of it stays in the cache it is no use, nor where a step is too much to hold.
     constexpr int64_t kKept = 1 << 20, kStep = 1 << 18;
     const int64_t step_bytes = p_.B * p_.G * c_.slots * p_.H * static_cast<int64_t>(sizeof(Real));
@@ -68,12 +68,11 @@ class BackwardScan {
  private:
   // D of a step for the rows from a rank on, which no later step was alive for.
   void begin_rows(int64_t g, int64_t step, int64_t from) {
-    const Gradients gradients(c_, carry_, prefetches_, g, step);
+    const Gradients gradients(c_, carry_, share_.ranks, prefetches_, g, step);
     const int64_t end = share_.ranks.below(c_.rows.alive_at(g, step));
-    for (int64_t i = share_.ranks.below(from); i < end; ++i) {
+    for (int64_t row = share_.ranks.below(from); row < end; ++row) {
       for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
-        const int64_t rank = share_.ranks[i];
-        gradients.add(rank, tile, load(gradients.carried(rank, tile)));
+        gradients.add(row, tile, load(gradients.carried(row, tile)));
       }
     }
   }
@@ -83,7 +82,8 @@ class BackwardScan {
   void through_candidate(int64_t g, int64_t step) {
     const int64_t t = c_.rows.time(g, step), first_row = c_.first_row(g, step);
     multiply(c_.d(g, step, 0, 2, 0), candidate_panels_, g, step,
-             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               const int64_t rank = share_.ranks[row];
                const int64_t b = c_.rows.row(rank), place = t * p_.B + b;
                const int lanes = lanes_of<Real>(tile, p_.H);
                const V r = load_n(c_.gate_row(g, first_row + rank, place) + tile * W, lanes);
@@ -93,7 +93,7 @@ class BackwardScan {
                  dr += load_n(f_.grad_workspace + at, lanes);
                }
                store(c_.d(g, first_row + rank) + tile * W, dr * r * (Number(1) - r));
-               carry_.add(g, t, rank, tile, sums[0] * r);
+               carry_.add(g, t, row, b, tile, sums[0] * r);
              });
   }
 
@@ -102,20 +102,21 @@ class BackwardScan {
     const int64_t t = c_.rows.time(g, step), alive = c_.rows.alive(t);
     const bool more = step > c_.begin;
     const int64_t still = more ? c_.rows.alive_at(g, step - 1) : 0;
-    const Gradients before(c_, carry_, prefetches_, g, more ? step - 1 : step);
+    const int64_t own_still = share_.ranks.below(still);
+    const Gradients before(c_, carry_, share_.ranks, prefetches_, g, more ? step - 1 : step);
     const bool plain = p_.reset_mask == nullptr && p_.h_scale == nullptr;
     multiply(c_.d(g, step, 0, 0, 0), panels_, g, step,
-             [&](int64_t rank, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               Number* const carried = before.carried(rank, tile);
+             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
+               Number* const carried = before.carried(row, tile);
                V so_far = load(carried) + sums[0];
                if (!plain) {
-                 carry_.add(g, t, rank, tile, sums[0]);
-                 if (c_.rows.reset(g, t, c_.rows.row(rank)))
-                   carry_.leave_to_reset_state(g, rank, tile);
+                 const int64_t b = c_.rows.row(share_.ranks[row]);
+                 carry_.add(g, t, row, b, tile, sums[0]);
+                 if (c_.rows.reset(g, t, b)) carry_.leave_to_reset_state(g, row, b, tile);
                  so_far = load(carried);
                }
-               if (rank < still) {
-                 before.add(rank, tile, so_far);
+               if (row < own_still) {
+                 before.add(row, tile, so_far);
                } else {
                  store(carried, so_far);
                }
@@ -123,22 +124,20 @@ class BackwardScan {
     if (still > alive) begin_rows(g, step - 1, alive);
   }
 
-  // Multiplies D of this member's rows that are alive at a step, every other step backwards; the
-  // epilogue gets ranks.
+  // Multiplies D of this member's rows that are alive at a step, every other step backwards.
   template <class Epilogue>
   GRU_MEMBER void multiply(const Real* operand, const ColumnPanels<Real>& panels, int64_t g,
                            int64_t step, Epilogue epilogue) {
     const Ranks ranks = share_.ranks;
     panels.multiply({operand + ranks.first * c_.ld, ranks.stride * c_.ld},
                     ranks.below(c_.rows.alive_at(g, step)), g, share_.tiles, step % 2 != 0,
-                    row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums)
-                                         GRU_MEMBER_LAMBDA { epilogue(ranks[i], tile, sums); }));
+                    row_by_row<Real>(epilogue));
   }
 
   const Backward<Real>& f_;
   const Problem<Real>& p_;
   const Chunk<Real>& c_;
-  const Carry<Real> carry_;
+  Carry<Real> carry_;
   ColumnPanels<Real> panels_{}, candidate_panels_{};
   bool prefetches_;
   Share share_{};

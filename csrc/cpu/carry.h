@@ -14,9 +14,10 @@ class Carry {
   using V = Vec<Real>;
   using Number = Compute<Real>;
 
-  // `f` is a Backward or a NormBackward; a row has `units` columns.
+  // `f` is a Backward or a NormBackward; a row has `units` columns. Each member numbers its rows
+  // from 0.
   template <class Call>
-  Carry(const Call& f, int64_t units, Layout& layout)
+  Carry(const Call& f, int64_t units, Layout& layout, int threads)
       : p_(f.in),
         rows_{f.in},
         output_(f.output),
@@ -25,33 +26,34 @@ class Carry {
         grad_reset_state_(f.grad_reset_state),
         grad_h_scale_(f.grad_h_scale),
         units_(units),
-        sums_(layout.template take<Number>(p_.G * p_.B * units)) {}
+        apart_(threads, p_.B, 1, units * static_cast<int64_t>(sizeof(Number))),
+        sums_(layout.template take<Number>(p_.G * apart_.group * units)) {}
 
-  GRU_MEMBER Number* at(int64_t g, int64_t rank, int64_t tile) const {
-    return sums_ + (g * p_.B + rank) * units_ + tile * W;
+  GRU_MEMBER Number* at(int64_t g, int64_t row, int64_t tile) const {
+    return sums_ + (g * apart_.group + first_ + row) * units_ + tile * W;
   }
 
   // Starts from grad_h_n, in what belongs to one member.
-  void begin(const Share& share) const {
-    share.each_tile(p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
-      const int64_t offset = (g * p_.B + rows_.row(rank)) * p_.H + tile * W;
-      store(at(g, rank, tile), load_or_zero(grad_h_n_, offset, lanes_of<Real>(tile, p_.H)));
+  void begin(const Share& share) {
+    first_ = apart_.first(share);
+    share.each_tile(p_.B, [&](int64_t g, int64_t row, int64_t tile) {
+      const int64_t offset = (g * p_.B + rows_.row(share.ranks[row])) * p_.H + tile * W;
+      store(at(g, row, tile), load_or_zero(grad_h_n_, offset, lanes_of<Real>(tile, p_.H)));
     });
   }
 
   // Leaves what there is to grad_h0.
   void finish(const Share& share) const {
     if (grad_h0_ == nullptr) return;
-    share.each_tile(p_.B, [&](int64_t g, int64_t rank, int64_t tile) {
-      const int64_t offset = (g * p_.B + rows_.row(rank)) * p_.H + tile * W;
-      store_n(grad_h0_ + offset, load(at(g, rank, tile)), lanes_of<Real>(tile, p_.H));
+    share.each_tile(p_.B, [&](int64_t g, int64_t row, int64_t tile) {
+      const int64_t offset = (g * p_.B + rows_.row(share.ranks[row])) * p_.H + tile * W;
+      store_n(grad_h0_ + offset, load(at(g, row, tile)), lanes_of<Real>(tile, p_.H));
     });
   }
 
-  // `grad` is a term of Ds: equation (13).
-  GRU_MEMBER void add(int64_t g, int64_t t, int64_t rank, int64_t tile, V grad) const {
+  // `grad` is a term of Ds: equation (13), of row b of the batch.
+  GRU_MEMBER void add(int64_t g, int64_t t, int64_t row, int64_t b, int64_t tile, V grad) const {
     if (p_.h_scale != nullptr) {
-      const int64_t b = rows_.row(rank);
       const int lanes = lanes_of<Real>(tile, p_.H);
       const int64_t scale = (b * p_.G + g) * p_.H + tile * W;
       if (grad_h_scale_ != nullptr) {
@@ -61,17 +63,17 @@ class Carry {
       }
       grad *= load_n(p_.h_scale + scale, lanes);
     }
-    store(at(g, rank, tile), load(at(g, rank, tile)) + grad);
+    store(at(g, row, tile), load(at(g, row, tile)) + grad);
   }
 
   // Equation (14) at a reset.
-  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t rank, int64_t tile) const {
+  GRU_MEMBER void leave_to_reset_state(int64_t g, int64_t row, int64_t b, int64_t tile) const {
     if (grad_reset_state_ != nullptr) {
       const int lanes = lanes_of<Real>(tile, p_.H);
-      Number* to = grad_reset_state_ + (g * p_.B + rows_.row(rank)) * p_.H + tile * W;
-      store_n(to, load_n(to, lanes) + load(at(g, rank, tile)), lanes);
+      Number* to = grad_reset_state_ + (g * p_.B + b) * p_.H + tile * W;
+      store_n(to, load_n(to, lanes) + load(at(g, row, tile)), lanes);
     }
-    store(at(g, rank, tile), V{});
+    store(at(g, row, tile), V{});
   }
 
  private:
@@ -83,7 +85,9 @@ class Carry {
   Number* const grad_reset_state_;
   Number* const grad_h_scale_;
   const int64_t units_;
+  const RowsApart apart_;
   Number* const sums_;
+  int64_t first_ = 0;
 };
 
 }  // namespace

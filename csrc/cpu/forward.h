@@ -36,7 +36,7 @@ class ForwardScan {
       : f_(f),
         p_(f.in),
         plain_(p_.lengths == nullptr && p_.reset_mask == nullptr && p_.h_scale == nullptr),
-        m_(f, steps_at_once(p_.T, p_.B)) {
+        m_(f, steps_at_once(p_.T, p_.B), threads) {
     const bool once = p_.T == 1;
     const bool few = once || has_few_steps(threads);
     const bool input_once = once || projects_once(threads);
@@ -74,6 +74,7 @@ class ForwardScan {
 
   void run(Team& team, int member) {
     share_ = share(member, team.size(), first_.packed == nullptr);
+    m_.settle(share_);
     const Range panels = part_of(p_.G * m_.tiles, member, team.size());
     first_.pack(panels);
     second_.pack(panels);
@@ -143,7 +144,7 @@ class ForwardScan {
   void start() {
     for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
       for (int64_t i = 0; i < share_.ranks.below(p_.B); ++i) {
-        const int64_t rank = share_.ranks[i], b = m_.rows.row(rank), length = m_.rows.length(b);
+        const int64_t b = m_.rows.row(share_.ranks[i]), length = m_.rows.length(b);
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
           const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
@@ -151,7 +152,7 @@ class ForwardScan {
           if (length == 0) {
             store_n(f_.h_n + offset, h, n);
           } else {
-            m_.enter(m_.rows.first_step(g, b), g, rank, tile, h);
+            m_.enter(m_.rows.first_step(g, b), g, i, b, tile, h);
           }
         }
         for (int64_t t = length; t < p_.T; ++t) clear(g, t, b);
@@ -192,20 +193,20 @@ class ForwardScan {
   // As many rows in one product as lie evenly: all of the chunk, else those of a sequence or of a
   // step, whichever are more.
   void project_batch(int64_t g, int64_t begin, int64_t end) {
-    const int64_t first = share_.ranks.first, count = share_.ranks.below(p_.B);
+    const int64_t count = share_.ranks.below(p_.B);
     const int64_t steps = end - begin, stride_b = p_.x_stride_b;
     const int64_t stride_t = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
-    const Real* const x = m_.rows.input_row(g, m_.rows.time(g, begin), first);
+    const Real* const x = m_.rows.input_row(g, m_.rows.time(g, begin), share_.ranks.first);
     auto rows = [&](const Real* from, int64_t stride, int64_t size, int64_t to, int64_t step) {
       project_rows(g, from, stride, size, [&](int64_t row) { return to + row * step; });
     };
     if (lie_evenly(g)) {
       rows(x, stride_b, steps * count, 0, 1);
     } else if (steps > count) {
-      for (int64_t i = 0; i < count; ++i) rows(x + i * stride_b, stride_t, steps, first + i, p_.B);
+      for (int64_t i = 0; i < count; ++i) rows(x + i * stride_b, stride_t, steps, i, count);
     } else {
       for (int64_t i = 0; i < steps; ++i) {
-        rows(x + i * stride_t, stride_b, count, i * p_.B + first, 1);
+        rows(x + i * stride_t, stride_b, count, i * count, 1);
       }
     }
   }
@@ -219,14 +220,14 @@ class ForwardScan {
   }
 
   void copy_gates(int64_t g, int64_t begin, int64_t end) {
+    const int64_t own = share_.ranks.below(p_.B);
     for (int64_t step = begin; step < end; ++step) {
       const int64_t t = m_.rows.time(g, step), rows = alive(t);
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t rank = share_.ranks[i];
-        const Real* row = m_.rows.input_row(g, t, m_.rows.row(rank));
+        const Real* row = m_.rows.input_row(g, t, m_.rows.row(share_.ranks[i]));
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
-          Number* to = m_.gates_x(g, (step - begin) * p_.B + rank, tile);
+          Number* to = m_.gates_x(g, (step - begin) * own + i, tile);
           for (int gate = 0; gate < m_.gates; ++gate) {
             store(to + gate * W,
                   load_n(row + gate * p_.H + tile * W, n) + input_bias(g, gate, tile));
@@ -256,6 +257,7 @@ class ForwardScan {
 
   // Rows that do not lie evenly, brought together first.
   void project_gathered(int64_t g, int64_t begin, int64_t end) {
+    const int64_t own = share_.ranks.below(p_.B);
     int64_t to_row[kProjectRows];
     int64_t count = 0;
     auto flush = [&]() {
@@ -265,10 +267,10 @@ class ForwardScan {
     for (int64_t step = begin; step < end; ++step) {
       const int64_t t = m_.rows.time(g, step), rows = alive(t);
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t rank = share_.ranks[i];
-        std::memcpy(gathered_ + count * p_.I, m_.rows.input_row(g, t, m_.rows.row(rank)),
+        const int64_t b = m_.rows.row(share_.ranks[i]);
+        std::memcpy(gathered_ + count * p_.I, m_.rows.input_row(g, t, b),
                     static_cast<size_t>(p_.I) * sizeof(Real));
-        to_row[count++] = (step - begin) * p_.B + rank;
+        to_row[count++] = (step - begin) * own + i;
         if (count == kProjectRows) flush();
       }
     }
@@ -280,9 +282,7 @@ class ForwardScan {
   template <class Epilogue>
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
                            int64_t step, Epilogue epilogue) {
-    const Ranks ranks = share_.ranks;
-    panels.multiply({operand + ranks.first * m_.ld, ranks.stride * m_.ld},
-                    alive(m_.rows.time(g, step)), g, share_.tiles, step % 2 != 0,
+    panels.multiply({operand, m_.ld}, alive(m_.rows.time(g, step)), g, share_.tiles, step % 2 != 0,
                     row_by_row<Real>(epilogue));
   }
 
@@ -323,7 +323,7 @@ class ForwardScan {
   template <bool PLAIN>
   __attribute__((noinline)) void step_one_row(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    const Real* const row = m_.operand + m_.at(step, g, share_.ranks[0], 0);
+    const Real* const row = m_.operand + m_.at(step, g, 0, 0);
     const bool backwards = step % 2 != 0;
     Range tiles = share_.tiles;
     if constexpr (kPairs && !std::is_same_v<Real, double>) {

@@ -10,8 +10,9 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
-// The results of the call and the scratch memory that all members share. States are there twice,
-// of the step at hand and of the next; `operand` is what products read of them.
+// The results of the call and the scratch memory that members share; each numbers its rows from 0.
+// States are there twice, of the step at hand and of the next; `operand` is what products read of
+// them.
 template <class Real>
 struct ForwardMemory {
   static constexpr int W = kLanes<Real>;
@@ -19,7 +20,7 @@ struct ForwardMemory {
   using Number = Compute<Real>;
 
   // `chunk` steps are projected together.
-  ForwardMemory(const Forward<Real>& call, int64_t chunk)
+  ForwardMemory(const Forward<Real>& call, int64_t chunk, int threads)
       : f(call),
         p(call.in),
         rows{call.in},
@@ -27,10 +28,12 @@ struct ForwardMemory {
         slots(slot_count(p.cell)),
         tiles(tiles_of<Real>(p.H)),
         ld(round_up(p.H, kUnitPad) + kUnitPad),
-        chunk(chunk) {}
+        chunk(chunk),
+        states_(threads, p.B, 1, ld * static_cast<int64_t>(sizeof(Number))),
+        inputs_(threads, p.B, chunk, input_row() * static_cast<int64_t>(sizeof(Number))) {}
 
   void take(Layout& layout) {
-    const int64_t states = p.G * p.B * ld;
+    const int64_t states = p.G * states_.group * ld;
     state = layout.take<Number>(2 * states);
     if constexpr (std::is_same_v<Real, Number>) operand = state;
     if (multiplies_copy()) operand = layout.take<Real>(2 * states);
@@ -38,7 +41,11 @@ struct ForwardMemory {
       gated = layout.take<Real>(states);
       update = layout.take<Number>(states);
     }
-    projected = layout.take<Number>(p.G * chunk * p.B * tiles * gates * W);
+    projected = layout.take<Number>(p.G * inputs_.group * input_row());
+  }
+  void settle(const Share& share) {
+    first_ = states_.first(share);
+    first_input_ = inputs_.first(share);
   }
 
   const Forward<Real>& f;
@@ -52,29 +59,30 @@ struct ForwardMemory {
   // Whether the product reads a copy of the state: scaled, or rounded.
   GRU_MEMBER bool multiplies_copy() const { return kPack<Real> > 1 || p.h_scale != nullptr; }
 
-  GRU_MEMBER int64_t at(int64_t g, int64_t rank, int64_t tile) const {
-    return (g * p.B + rank) * ld + tile * W;
+  GRU_MEMBER int64_t at(int64_t g, int64_t row, int64_t tile) const {
+    return (g * states_.group + first_ + row) * ld + tile * W;
   }
-  GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t rank, int64_t tile) const {
-    return (step % 2 * p.G * p.B + g * p.B + rank) * ld + tile * W;
+  GRU_MEMBER int64_t at(int64_t step, int64_t g, int64_t row, int64_t tile) const {
+    return (step % 2 * p.G * states_.group) * ld + at(g, row, tile);
   }
   // What the input and the biases add to the gates of a row of the chunk.
   GRU_MEMBER Number* gates_x(int64_t g, int64_t row, int64_t tile) const {
-    return projected + ((g * chunk * p.B + row) * tiles + tile) * gates * W;
+    return projected + (g * inputs_.group + first_input_ + row) * input_row() + tile * gates * W;
   }
+  GRU_MEMBER int64_t input_row() const { return tiles * gates * W; }
   // Of time t and row b: in units of H.
   GRU_MEMBER int64_t place(int64_t t, int64_t b, int64_t g) const {
     return (t * p.B + b) * p.G + g;
   }
 
   // Makes h, unless it is reset, the state p that `step` starts from, and its s of equation (1).
-  GRU_MEMBER void enter(int64_t step, int64_t g, int64_t rank, int64_t tile, V h) const {
+  GRU_MEMBER void enter(int64_t step, int64_t g, int64_t row, int64_t b, int64_t tile, V h) const {
     const int n = lanes_of<Real>(tile, p.H);
-    const int64_t t = rows.time(g, step), b = rows.row(rank);
+    const int64_t t = rows.time(g, step);
     if (rows.reset(g, t, b)) h = load_or_zero(rows.reset_row(g, b), tile * W, n);
-    store(state + at(step, g, rank, tile), h);
+    store(state + at(step, g, row, tile), h);
     if (p.h_scale != nullptr) h = scaled(h, p.h_scale + (b * p.G + g) * p.H + tile * W, n);
-    if (multiplies_copy()) store_operand(operand + at(step, g, rank, tile), h, n);
+    if (multiplies_copy()) store_operand(operand + at(step, g, row, tile), h, n);
   }
 
   // As the backward pass will read it.
@@ -88,6 +96,10 @@ struct ForwardMemory {
     if constexpr (kPack<Real> > 1) h = first_lanes<Real>(h, n);
     store(to, h);
   }
+
+ private:
+  const RowsApart states_, inputs_;
+  int64_t first_ = 0, first_input_ = 0;
 };
 
 // One step of a group. What lies where is worked out once for all rows and tiles: compilers, who
@@ -109,8 +121,8 @@ class StepRows {
     if (PLAIN) ranks_.stride = 1;
     H_ = p.H;
     ld_ = m.ld;
-    gates_x_ = m.gates_x(g, in_chunk * p.B, 0);
-    gates_x_row_ = m.tiles * m.gates * W;
+    gates_x_ = m.gates_x(g, in_chunk * ranks.below(p.B), 0);
+    gates_x_row_ = m.input_row();
     gates_ = m.gates;
     state_ = m.state + m.at(step, g, 0, 0);
     next_ = m.state + m.at(step + 1, g, 0, 0);
@@ -136,7 +148,7 @@ class StepRows {
   }
 
   GRU_MEMBER const Number* gates_x(int64_t row, int64_t tile) const {
-    return gates_x_ + ranks_[row] * gates_x_row_ + tile * gates_ * W;
+    return gates_x_ + row * gates_x_row_ + tile * gates_ * W;
   }
 
   GRU_MEMBER void save(int64_t row, int64_t tile, int slot, V value) const {
@@ -156,19 +168,19 @@ class StepRows {
 
   // reset_before: what the candidate's product reads, and z for after it.
   GRU_MEMBER void gate(int64_t row, int64_t tile, V r, V z) const {
-    const int64_t at = ranks_[row] * ld_ + tile * W;
+    const int64_t at = row * ld_ + tile * W;
     store(gated_ + at, r * load(operand_ + at));
     store(update_ + at, z);
   }
   GRU_MEMBER V update(int64_t row, int64_t tile) const {
-    return load(update_ + ranks_[row] * ld_ + tile * W);
+    return load(update_ + row * ld_ + tile * W);
   }
 
   // Equation (6): the new state of a row and tile, where it goes, and what the next step starts
   // from, as ForwardMemory::enter() has it.
   GRU_MEMBER void finish(int64_t row, int64_t tile, V z, V n) const {
     const int lanes = lanes_of<Real>(tile, H_);
-    const int64_t rank = ranks_[row], b = row_of(rank), at = rank * ld_ + tile * W;
+    const int64_t b = row_of(ranks_[row]), at = row * ld_ + tile * W;
     const V previous = load(state_ + at);
     V h = n + z * (previous - n);
     store_n(output_ + b * output_row_ + tile * W, h, lanes);

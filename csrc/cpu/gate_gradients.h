@@ -17,14 +17,15 @@ class GateGradients {
   using V = Vec<Real>;
   using Number = Compute<Real>;
 
-  GRU_MEMBER GateGradients(const Chunk<Real>& c, const Carry<Real>& carry, bool prefetches,
-                           int64_t g, int64_t step) {
+  GRU_MEMBER GateGradients(const Chunk<Real>& c, const Carry<Real>& carry, const Ranks& ranks,
+                           bool prefetches, int64_t g, int64_t step) {
     const Problem<Real>& p = c.p;
     const int64_t t = c.rows.time(g, step), start = t * p.B, first = c.first_row(g, step);
     H_ = p.H;
     units_ = c.units;
     slots_ = c.slots;
     reset_after_ = p.cell == Cell::kResetAfter;
+    ranks_ = ranks;
     order_ = p.order;
     d_ = c.d(g, first);
     d_row_ = c.ld;
@@ -49,15 +50,16 @@ class GateGradients {
     prefetches_ = prefetches;
   }
 
-  // The gradient that the state has received so far, of a row and tile.
-  GRU_MEMBER Number* carried(int64_t rank, int64_t tile) const {
-    return carried_ + rank * units_ + tile * W;
+  // The gradient that the state has received so far, of a row of this member and a tile.
+  GRU_MEMBER Number* carried(int64_t row, int64_t tile) const {
+    return carried_ + row * units_ + tile * W;
   }
 
   // D of a row and tile from the gradient of its state. What the state passes on directly stays in
   // the carry.
-  GRU_MEMBER void add(int64_t rank, int64_t tile, V grad) const {
+  GRU_MEMBER void add(int64_t row, int64_t tile, V grad) const {
     const int lanes = lanes_of<Real>(tile, H_);
+    const int64_t rank = ranks_[row];
     const int64_t b = order_ ? order_[rank] : rank, out = b * row_ + tile * W;
     Real* const to = d_ + rank * d_row_ + tile * W;
     const Real* const saved = saved_ + (rebuilt_ ? rank : b) * saved_row_ + tile * W;
@@ -75,7 +77,7 @@ class GateGradients {
     const V da_n = dn * (Number(1) - n * n);
     store(to + n_slot * units_, da_n);
     store(to + z_slot * units_, dz * z * (Number(1) - z));
-    store(carried(rank, tile), dh * z);
+    store(carried(row, tile), dh * z);
     if (reset_after_) {
       const V q = slot(0), r = slot(1);
       const V dr = da_n * q + grad_slot(1);
@@ -103,6 +105,7 @@ class GateGradients {
     prefetch(before_ + out + away_);
   }
 
+  Ranks ranks_;
   int64_t H_, units_, row_, d_row_, saved_row_, after_, away_;
   const int64_t *order_, *lengths_;
   const uint8_t* reset_;

@@ -22,7 +22,7 @@ class NormBackwardScan {
       : f_(f),
         p_(f.in),
         c_(chunk),
-        carry_(f, c_.units, layout),
+        carry_(f, c_.units, layout, threads),
         panels_{p_.weight_hh, p_.H, c_.units, p_.H, 3, {0, 1, 2}, 3, nullptr, nullptr} {
     panels_.take(p_.G, p_.T == 1, layout, threads, member);
   }
@@ -37,8 +37,9 @@ class NormBackwardScan {
   }
 
   void run(Team& team, int member) {
-    share_.each_tile(
-        p_.B, [&](int64_t g, int64_t b, int64_t tile) { gate_gradients(g, c_.end - 1, b, tile); });
+    share_.each_tile(p_.B, [&](int64_t g, int64_t row, int64_t tile) {
+      gate_gradients(g, c_.end - 1, batch_.begin + row, tile);
+    });
     for (int64_t step = c_.end - 1; step >= c_.begin; --step) {
       if (share_.waits) team.barrier(member);
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
@@ -80,11 +81,12 @@ class NormBackwardScan {
     const V r = slot(3), z = slot(4), n = slot(5);
     const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
     const int64_t out = ((t * p_.B + b) * p_.G + g) * p_.H + tile * W;
-    const V dh = load(carry_.at(g, b, tile)) + load_or_zero(f_.grad_output, out, lanes);
+    Real* const carried = carry_.at(g, b - batch_.begin, tile);
+    const V dh = load(carried) + load_or_zero(f_.grad_output, out, lanes);
     const V an = dh * (Real(1) - z) * (Real(1) - n * n);
     const V az = dh * (previous - n) * z * (Real(1) - z);
     const V ar = an * q * r * (Real(1) - r);
-    store(carry_.at(g, b, tile), dh * z);
+    store(carried, dh * z);
     give(ar, az, an, an * r);
   }
 
@@ -133,8 +135,8 @@ class NormBackwardScan {
         {c_.du(g, c_.row_of(step, first)), c_.ld}, batch_.size(), g, share_.tiles, step % 2 != 0,
         row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
           const int64_t b = first + i;
-          if (!is_held(p_, t, b)) carry_.add(g, t, b, tile, sums[0]);
-          if (c_.rows.reset(g, t, b)) carry_.leave_to_reset_state(g, b, tile);
+          if (!is_held(p_, t, b)) carry_.add(g, t, i, b, tile, sums[0]);
+          if (c_.rows.reset(g, t, b)) carry_.leave_to_reset_state(g, i, b, tile);
           if (step > c_.begin) gate_gradients(g, step - 1, b, tile);
         }));
   }
@@ -142,7 +144,7 @@ class NormBackwardScan {
   const NormBackward<Real>& f_;
   const Problem<Real>& p_;
   const NormChunk<Real>& c_;
-  const Carry<Real> carry_;
+  Carry<Real> carry_;
   ColumnPanels<Real> panels_;
   Share share_{};
   Range batch_{};
