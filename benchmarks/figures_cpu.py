@@ -19,17 +19,26 @@ INFER_PEERS = {"gru_fast.cpu": "onnxruntime", PREPACKED: "onnxruntime"}
 OURS = "gru_fast."
 ISA = "gru_fast.cpu."
 ISA_ROWS = "isa/"
+FAR = 3
+"""So many times as far from core to core as at best is called far."""
 
 
 def layers(results: Results) -> str:
     chosen = [r for r in results.records if r.suite in LAYERS and r.provider == "gru_fast.cpu"]
     chosen.sort(key=lambda r: (LAYERS.index(r.suite), r.threads))
 
+    nearest = min((r.exchange_s for r in chosen if r.exchange_s is not None), default=0.0)
+
     def cell(r: Record) -> str:
         share = "" if r.share_of_bound is None else f" ({r.share_of_bound:.0%})"
-        return times(r.ratio_to_torch) + share
+        far = r.exchange_s is not None and r.exchange_s > FAR * nearest
+        return times(r.ratio_to_torch) + share + (", far" if far else "")
 
-    return pivot("I = H, B, T", ((sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen))
+    cells = [(sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen]
+    table = pivot("I = H, B, T", cells)
+    if any(text.endswith("far") for _, _, text in cells):
+        table += "\n\nfar: the host had the virtual machine's cores far apart meanwhile."
+    return table
 
 
 def ours(record: Record) -> str:

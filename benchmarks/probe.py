@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -80,6 +81,24 @@ def compile_probe(folder: Path | None = None) -> Path:
     return library
 
 
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(compile_probe()))
+
+
+def exchange_s() -> float:
+    """Seconds that a cache line takes from one core to another, at this moment; takes 2 ms.
+
+    Two cores of one third-level cache need some 30 ns, two of different ones or of two sockets more
+    than 100. On a virtual machine the host moves them, so that it changes while one measures.
+
+    Raises:
+        ProbeError: no compiler, or it refuses.
+    """
+    _library().exchange_seconds.restype = ctypes.c_double
+    return float(_library().exchange_seconds())
+
+
 def measure_all(threads: list[int], seconds: float = 0.003) -> dict[int, Peaks]:
     """Peaks of each number of threads; `seconds` as in `measure`.
 
@@ -104,7 +123,7 @@ def measure(threads: int, seconds: float = 0.003) -> Peaks:
     Raises:
         ProbeError: no compiler, or it refuses.
     """
-    probe = ctypes.CDLL(str(compile_probe()))
+    probe = _library()
     probe.peak_flops.restype = probe.read_bandwidth.restype = ctypes.c_double
     probe.peak_flops.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
     probe.read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_double]

@@ -45,6 +45,8 @@ class Record:
         cold_s: the first call of these sizes, in a fresh process on the CPU.
         parity_T: time steps of the gate's call, where it was shorter.
         other_cpu: share of the machine's CPU time that others took meanwhile.
+        exchange_s: of a run with several threads: how long a cache line took from core to core
+            before the rounds or after them, whichever was longer.
         feature: the row of the features suite.
         dry: true where nothing was claimed: a CPU stood in for a GPU.
         error: why there is no number.
@@ -70,6 +72,7 @@ class Record:
     cold_s: float | None = None
     parity_T: int | None = None
     other_cpu: float | None = None
+    exchange_s: float | None = None
     feature: str | None = None
     dry: bool = False
     error: str | None = None

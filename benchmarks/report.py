@@ -81,4 +81,7 @@ def table(records: Iterable[Record]) -> str:
     title += f", {threads(first)}"
     if first.bound_s is not None:
         title += f", bound {seconds(first.bound_s)}"
+    apart = [r.exchange_s for r in records if r.exchange_s is not None]
+    if apart:
+        title += f", cores {max(apart) * 1e9:.0f} ns apart"
     return "\n".join([title, HEADER, *map(row, records), *warnings(r.other_cpu for r in records)])

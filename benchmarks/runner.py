@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, timing
+from benchmarks import memory, probe, timing
 from benchmarks.cases import DTYPES, SUITES
 from benchmarks.machine import OtherLoad
 from benchmarks.parity import judge
@@ -233,15 +233,28 @@ def _measure(problem: Problem, found: Admitted, setting: Setting) -> None:
     calls = found.working_calls()
     if not calls:
         return
+    before = _exchange(problem, setting)
     load = OtherLoad()
     clock = timing.clock_of(problem.device)
     samples = timing.interleave(calls, clock, setting.effort, pauses=found.pauses)
     other = load.share()
+    exchange = [s for s in (before, _exchange(problem, setting)) if s is not None]
     bound = setting.bound(problem) if setting.bound and not setting.dry else None
     for name, seconds in samples.items():
         note_times(records[name], seconds, other)
+        records[name].exchange_s = max(exchange, default=None)
         if not setting.dry:
             note_claims(records[name], seconds, baseline, samples.get(baseline or ""), bound)
+
+
+def _exchange(problem: Problem, setting: Setting) -> float | None:
+    """How far the cores are from each other now, where that matters and a compiler is there."""
+    if setting.threads == 1 or problem.device != "cpu":
+        return None
+    try:
+        return probe.exchange_s()
+    except probe.ProbeError:
+        return None
 
 
 def _footprints(

@@ -170,6 +170,13 @@ class TestGate:
         assert draw.case.T == problem_module.GATE_ELEMENTS // (1024 * 512)
         assert len(small("infer").for_gate()) == problem_module.GATE_DRAWS
 
+    def test_how_far_apart_the_cores_were(self, two_threads):
+        chosen = providers.choose(providers.all_providers("cpu"), "gru_fast.cpu")
+        for threads in (1, 2):
+            setting = runner.Setting(threads, timing.DRY, footprint=False)
+            found, _ = runner.run_problem(small("infer"), chosen, setting)
+            assert [r.exchange_s is not None for r in found] == [threads == 2] * 2
+
     def test_a_broken_provider_gets_no_number(self):
         class Swapped(providers_gru_fast.Layer):
             """The rows of r and z the wrong way round."""

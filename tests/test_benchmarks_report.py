@@ -11,6 +11,7 @@ import pytest
 from repository_tools import load
 
 figures = load("benchmarks.figures")
+figures_cpu = load("benchmarks.figures_cpu")
 plots = load("benchmarks.plots")
 records = load("benchmarks.records")
 
@@ -50,6 +51,20 @@ def test_the_plots_are_of_the_committed_results(machine):
         path = page.parent / picture
         kept = texts(path)[plots.DIGEST]
         assert kept == plots.digest(sources[path]), f"{picture}: run python -m benchmarks report"
+
+
+def test_far_cores_are_named():
+    def ours(H, exchange_s):
+        sizes = {"I": H, "H": H, "B": 2, "T": 3, "L": 1, "V": 0}
+        numbers = {"ratio_to_torch": 2.0, "exchange_s": exchange_s}
+        return records.Record("train", "gru_fast.cpu", "0", "cpu", "float32", 2, sizes, **numbers)
+
+    found = records.Results({}, [ours(8, 30e-9), ours(16, 160e-9), ours(32, 60e-9)])
+    rows = figures_cpu.layers(found).splitlines()[2:]
+    assert rows[:3] == ["| 8, 2, 3 | 2.00x |", "| 16, 2, 3 | 2.00x, far |", "| 32, 2, 3 | 2.00x |"]
+    assert rows[4].startswith("far: ")
+    near = records.Results({}, found.records[::2])
+    assert "far" not in figures_cpu.layers(near)
 
 
 def test_every_suite_has_its_section(quick_results):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The physical limit that benchmark rows are compared with."""
 
+import os
+
 import pytest
 
 from repository_tools import load
@@ -102,6 +104,11 @@ def test_the_probe_measures_this_machine():
     assert peaks.flops["float32"] > 0 and peaks.flops["float64"] > 0
     assert list(peaks.bandwidth) == probe.WORKING_SETS
     assert all(rate > 0 for rate in peaks.bandwidth.values())
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+def test_how_far_apart_the_cores_are():
+    assert 1e-9 < probe.exchange_s() < 1e-4
 
 
 def test_without_a_compiler_the_probe_says_so(monkeypatch):

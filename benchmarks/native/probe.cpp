@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the machine can do at best: multiply-adds per second and read bandwidth by working set.
+// What the machine can do at best: multiply-adds per second, read bandwidth by working set, and how
+// long a cache line takes from one core to another.
 // Compiled on demand for the machine it runs on; called from benchmarks/probe.py.
 #include <atomic>
 #include <chrono>
@@ -126,6 +127,19 @@ double best_rate(int threads, double seconds, double per_unit, const Work& work)
   return threads * per_unit * units / best;
 }
 
+// A number that two threads write in turns: seconds from a write to the other's answer, halved.
+double exchange(long turns) {
+  alignas(128) std::atomic<long> number{0};
+  const double taken = run_on(2, [&](int t) {
+    for (long n = t; n < 2 * turns; n += 2) {
+      while (number.load(std::memory_order_acquire) != n) {
+      }
+      number.store(n + 1, std::memory_order_release);
+    }
+  });
+  return taken / static_cast<double>(2 * turns);
+}
+
 }  // namespace
 
 // Floating-point operations per second; kind 0: float32, 1: float64, 2: bfloat16 products into
@@ -164,4 +178,14 @@ extern "C" double read_bandwidth(int threads, size_t bytes_per_thread, double se
   });
   std::free(data);
   return rate;
+}
+
+// The best of some short runs: in others the two threads had to share a core for a while.
+extern "C" double exchange_seconds() {
+  double best = exchange(1000);
+  for (int repeat = 0; repeat < 9; repeat++) {
+    const double again = exchange(1000);
+    if (again < best) best = again;
+  }
+  return best;
 }
