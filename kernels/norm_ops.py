@@ -145,16 +145,15 @@ def norm_scan_backward(
                         scan, output.contiguous(), None, steps
                     )
                 weight.add(products.weight_gradients((grad_u, entering)))
+    state = grad_state if need_h0 else None
+    grad_h0, *rest = products.state_gradients(h0, state, grad_start, grad_scale)
     return (
         grad_gates,
-        grad_state.to(h0.dtype) if need_h0 else h0.new_empty(0),
+        grad_h0,
         weight.gradient(scan.weight_hh if need_w else None, h0),
         gain.gradient(problem.gamma_hh if need_gain else None, h0),
         bias.gradient(scan.bias_hh if need_b else None, h0),
-        h0.new_empty(0) if grad_start is None else grad_start.to(h0.dtype),
-        h0.new_empty(0)
-        if grad_scale is None
-        else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
+        *rest,
     )
 
 

@@ -306,16 +306,13 @@ def _backward(
                         (rows[..., :gate_rows], entering), (candidate, operand)
                     )
                 )
-    # What is not needed is each time another tensor: PyTorch complains of an operator that returns
-    # one of them twice.
+    state = grad_state if need_h0 else None
+    grad_h0, *rest = products.state_gradients(h0, state, grad_start, grad_scale)
     return (
-        grad_state.to(h0.dtype) if need_h0 else h0.new_empty(0),
+        grad_h0,
         weight.gradient(problem.weight_hh if need_w else None, h0),
         bias.gradient(problem.bias_hh if need_b else None, h0),
-        h0.new_empty(0) if grad_start is None else grad_start.to(h0.dtype),
-        h0.new_empty(0)
-        if grad_scale is None
-        else grad_scale.transpose(0, 1).flatten(1).to(h0.dtype),
+        *rest,
     )
 
 

@@ -111,6 +111,22 @@ def direction_runs(reverse: tuple[bool, ...]) -> list[tuple[slice, bool]]:
     return runs
 
 
+def state_gradients(
+    h0: Tensor, state: Tensor | None, start: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of h0, reset_state and h_scale, from float32 sums (G, B, H), the scale's as (B, G*H).
+
+    Empty for each that is None, each time another tensor: PyTorch complains of an operator that
+    returns one of them twice.
+    """
+
+    def gradient(total: Tensor | None) -> Tensor:
+        return h0.new_empty(0) if total is None else total.to(h0.dtype)
+
+    by_batch = None if scale is None else scale.transpose(0, 1).flatten(1)
+    return gradient(state), gradient(start), gradient(by_batch)
+
+
 class Total:
     """A sum over chunks: the one term itself, or float32 where there are several."""
 
