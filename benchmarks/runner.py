@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -251,6 +252,8 @@ def _exchange(problem: Problem, setting: Setting) -> float | None:
     """How far the cores are from each other now, where that matters and a compiler is there."""
     if setting.threads == 1 or problem.device != "cpu":
         return None
+    if not setting.dry:
+        time.sleep(0.1)  # threads of who was called last may still spin
     try:
         return probe.exchange_s()
     except probe.ProbeError:
