@@ -26,7 +26,6 @@ FAR = 3
 def layers(results: Results) -> str:
     chosen = [r for r in results.records if r.suite in LAYERS and r.provider == "gru_fast.cpu"]
     chosen.sort(key=lambda r: (LAYERS.index(r.suite), r.threads))
-
     nearest = min((r.exchange_s for r in chosen if r.exchange_s is not None), default=0.0)
 
     def cell(r: Record) -> str:

@@ -29,7 +29,7 @@ struct ForwardMemory {
         tiles(tiles_of<Real>(p.H)),
         ld(round_up(p.H, kUnitPad) + kUnitPad),
         chunk(chunk),
-        states_(threads, p.B, 1, ld * static_cast<int64_t>(sizeof(Number))),
+        states_(threads, p.B, 1, ld * static_cast<int64_t>(sizeof(Real))),
         inputs_(threads, p.B, chunk, input_row() * static_cast<int64_t>(sizeof(Number))) {}
 
   void take(Layout& layout) {
