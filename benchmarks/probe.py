@@ -87,10 +87,11 @@ def _library() -> ctypes.CDLL:
 
 
 def exchange_s() -> float:
-    """Seconds that a cache line takes from one core to another, at this moment; takes 2 ms.
+    """Seconds that a cache line takes from one core to another, at this moment; takes 3 to 20 ms.
 
-    Two cores of one third-level cache need some 30 ns, two of different ones or of two sockets more
-    than 100. On a virtual machine the host moves them, so that it changes while one measures.
+    Between the first two processors that this process may use; without Linux, between any. Cores of
+    one third-level cache need 30 to 50 ns, those of different ones or of two sockets more than 100.
+    On a virtual machine the host moves them, so that it changes while one measures.
 
     Raises:
         ProbeError: no compiler, or it refuses.
