@@ -143,7 +143,7 @@ class ForwardScan {
 
   void start() {
     for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
-      for (int64_t i = 0; i < share_.ranks.below(p_.B); ++i) {
+      for (int64_t i = 0; i < m_.own; ++i) {
         const int64_t b = m_.rows.row(share_.ranks[i]), length = m_.rows.length(b);
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
@@ -186,14 +186,14 @@ class ForwardScan {
 
   // Whether the inputs of all rows and steps lie as far from each other, in the order of steps.
   GRU_MEMBER bool lie_evenly(int64_t g) const {
-    return p_.order == nullptr && share_.ranks.below(p_.B) == p_.B && !p_.reverse[g] &&
+    return p_.order == nullptr && m_.own == p_.B && !p_.reverse[g] &&
            p_.x_stride_t == p_.B * p_.x_stride_b;
   }
 
   // As many rows in one product as lie evenly: all of the chunk, else those of a sequence or of a
   // step, whichever are more.
   void project_batch(int64_t g, int64_t begin, int64_t end) {
-    const int64_t count = share_.ranks.below(p_.B);
+    const int64_t count = m_.own;
     const int64_t steps = end - begin, stride_b = p_.x_stride_b;
     const int64_t stride_t = p_.reverse[g] ? -p_.x_stride_t : p_.x_stride_t;
     const Real* const x = m_.rows.input_row(g, m_.rows.time(g, begin), share_.ranks.first);
@@ -220,14 +220,13 @@ class ForwardScan {
   }
 
   void copy_gates(int64_t g, int64_t begin, int64_t end) {
-    const int64_t own = share_.ranks.below(p_.B);
     for (int64_t step = begin; step < end; ++step) {
       const int64_t t = m_.rows.time(g, step), rows = alive(t);
       for (int64_t i = 0; i < rows; ++i) {
         const Real* row = m_.rows.input_row(g, t, m_.rows.row(share_.ranks[i]));
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
-          Number* to = m_.gates_x(g, (step - begin) * own + i, tile);
+          Number* to = m_.gates_x(g, (step - begin) * m_.own + i, tile);
           for (int gate = 0; gate < m_.gates; ++gate) {
             store(to + gate * W,
                   load_n(row + gate * p_.H + tile * W, n) + input_bias(g, gate, tile));
@@ -257,7 +256,6 @@ class ForwardScan {
 
   // Rows that do not lie evenly, brought together first.
   void project_gathered(int64_t g, int64_t begin, int64_t end) {
-    const int64_t own = share_.ranks.below(p_.B);
     int64_t to_row[kProjectRows];
     int64_t count = 0;
     auto flush = [&]() {
@@ -270,7 +268,7 @@ class ForwardScan {
         const int64_t b = m_.rows.row(share_.ranks[i]);
         std::memcpy(gathered_ + count * p_.I, m_.rows.input_row(g, t, b),
                     static_cast<size_t>(p_.I) * sizeof(Real));
-        to_row[count++] = (step - begin) * own + i;
+        to_row[count++] = (step - begin) * m_.own + i;
         if (count == kProjectRows) flush();
       }
     }

@@ -44,6 +44,7 @@ struct ForwardMemory {
     projected = layout.take<Number>(p.G * inputs_.group * input_row());
   }
   void settle(const Share& share) {
+    own = share.ranks.below(p.B);
     first_ = states_.first(share);
     first_input_ = inputs_.first(share);
   }
@@ -53,6 +54,7 @@ struct ForwardMemory {
   const Schedule<Real> rows;
   const int gates, slots;
   const int64_t tiles, ld, chunk;  // ld: of a row
+  int64_t own = 0;                 // rows of this member
   Number *state = nullptr, *update = nullptr, *projected = nullptr;
   Real *operand = nullptr, *gated = nullptr;
 
@@ -121,7 +123,7 @@ class StepRows {
     if (PLAIN) ranks_.stride = 1;
     H_ = p.H;
     ld_ = m.ld;
-    gates_x_ = m.gates_x(g, in_chunk * ranks.below(p.B), 0);
+    gates_x_ = m.gates_x(g, in_chunk * m.own, 0);
     gates_x_row_ = m.input_row();
     gates_ = m.gates;
     state_ = m.state + m.at(step, g, 0, 0);
