@@ -39,6 +39,11 @@ def cpu_model() -> str:
     return found
 
 
+def processors() -> int | None:
+    """How many this process may use; None where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def caches() -> dict[str, str]:
     """Size of each cache level of the first core, with the cores that share it."""
     found = {}
@@ -115,7 +120,7 @@ def describe() -> dict[str, Any]:
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpus": processors(),
         "caches": caches(),
         "isa": isa,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),

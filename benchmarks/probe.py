@@ -83,7 +83,12 @@ def compile_probe(folder: Path | None = None) -> Path:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(compile_probe()))
+    library = ctypes.CDLL(str(compile_probe()))
+    library.peak_flops.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
+    library.read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_double]
+    for measurement in (library.peak_flops, library.read_bandwidth, library.exchange_seconds):
+        measurement.restype = ctypes.c_double
+    return library
 
 
 def exchange_s() -> float:
@@ -91,12 +96,12 @@ def exchange_s() -> float:
 
     Between the first two processors that this process may use; without Linux, between any. Cores of
     one third-level cache need 30 to 50 ns, those of different ones or of two sockets more than 100.
-    On a virtual machine the host moves them, so that it changes while one measures.
+    On a virtual machine the host moves them, so that it changes while one measures. With a single
+    processor it takes minutes.
 
     Raises:
         ProbeError: no compiler, or it refuses.
     """
-    _library().exchange_seconds.restype = ctypes.c_double
     return float(_library().exchange_seconds())
 
 
@@ -125,9 +130,6 @@ def measure(threads: int, seconds: float = 0.003) -> Peaks:
         ProbeError: no compiler, or it refuses.
     """
     probe = _library()
-    probe.peak_flops.restype = probe.read_bandwidth.restype = ctypes.c_double
-    probe.peak_flops.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
-    probe.read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_double]
     flops = {name: probe.peak_flops(kind, threads, seconds) for name, kind in KINDS.items()}
     rates = {size: probe.read_bandwidth(threads, size, seconds) for size in WORKING_SETS}
     return Peaks(

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import memory, probe, timing
 from benchmarks.cases import DTYPES, SUITES
-from benchmarks.machine import OtherLoad
+from benchmarks.machine import OtherLoad, processors
 from benchmarks.parity import judge
 from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
@@ -250,7 +250,7 @@ def _measure(problem: Problem, found: Admitted, setting: Setting) -> None:
 
 def _exchange(problem: Problem, setting: Setting) -> float | None:
     """How far the cores are from each other now, where that matters and a compiler is there."""
-    if setting.threads == 1 or problem.device != "cpu":
+    if setting.threads == 1 or problem.device != "cpu" or processors() == 1:
         return None
     if not setting.dry:
         time.sleep(0.1)  # threads of who was called last may still spin

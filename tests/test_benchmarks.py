@@ -170,6 +170,7 @@ class TestGate:
         assert draw.case.T == problem_module.GATE_ELEMENTS // (1024 * 512)
         assert len(small("infer").for_gate()) == problem_module.GATE_DRAWS
 
+    @pytest.mark.skipif(machine.processors() == 1, reason="one processor")
     def test_how_far_apart_the_cores_were(self, two_threads):
         chosen = providers.choose(providers.all_providers("cpu"), "gru_fast.cpu")
         for threads in (1, 2):

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The physical limit that benchmark rows are compared with."""
 
-import os
-
 import pytest
 
 from repository_tools import load
 
 bound = load("benchmarks.bound")
 cases = load("benchmarks.cases")
+machine = load("benchmarks.machine")
 probe = load("benchmarks.probe")
 
 KIB = 1024
@@ -106,7 +105,7 @@ def test_the_probe_measures_this_machine():
     assert all(rate > 0 for rate in peaks.bandwidth.values())
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core")
+@pytest.mark.skipif(machine.processors() == 1, reason="one processor")
 def test_how_far_apart_the_cores_are():
     assert 1e-9 < probe.exchange_s() < 1e-4
 
