@@ -13,7 +13,7 @@ STAMP := .venv/.gru_fast
 PEERS := .venv/.peers
 # The oldest Triton that the kernels support, beside the one in .venv; it exists for Linux only.
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6.0)
-TRITON_TESTS := tests/test_triton_interpreter.py tests/test_triton_compiled.py tests/test_triton_launch.py
+TRITON_TESTS := $(wildcard tests/test_triton_*.py)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: help demo test test-all lint format bench peers gpu-peers wheel clean
