@@ -9,7 +9,6 @@ One buffer of logits, one of r * s and two of states are enough: who writes one 
 use, waited for an arrival that every program makes after reading it.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -17,7 +16,7 @@ from .generate_inputs import last_drawn, next_input
 from .generate_layers import run_draw, run_head, run_layer
 from .generate_tables import compiled_as
 from .generation import LOGITS_OF_WARP, Generation, exchange_of, model_of
-from .grid import arrive, load_panels, wait
+from .grid import arrive, load_panels, new_counters, wait
 from .tile import anew, anew_in_a_row
 from .tiling import Config, cdiv, device_of
 
@@ -209,13 +208,12 @@ def launch_generate_grid(call: Generation, steps: tuple[int, int], config: Confi
         | config.arguments("BLOCK_H", "BLOCK_B", "BLOCK_K", "RESIDENT")
         | compiled_as("grid", device, model, config)
     )
-    counters = torch.zeros(batch_tiles, dtype=torch.int32, device=call.rows.state.device)
     most = max(1, device.processors // unit_tiles)
     for first_tile in range(0, batch_tiles, most):
         tiles = min(most, batch_tiles - first_tile)
         generate_grid[(tiles, unit_tiles)](
             **known,
-            counters_ptr=counters[first_tile : first_tile + tiles],
+            counters_ptr=new_counters(tiles, call.rows.state),
             step_begin=steps[0],
             step_end=steps[1],
             first_tile=first_tile,

@@ -95,18 +95,19 @@ class GridLaunch:
     counters: Tensor
 
 
+def new_counters(count: int, like: Tensor) -> Tensor:
+    """Zeros for one launch: parts of a tensor are not aligned, for which kernels compile anew."""
+    return torch.zeros(count, dtype=torch.int32, device=like.device)
+
+
 def grid_launches(problem: Problem, config: Config) -> Iterator[GridLaunch]:
     """Launches of which each fits the device."""
     programs = device_of(problem.h0).processors
     unit_tiles = cdiv(problem.H, config.BLOCK_H)
     batch_tiles = cdiv(problem.B, config.BLOCK_B)
-    counters = torch.zeros(problem.G * batch_tiles, dtype=torch.int32, device=problem.h0.device)
-    used = 0
     for first_group, groups, reverse_bits in problem.launches(max(1, programs // unit_tiles)):
         most = max(1, programs // (unit_tiles * groups))
         for first_tile in range(0, batch_tiles, most):
-            tiles = min(most, batch_tiles - first_tile)
-            part = counters[used : used + groups * tiles]
-            used += groups * tiles
-            grid = (tiles, unit_tiles, groups)
-            yield GridLaunch(grid, first_group, reverse_bits, first_tile, part)
+            grid = (min(most, batch_tiles - first_tile), unit_tiles, groups)
+            counters = new_counters(grid[0] * groups, problem.h0)
+            yield GridLaunch(grid, first_group, reverse_bits, first_tile, counters)

@@ -298,6 +298,22 @@ def test_sizes_do_not_recompile(kernel, forward, backward):
     assert names.count(f"backward_{kernel}") == backward
 
 
+def test_launches_of_one_call_do_not_recompile():
+    """Not where a batch takes several cooperative launches, whose counters are aligned alike."""
+    B = 3000
+    found = launches(90, "grid", Case(T=3, B=B, H=128), torch.bfloat16)
+    scans = [launch for launch in found if launch.kernel.endswith("_grid")]
+    assert sorted(launch.kernel for launch in scans) == ["backward_grid", "forward_grid"]
+    assert all(launch.grid[0] * launch.arguments["BLOCK_B"] < B for launch in scans)
+
+    prompts, lengths = torch.zeros(B, 0).long(), torch.zeros(B).long()
+    with compiled.dry_launches(90) as generating:
+        weights = zero_weights("reset_after", 128, V=65)
+        kernels.generate(weights, prompts, lengths, kernels.Rules(), 1, form="grid")
+    assert len(generating) > 1
+    assert len({id(launch.compiled) for launch in generating}) == 1
+
+
 def some_prompts() -> tuple[torch.Tensor, torch.Tensor]:
     """Four of three tokens."""
     return torch.zeros(4, 3).long(), torch.full((4,), 3)
