@@ -47,26 +47,44 @@ def launches(
     return list({id(launch.compiled): launch for launch in found}.values())
 
 
-@pytest.mark.parametrize("cell", ["reset_after", "reset_before"])
-def test_programs_that_meet_see_what_the_others_stored(cell):
+def check_meetings(launch: compiled.Launch, arrivals: int, waits: int) -> None:
     """Memory order and caches, of which the interpreter knows nothing; the order is the text's."""
-    found = launches(90, "grid", Case(cell, T=3, B=8, H=64), torch.bfloat16)
+    marks = re.findall(
+        r"bar\.sync|\b(?:red|atom)\.\S+|\.gpu\.acquire\b|ld\.global\.cg|cp\.async\.c[ag]",
+        launch.compiled.asm["ptx"],
+    )
+    arriving = [at for at, mark in enumerate(marks) if ".gpu.release." in mark]
+    waiting = [at for at, mark in enumerate(marks) if mark == ".gpu.acquire"]
+    assert (len(arriving), len(waiting)) == (arrivals, waits)
+    assert "cp.async.ca" not in marks
+    assert all(marks[at - 1] == "bar.sync" for at in arriving)
+    for at, after in zip(waiting, [*waiting[1:], len(marks)], strict=True):
+        assert marks[at + 1] == "bar.sync"
+        assert {"ld.global.cg", "cp.async.cg"} & set(marks[at:after])
+
+
+@pytest.mark.parametrize("cell", ["reset_after", "reset_before"])
+@pytest.mark.parametrize("B, ahead", [(8, False), (3000, True)], ids=["on_chip", "loaded_ahead"])
+def test_programs_that_meet_see_what_the_others_stored(B, ahead, cell):
+    found = launches(90, "grid", Case(cell, T=3, B=B, H=128), torch.bfloat16)
     scans = [launch for launch in found if launch.kernel in ("forward_grid", "backward_grid")]
     assert len(scans) == 2
+    meetings = 2 if cell == "reset_before" else 1
     for scan in scans:
-        marks = re.findall(
-            r"bar\.sync|\b(?:red|atom)\.\S+|\.gpu\.acquire\b|ld\.global\.cg",
-            scan.compiled.asm["ptx"],
-        )
-        arrivals = [at for at, mark in enumerate(marks) if ".gpu.release." in mark]
-        waits = [at for at, mark in enumerate(marks) if mark == ".gpu.acquire"]
-        meetings = 2 if cell == "reset_before" else 1
-        assert len(waits) == meetings
+        assert ("cp.async" in scan.compiled.asm["ptx"]) == ahead
         # Forward also arrives before its first step.
-        assert len(arrivals) == meetings + (scan.kernel == "forward_grid")
-        assert all(marks[at - 1] == "bar.sync" for at in arrivals)
-        for at, after in zip(waits, [*waits[1:], len(marks)], strict=True):
-            assert marks[at + 1] == "bar.sync" and "ld.global.cg" in marks[at:after]
+        check_meetings(scan, meetings + (scan.kernel == "forward_grid"), meetings)
+
+
+@pytest.mark.parametrize("cell", ["reset_after", "reset_before"])
+def test_programs_that_generate_see_what_the_others_stored(cell):
+    with compiled.dry_launches(90) as found:
+        kernels.generate(
+            zero_weights(cell, 256, V=65), *some_prompts(), kernels.Rules(), 1, form="grid"
+        )
+    # Of the layer, the head and the draw.
+    meetings = 4 if cell == "reset_before" else 3
+    check_meetings(found[0], meetings, meetings)
 
 
 class _NoReads(TorchDispatchMode):
