@@ -86,21 +86,21 @@ def generate(
     call = Generation(weights, rules, rows)
     end = rows.longest + max_new_tokens
     begin = seen = 0
-    with on_device(prompts):
-        while begin < end:
-            upto = min(end, begin + (QUEUED if form == "step" else LAUNCH))
-            if on_tokens is not None:
-                upto = min(end, max(begin, rows.longest) + STREAMED)
+    while begin < end:
+        upto = min(end, begin + (QUEUED if form == "step" else LAUNCH))
+        if on_tokens is not None:
+            upto = min(end, max(begin, rows.longest) + STREAMED)
+        with on_device(prompts):  # not where on_tokens is called, which may change the device
             launch(call, (begin, upto), config)
-            begin = upto
-            least, most = (int(word) for word in torch.stack(rows.status.aminmax()).tolist())
-            if most > ENDED:
-                raise ValueError(_complaint(rows, most, weights.V, rules))
-            if on_tokens is not None:
-                complete = begin - rows.longest if least == ALIVE else max_new_tokens
-                seen = _hand_over(rows.tokens, seen, complete, on_tokens)
-            if least != ALIVE:
-                break
+        begin = upto
+        least, most = (int(word) for word in torch.stack(rows.status.aminmax()).tolist())
+        if most > ENDED:
+            raise ValueError(_complaint(rows, most, weights.V, rules))
+        if on_tokens is not None:
+            complete = begin - rows.longest if least == ALIVE else max_new_tokens
+            seen = _hand_over(rows.tokens, seen, complete, on_tokens)
+        if least != ALIVE:
+            break
     return rows.tokens, rows.log_probs, rows.state[..., : weights.units].contiguous()
 
 

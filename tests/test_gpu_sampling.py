@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which loop takes a call of `generate` on CUDA, what `explain_generate` says, and the tiles."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from itertools import product
 from types import SimpleNamespace
@@ -353,3 +355,33 @@ class TestWeights:
         ):
             with pytest.raises(RuntimeError, match=message):
                 kernels.weights_of(*arguments)
+
+
+def test_tokens_are_handed_over_on_the_device_of_the_caller(monkeypatch):
+    """What a callback makes on "cuda", or changes, is the caller's; each launch has the model's."""
+    module, on_model, seen = import_module("gru_fast.kernels.generate"), [False], []
+
+    @contextmanager
+    def on_device(tensor):
+        on_model[0] = True
+        yield
+        on_model[0] = False
+
+    def launch(call, steps, config):
+        seen.append(("launch", *on_model))
+        call.rows.tokens.fill_(1)
+
+    monkeypatch.setattr(module, "on_device", on_device)
+    monkeypatch.setattr(module, "_launcher", lambda form: launch)
+    layer = [torch.zeros(24, 8)] * 2
+    weights = kernels.weights_of(
+        "reset_after", torch.zeros(6, 24), [layer], torch.zeros(5, 8), None
+    )
+    prompts, lengths = torch.zeros(2, 1).long(), torch.ones(2).long()
+    steps = module.STREAMED + 1
+    kernels.generate(
+        weights, prompts, lengths, kernels.Rules(), steps,
+        lambda tokens: seen.append(("tokens", *on_model)), "step",
+    )  # fmt: skip
+    launches, tokens = [("launch", True)], [("tokens", False)]
+    assert seen == launches + tokens * (steps - 1) + launches + tokens
