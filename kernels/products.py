@@ -18,15 +18,15 @@ _SETTINGS = torch.backends.cuda.matmul
 
 def matmul_precision(precision: str, tensor: Tensor) -> AbstractContextManager[None]:
     """Round float32 products on CUDA as the scan does: TF32 or not at all."""
-    wanted = "tf32" if precision == "tf32" else "ieee"
-    if not tensor.is_cuda or tensor.dtype != torch.float32 or _SETTINGS.fp32_precision == wanted:
+    if not tensor.is_cuda or tensor.dtype != torch.float32:
         return nullcontext()
-    return _rounding(wanted)
+    wanted, before = "tf32" if precision == "tf32" else "ieee", _SETTINGS.fp32_precision
+    return nullcontext() if before == wanted else _rounding(wanted, before)
 
 
 @contextmanager
-def _rounding(wanted: str) -> Iterator[None]:
-    before = _SETTINGS.fp32_precision
+def _rounding(wanted: str, before: str) -> Iterator[None]:
+    # What was there is not read again: another thread may have changed it for its own products.
     _SETTINGS.fp32_precision = wanted
     try:
         yield

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the products beside a Triton scan round; needs no GPU."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gru_fast.kernels import products
+
+
+def test_how_products_round_is_restored_where_two_threads_overlap(monkeypatch):
+    """Both have looked before either begins."""
+    settings = SimpleNamespace(fp32_precision="ieee")
+    monkeypatch.setattr(products, "_SETTINGS", settings)
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    one, other = (products.matmul_precision("tf32", tensor) for _ in range(2))
+    one.__enter__()
+    other.__enter__()
+    assert settings.fp32_precision == "tf32"
+    one.__exit__(None, None, None)
+    other.__exit__(None, None, None)
+    assert settings.fp32_precision == "ieee"
