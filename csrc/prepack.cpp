@@ -5,6 +5,8 @@
 #include <new>
 #include <unordered_map>
 
+#include "exchange.h"
+
 namespace gru_fast {
 namespace {
 
@@ -84,6 +86,9 @@ std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, const
   const auto found = list().find(data);
   if (found == list().end() || !(found->second.shape == shape)) return nullptr;
   Entry& entry = found->second;
+  // share_memory_() moves a storage: what lies here now may be another tensor.
+  Dense<Real> held;
+  if (!read(entry.weight, held, true) || held.data != data) return nullptr;
   const long version = version_of(entry.weight);
   if (version < 0) {
     PyErr_Clear();

@@ -228,6 +228,24 @@ def test_memory_that_is_given_up_is_kept_so_that_no_other_tensor_gets_its_addres
         assert torch.equal(step(), step.expected())
 
 
+def test_memory_that_is_moved_to_be_shared_is_not_taken_for_what_lies_there_then() -> None:
+    module, other = gru_fast.GRU(I, H), gru_fast.GRU(I, H)
+    x, h = torch.randn(1, I), torch.randn(1, H)
+    names = ("weight_ih_l0", "weight_hh_l0")
+    places = {name: module.get_parameter(name).numpy().copy() for name in names}
+    for name, place in places.items():
+        setattr(module, name, nn.Parameter(torch.from_numpy(place)))
+    with gru_fast.prepacked(module):
+        before = module(x, h)
+        module.share_memory()
+        for name, place in places.items():
+            place[:] = other.get_parameter(name).numpy()
+            setattr(other, name, nn.Parameter(torch.from_numpy(place)))
+        inside = other(x, h)
+        assert all(map(torch.equal, module(x, h), before))
+    assert all(map(torch.equal, inside, other(x, h)))
+
+
 def test_copies_made_inside_are_plain() -> None:
     step = Stepper()
     with gru_fast.prepacked(step.module):
