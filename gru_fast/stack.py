@@ -65,8 +65,8 @@ def run_layers(
     """
     if isinstance(input, PackedSequence):
         return _run_packed(
-            input, hx, params, run, num_layers, dropout, bidirectional, num_heads, lengths,
-            reset_mask, reset_state, h_scale,
+            input, hx, params, run, num_layers, dropout, bidirectional, batch_first, num_heads,
+            lengths, reset_mask, reset_state, h_scale,
         )  # fmt: skip
     batched = input.dim() == 3
     if lengths is not None or reset_mask is not None:
@@ -109,6 +109,7 @@ def _run_packed(
     num_layers: int,
     dropout: float,
     bidirectional: bool,
+    batch_first: bool,
     num_heads: int,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
@@ -130,9 +131,14 @@ def _run_packed(
             return tensor
         return tensor.index_select(1, sorted_indices)
 
-    if hx is not None:
-        H = params[1].shape[1] * num_heads
-        _check_hx(hx, num_layers * (2 if bidirectional else 1), x.shape[1], H)
+    # Before they are sorted, which would take the first rows of too many.
+    if reset_mask is not None:
+        check_rows(x.transpose(0, 1) if batch_first else x, batch_first, None, reset_mask)
+        reset_mask = reset_mask.transpose(0, 1) if batch_first else reset_mask
+    layers, H = num_layers * (2 if bidirectional else 1), params[1].shape[1] * num_heads
+    for name, given in (("hx", hx), ("reset_state", reset_state), ("h_scale", h_scale)):
+        if given is not None:
+            _check_hx(given, layers, x.shape[1], H, name)
     drop = PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
     output, h_n = _stack(
         x, sort(hx), params, run, num_layers, bidirectional, num_heads,

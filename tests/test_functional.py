@@ -116,6 +116,40 @@ def test_packed_sequence_with_every_option(enforce_sorted: bool) -> None:
         functional.gru(packed, hx, params, num_layers=L, bidirectional=True, lengths=lengths)
 
 
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_resets_beside_a_packed_sequence_lie_as_batch_first_says(enforce_sorted: bool) -> None:
+    params, x = weights("reset_after")[:4], torch.randn(B, B, I).double()
+    mask = torch.rand(B, B) < 0.5
+    lengths = torch.tensor([4, 3, 2, 1] if enforce_sorted else [2, 4, 1, 3])
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=enforce_sorted)
+    output, h_n = functional.gru(packed, None, params, reset_mask=mask, batch_first=True)
+    expected = functional.gru(x, None, params, reset_mask=mask, lengths=lengths, batch_first=True)
+    same((pad_packed_sequence(output, batch_first=True)[0], h_n), expected)
+
+
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_what_does_not_fit_a_packed_sequence_is_refused_before_it_is_sorted(
+    enforce_sorted: bool,
+) -> None:
+    params, mask = weights("reset_after")[:4], torch.zeros(T, B, dtype=torch.bool)
+    lengths = torch.tensor([6, 5, 4, 1] if enforce_sorted else [4, 1, 6, 5])
+    x = torch.randn(T, B, I).double()
+    packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+    wide = torch.zeros(1, B + 1, H).double()
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"reset_mask": [True]}, TypeError, "reset_mask should be a Tensor, got: list"),
+        ({"reset_mask": mask[0]}, RuntimeError, rf"reset_mask: expected shape \(T, B\) = \({T}"),
+        ({"reset_mask": mask.new_zeros(T, B + 1)}, RuntimeError, "reset_mask: expected shape"),
+        ({"reset_mask": mask, "batch_first": True}, RuntimeError, rf"\(B, T\) = \({B}, {T}\)"),
+        ({"reset_mask": mask.int()}, RuntimeError, "reset_mask: expected dtype bool"),
+        ({"reset_mask": mask, "reset_state": wide}, RuntimeError, "reset_state: expected hidden"),
+        ({"h_scale": wide}, RuntimeError, "h_scale: expected hidden size"),
+    ]
+    for given, error, message in cases:
+        with pytest.raises(error, match=message):
+            functional.gru(packed, None, params, **given)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_dropout_takes_the_random_stream_of_nn_gru(packed: bool) -> None:
     theirs = nn.GRU(I, H, L, bidirectional=True, dropout=0.4).double()
