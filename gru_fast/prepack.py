@@ -23,6 +23,11 @@ def _count_step(optimizer: Optimizer, *_: Any) -> None:
         increment_version(group["params"])
 
 
+# Compiled with a step it would count once, while it is traced. What torch.compiler.disable sets:
+# that function itself loads the whole compiler.
+_count_step._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def prepacked(module: nn.Module) -> Iterator[None]:
     """For the length of a `with` block, keep the weights of a module's layers packed for the CPU.

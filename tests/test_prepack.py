@@ -168,6 +168,20 @@ def test_an_optimisers_step_is_seen(how: dict[str, bool]) -> None:
     assert not torch.equal(after, before) and torch.equal(after, step())
 
 
+def test_a_compiled_step_of_a_fused_optimiser_is_seen(fresh_compiler: None) -> None:
+    step = Stepper()
+    optimiser = torch.optim.SGD(step.module.parameters(), 0.1, fused=True)
+    compiled = torch.compile(optimiser.step, backend="aot_eager")
+    with gru_fast.prepacked(step.module):
+        for _ in range(2):
+            before = step()
+            with torch.enable_grad():
+                step().square().mean().backward()
+            compiled()
+            after = step()
+            assert not torch.equal(after, before) and torch.equal(after, step.expected())
+
+
 def test_what_nobody_counts_is_used_after_the_block_only() -> None:
     """As documented; and it shows that nothing is packed twice."""
     step = Stepper()
