@@ -199,10 +199,13 @@ class GRU(Recurrent):
             nn.init.zeros_(h0)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.learn_h0 and prefix + "weight_ih_l0" in state_dict:
-            # torch.nn.GRU begins with zeros.
-            weight = state_dict[prefix + "weight_ih_l0"]
-            state_dict.setdefault(prefix + "h0", weight.new_zeros(self.h0.shape))
+        if self.learn_h0 and "h0" in self._parameters:
+            # torch.nn.GRU begins with zeros. Pruning and parametrizations give weights other names.
+            names = (k for k in state_dict if k.startswith(prefix) and "weight_ih_l0" in k)
+            name = next(names, None)
+            if name is not None:
+                zeros = state_dict[name].new_zeros(self.h0.shape)
+                state_dict.setdefault(prefix + "h0", zeros)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_tracing(self, *features: object) -> None:

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -87,6 +88,25 @@ class TestLearnedState:
             theirs.load_state_dict(ours.state_dict())
         with pytest.raises(RuntimeError, match=r"Missing key.*weight_ih_l0.*h0"):
             again.load_state_dict({})
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda rnn, name: parametrizations.weight_norm(rnn, name),
+            lambda rnn, name: prune.l1_unstructured(rnn, name, 0.5),
+        ],
+        ids=["parametrized", "pruned"],
+    )
+    def test_state_dicts_of_weights_under_other_names(self, change):
+        ours, theirs, again = self.module(), nn.GRU(I, H, L, **F64), self.module()
+        for rnn in (ours, theirs):
+            change(rnn, "weight_ih_l0")
+        ours.load_state_dict(theirs.state_dict())
+        assert not ours.h0.any()
+        change(again, "h0")
+        copied = {name: value.clone() for name, value in again.state_dict().items()}
+        again.load_state_dict(copied)
+        assert again.h0.any() and again.state_dict().keys() == copied.keys()
 
     def test_reset_parameters(self):
         rnn = self.module()
