@@ -148,7 +148,10 @@ def explain(
     }
     dtype = backends.dtype_of_call(data.device.type, data.dtype)
     T, B, steps = _sizes(module, input, lengths)
-    tensors = (data, hx, reset_state, *module._flat_weights)
+    h0 = module.h0 if getattr(module, "learn_h0", False) else None
+    if hx is not None and (reset_mask is None or reset_state is not None):
+        h0 = None
+    tensors = (data, hx, reset_state, h0, *module._flat_weights)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     heads = getattr(module, "num_heads", 1)
     groups = heads * (2 if getattr(module, "bidirectional", False) else 1)

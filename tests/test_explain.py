@@ -152,6 +152,17 @@ def test_one_step():
     assert explain(cell, x[0]).flops * 7 == explanation.flops
 
 
+def test_a_learned_state_is_trained_where_it_is_used():
+    gru, x = gru_fast.GRU(4, 8, learn_h0=True).requires_grad_(False), torch.randn(5, 2, 4)
+    gru.h0.requires_grad_()
+    hx, mask = torch.zeros(1, 2, 8), torch.zeros(5, 2, dtype=torch.bool)
+    for call in ({}, {"hx": hx}, {"hx": hx, "reset_mask": mask}):
+        trained = gru(x, **call)[0].requires_grad
+        assert ("training" in gru_fast.explain(gru, x, **call).call) == trained
+    call = {"hx": hx, "reset_mask": mask, "reset_state": hx}
+    assert "inference" in gru_fast.explain(gru, x, **call).call
+
+
 def test_the_bound_in_seconds():
     rnn, x = GRU(3, 4), torch.randn(2, 1, 3)
     explanation = explain(rnn, x)
