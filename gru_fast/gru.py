@@ -189,13 +189,16 @@ class GRU(Recurrent):
         """Draw the weights as `torch.nn.GRU` of a head's size does; `h0` becomes 0."""
         # RNNBase would draw it too, which is right for an h0 that a derived class has added.
         h0 = self._parameters.pop("h0", None) if self.learn_h0 else None
-        super().reset_parameters()
-        if self.num_heads > 1:
-            with torch.no_grad():
-                for weight in self.parameters():
-                    weight.mul_(self.num_heads**0.5)
+        try:
+            super().reset_parameters()
+            if self.num_heads > 1:
+                with torch.no_grad():
+                    for weight in self.parameters():
+                        weight.mul_(self.num_heads**0.5)
+        finally:
+            if h0 is not None:
+                self.h0 = h0
         if h0 is not None:
-            self.h0 = h0
             nn.init.zeros_(h0)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

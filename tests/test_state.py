@@ -108,6 +108,12 @@ class TestLearnedState:
         again.load_state_dict(copied)
         assert again.h0.any() and again.state_dict().keys() == copied.keys()
 
+    def test_a_failed_reset_of_parameters_keeps_the_state(self):
+        rnn = self.module().to(torch.float8_e4m3fn)  # torch draws no such numbers
+        with pytest.raises(NotImplementedError):
+            rnn.reset_parameters()
+        assert "h0" in rnn.state_dict()
+
     def test_reset_parameters(self):
         rnn = self.module()
         torch.manual_seed(1)
