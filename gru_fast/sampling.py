@@ -388,7 +388,7 @@ def generate_loop(
             log_probs.append(torch.where(alive, log_prob, 0.0))
             alive = alive & (drawn != options.eos_token_id)
         if on_tokens is not None:
-            on_tokens(tokens[-1])
+            on_tokens(tokens[-1].clone())
         if t + 1 == steps or not alive.any():
             break
         after = model.run(drawn[:, None], hidden, table=table)[1]

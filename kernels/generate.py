@@ -109,7 +109,7 @@ def _hand_over(tokens: Tensor, seen: int, complete: int, on_tokens: OnTokens) ->
     for column in tokens[:, seen:complete].unbind(1):
         if bool((column == PADDING).all()):
             break
-        on_tokens(column)
+        on_tokens(column.clone())
     return complete
 
 

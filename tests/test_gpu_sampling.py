@@ -25,6 +25,7 @@ from gru_fast.kernels import (  # noqa: E402
     registry,
     tiling,
 )
+from gru_fast.kernels.generate import _hand_over  # noqa: E402
 from gru_fast.kernels.generate_tables import FORMS, Model  # noqa: E402
 
 DEVICES = [
@@ -293,6 +294,19 @@ class TestRouting:
         assert "Sequential" in gpu_sampling.why_not(odd)
         monkeypatch.setattr(backends, "HAS_TRITON", False)
         assert sampling.choose_loop(model) is sampling.generate_loop
+
+
+def test_what_is_handed_over_is_the_receivers_own():
+    tokens = torch.tensor([[1, 2, -100], [3, 4, -100]])
+    received = []
+
+    def overwrite(column):
+        received.append(column.tolist())
+        column.fill_(0)
+
+    assert _hand_over(tokens, 0, 3, overwrite) == 3
+    assert received == [[1, 3], [2, 4]]
+    assert tokens.tolist() == [[1, 2, -100], [3, 4, -100]]
 
 
 def test_thresholds_have_one_type_whatever_they_are():

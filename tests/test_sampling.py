@@ -178,6 +178,24 @@ def test_a_streamer_gets_prompts_of_its_own(model, ids, repeats):
     assert torch.equal(found[:, :2], expected[:, :2])
 
 
+@pytest.mark.parametrize("eos", [None, 0])
+@pytest.mark.parametrize("loop", ["native", "reference"])
+def test_a_streamer_gets_tokens_of_its_own(model, loop, eos):
+    class Overwrite:
+        def put(self, value):
+            value.fill_(1)
+
+        def end(self):
+            pass
+
+    model.gru.backend = "auto" if loop == "native" else loop
+    options = {"max_new_tokens": 9, "num_return_sequences": 3, "eos_token_id": eos, "seed": 3}
+    expected = detailed(model, [2], **options)
+    found = detailed(model, [2], streamer=Overwrite(), **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.log_probs, expected.log_probs)
+
+
 @pytest.mark.parametrize("streamer", [3, io.StringIO(), print])
 def test_what_is_no_streamer(model, streamer):
     """Before anything is drawn."""
