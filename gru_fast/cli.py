@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import os
 import platform
 import signal
 import sys
@@ -367,6 +368,8 @@ def _known_lines(run: Run, required: bool) -> set[str]:
     source = run.config["corpus"]["source"]
     problem = "is a running text" if not run.has_eos else ""
     text = ""
+    if not problem and source not in corpus.BUILTIN and not os.path.isfile(source):
+        problem = "cannot be read any more"  # least of all a pipe: it would wait for another text
     if not problem:
         try:
             text = corpus.read_text(source)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line and what is around it: pipes and streams of any kind."""
+
+import os
+import threading
+
+import pytest
+from click.testing import CliRunner
+
+from gru_fast.cli import cli
+from torch_threads import torch_threads
+
+TEXT = "\n".join(["änne", "bert", "cäsar", "dora"])
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with torch_threads(1):
+        yield
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def train(corpus, out, *options):
+    return call("train", corpus, "--lines", "--hidden", 4, "--steps", 1, "--out", out, *options)
+
+
+def test_what_a_pipe_holds_later_is_not_the_corpus(tmp_path):
+    pipe, out = tmp_path / "pipe", tmp_path / "run"
+    os.mkfifo(pipe)
+
+    def written(content):
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,), daemon=True)
+        writer.start()
+        return writer
+
+    written(TEXT.encode())
+    train(pipe, out)
+    writer = written(b"somebody else's")
+    assert call("sample", out, "--novel", code=2).stderr == (
+        f"gru-fast: --novel: {pipe} cannot be read any more; leave --novel out\n"
+    )
+    assert pipe.read_bytes() == b"somebody else's"
+    writer.join()
