@@ -177,7 +177,7 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
     complain(divided ? "logits / temperature " + std::string(py::str(py::float_(temperature)))
                      : "logits",
              "no NaN or +inf and at least one finite value",
-             "others in sequence " + std::to_string(state.bad_sequence - 1));
+             "others in sequence " + std::to_string(stream.data()[state.bad_sequence - 1]));
   }
   py::object chances_or_none = py::none();
   if (chances) chances_or_none = *chances;

@@ -300,6 +300,28 @@ def test_bad_logits_stop_it(model):
         model.generate(max_new_tokens=2)
 
 
+def test_the_sequence_with_bad_logits_is_named():
+    """By its number in the call, also where a streamer is served after others have ended."""
+    pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+
+    class Ignore:
+        put = end = lambda *_: None
+
+    # The state is the last token: 1 is followed by 0, the end, and 2 by 3, which is NaN.
+    lm = GRULanguageModel(4, None, 4)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.zero_()
+        lm.gru.bias_ih_l0[4:8] = -20
+        lm.gru.weight_ih_l0[8:] = torch.eye(4)
+        lm.gru.weight_ih_l0[:, 3] = torch.nan
+        lm.head.weight[0, 1] = lm.head.weight[3, 2] = 1
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": 0}
+    for streamer in (None, Ignore()):
+        with pytest.raises(ValueError, match=r"others in sequence 2$"):
+            lm.generate([[1], [1], [2]], streamer=streamer, **options)
+
+
 def test_method_and_function_are_one(model):
     options = {"max_new_tokens": 5, "seed": 1}
     assert torch.equal(generate(model, [1], **options), model.generate([1], **options))
