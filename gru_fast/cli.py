@@ -282,7 +282,8 @@ def _fit(
 ) -> Report:
     with (
         _stop_on_interrupt() as should_stop,
-        tqdm(total=options.steps, unit="step", mininterval=0.5, file=sys.stderr) as bar,
+        # Where stderr is closed there is none to write to.
+        tqdm(total=options.steps, unit="step", mininterval=0.5, disable=sys.stderr is None) as bar,
     ):
 
         def on_step(step: int, report: Report) -> None:

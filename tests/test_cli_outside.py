@@ -2,6 +2,8 @@
 """The command line and what is around it: pipes and streams of any kind."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -48,3 +50,12 @@ def test_what_a_pipe_holds_later_is_not_the_corpus(tmp_path):
     )
     assert pipe.read_bytes() == b"somebody else's"
     writer.join()
+
+
+def test_stderr_may_be_closed(tmp_path):
+    corpus, out = tmp_path / "names.txt", tmp_path / "run"
+    corpus.write_text(TEXT, encoding="utf-8")
+    command = [sys.executable, "-m", "gru_fast", "train", corpus, "--lines", "--out", out]
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command, "--hidden", "4", "--steps", "1"]
+    assert subprocess.run(closed, check=False).returncode == 0
+    call("sample", out, "--length", 1)
