@@ -69,6 +69,9 @@ class _Commands(click.Group):
             if error.errno == errno.EPIPE:  # a reader that has seen enough: click's to handle
                 raise
             message = str(error.strerror or error)
+        except UnicodeEncodeError as error:  # only stdout is strict
+            text = error.object[error.start : error.end]
+            message = f"stdout is {error.encoding}, without {text!a}; try PYTHONIOENCODING=utf-8"
         except (MemoryError, RuntimeError) as error:
             message = str(error).split("\n")[0]
             # torch has no exception of its own for a CPU that is out of memory.

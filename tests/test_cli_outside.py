@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from gru_fast.cli import cli
 from torch_threads import torch_threads
 
-TEXT = "\n".join(["änne", "bert", "cäsar", "dora"])
+TEXT = "\n".join(["änne", "bert", "cäsar", "łucja"])
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +59,14 @@ def test_stderr_may_be_closed(tmp_path):
     closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command, "--hidden", "4", "--steps", "1"]
     assert subprocess.run(closed, check=False).returncode == 0
     call("sample", out, "--length", 1)
+
+
+def test_an_encoding_of_stdout_without_the_characters(tmp_path):
+    corpus, out = tmp_path / "names.txt", tmp_path / "run"
+    corpus.write_text(TEXT, encoding="utf-8")
+    train(corpus, out)
+    result = CliRunner(charset="latin-1").invoke(cli, ["trace", str(out), "ł"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        r"gru-fast: stdout is latin-1, without '\u0142'; try PYTHONIOENCODING=utf-8" + "\n"
+    )
