@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line `gru-fast`: results on stdout, everything else on stderr.
 
-A mistake of the user is one line and exit code 2; an interrupted training is exit code 130.
+A mistake of the user is one line and exit code 2; an interrupted command is exit code 130.
 """
 
 from __future__ import annotations
@@ -72,6 +72,9 @@ class _Commands(click.Group):
         except UnicodeEncodeError as error:  # only stdout is strict
             text = error.object[error.start : error.end]
             message = f"stdout is {error.encoding}, without {text!a}; try PYTHONIOENCODING=utf-8"
+        except KeyboardInterrupt:  # which click makes a 1
+            click.echo("\nAborted!", err=True)
+            ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
             message = str(error).split("\n")[0]
             # torch has no exception of its own for a CPU that is out of memory.

@@ -2,6 +2,7 @@
 """The command line and what is around it: pipes and streams of any kind."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -70,3 +71,17 @@ def test_an_encoding_of_stdout_without_the_characters(tmp_path):
     assert result.stderr == (
         r"gru-fast: stdout is latin-1, without '\u0142'; try PYTHONIOENCODING=utf-8" + "\n"
     )
+
+
+def test_the_exit_code_of_a_second_interrupt(tmp_path, monkeypatch):
+    corpus = tmp_path / "names.txt"
+    corpus.write_text(TEXT, encoding="utf-8")
+
+    def interrupted(*arguments, should_stop, **options):
+        signal.raise_signal(signal.SIGINT)
+        assert should_stop()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("gru_fast.cli.train", interrupted)
+    result = call("train", corpus, "--lines", "--hidden", 4, "--out", tmp_path / "run", code=130)
+    assert result.stderr.endswith("\nAborted!\n")
