@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gru_fast.tokenizers import Tokenizer, load_tokenizer
 
 __all__ = [
     "Run",
+    "claimed",
     "create_run",
     "load_checkpoint",
     "load_run",
@@ -55,6 +57,31 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()  # half a file would only fill a disk that may be full
         raise InputError(f"{target}: {error.strerror}; cannot write there") from None
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder; a process that is killed lets go of it.
+
+    Raises:
+        InputError: Another one has claimed it.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # not on Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some file systems know no locks.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another process is training there") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def save_checkpoint(

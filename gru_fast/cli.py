@@ -229,11 +229,12 @@ def _train_on(
         "tokens": {"kind": tokenizer.kind, "max_words": max_words},
         "training": dataclasses.asdict(options),
     }
-    if resume:
-        _say(checkpoint.reopen_run(out, config))
-    else:
+    if not resume:
         checkpoint.create_run(out, config, tokenizer)
-    report = _fit(model, data, options, out, save_every)
+    with checkpoint.claimed(out):
+        if resume:
+            _say(checkpoint.reopen_run(out, config))
+        report = _fit(model, data, options, out, save_every)
     first, last = report.held_out[0][1], report.held_out[-1][1]
     speed = report.tokens_per_second  # 0 where no step was left
     _say(

@@ -10,6 +10,7 @@ import threading
 import pytest
 from click.testing import CliRunner
 
+from gru_fast.checkpoint import claimed
 from gru_fast.cli import cli
 from torch_threads import torch_threads
 
@@ -85,3 +86,14 @@ def test_the_exit_code_of_a_second_interrupt(tmp_path, monkeypatch):
     monkeypatch.setattr("gru_fast.cli.train", interrupted)
     result = call("train", corpus, "--lines", "--hidden", 4, "--out", tmp_path / "run", code=130)
     assert result.stderr.endswith("\nAborted!\n")
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    corpus, out = tmp_path / "names.txt", tmp_path / "run"
+    corpus.write_text(TEXT, encoding="utf-8")
+    train(corpus, out)
+    with claimed(out):
+        result = call("train", "--resume", "--out", out, "--steps", 3, code=2)
+        call("sample", out, "--length", 1)
+    assert result.stderr.splitlines()[-1] == f"gru-fast: {out}: another process is training there"
+    call("train", "--resume", "--out", out, "--steps", 2)
