@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import torch
@@ -53,7 +54,14 @@ class Sampler:
 
     def refresh(self) -> None:
         """Take the model's weights as they are now; calls that are running keep the old ones."""
-        self._stack = packed.pack_model(self._model, self._weights)
+        model = self._model
+        stack = packed.pack_model(model, self._weights)
+        # What a call asks of the model: it may be elsewhere by then.
+        weight = model.head.weight.detach().new_empty(0)
+        self._shape: Any = SimpleNamespace(
+            vocab_size=model.vocab_size, start=model.start, head=SimpleNamespace(weight=weight)
+        )
+        self._stack = stack
 
     @property
     def kernel(self) -> str:
@@ -97,7 +105,7 @@ class Sampler:
             TypeError: As `GRULanguageModel.generate`.
         """
         loop = partial(sampling.native_loop, stack=self._stack, threads=self._threads)
-        return sampling.generate(self._model, input_ids, loop=loop, **options)
+        return sampling.generate(self._shape, input_ids, loop=loop, **options)
 
 
 class Stream:

@@ -187,6 +187,10 @@ def test_a_sampler_is_a_snapshot():
     after = lm.generate(max_new_tokens=40, seed=1)
     assert not torch.equal(after, before)
     sampler.refresh()
+    lm.to("meta")  # or to a GPU, for more training
+    assert torch.equal(sampler.generate(max_new_tokens=40, seed=1), after)
+    with pytest.raises(RuntimeError, match="weights are on meta"):
+        sampler.refresh()
     assert torch.equal(sampler.generate(max_new_tokens=40, seed=1), after)
 
 
