@@ -359,7 +359,9 @@ def _sample(
             [prompt_ids], max_new_tokens=length, num_return_sequences=rows, do_sample=not greedy,
             eos_token_id=eos, **options,
         )  # fmt: skip
-    texts = [loaded.tokenizer.decode(row) for row in sequences.tolist()]
+    # A running text has no end: EOS, which no training has seen, stands for nothing there.
+    drawn = sequences.tolist() if eos == EOS else [row[row != EOS].tolist() for row in sequences]
+    texts = [loaded.tokenizer.decode(row) for row in drawn]
     new = [text for text in texts if text.strip() and text.strip() not in known]
     for text in (new if novel else texts)[:num]:
         click.echo(text)

@@ -97,3 +97,12 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
         call("sample", out, "--length", 1)
     assert result.stderr.splitlines()[-1] == f"gru-fast: {out}: another process is training there"
     call("train", "--resume", "--out", out, "--steps", 2)
+
+
+def test_running_text_does_not_end_where_eos_is_drawn(tmp_path):
+    """Which a model does that was trained little: here it is as likely as a and b."""
+    corpus, out = tmp_path / "text.txt", tmp_path / "run"
+    corpus.write_text("ab" * 40)
+    call("train", corpus, "--text", "--hidden", 4, "--steps", 1, "--lr", 1e-9, "--out", out)
+    text = call("sample", out, "--length", 90, "--seed", 1).stdout
+    assert 40 < len(text.strip()) < 80 and set(text) == set("ab\n")
