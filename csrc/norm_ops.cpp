@@ -26,6 +26,8 @@ const NormTable<Real>& norm_table() {
 template <class Real, class Call>
 void read_norm(Marshal<Real>& m, Call& call, const Arguments& a, const Tensor& gamma, double eps) {
   call.in = read_problem(m, a);
+  STD_TORCH_CHECK(call.in.G > 0 && call.in.H > 0, "h0: expected G >= 1 and H >= 1, got ",
+                  shape_text(a.h0.sizes()).c_str());
   call.in.order = call.in.alive_before = nullptr;  // padding is computed and held
   call.gamma = m.read("gamma_hh", gamma, {call.in.G, 3 * call.in.H});
   STD_TORCH_CHECK(eps > 0 && eps < std::numeric_limits<double>::infinity(),
@@ -39,8 +41,6 @@ NormResult run_forward(const Arguments& a, const Tensor& gamma, double eps, bool
   NormForward<Real> f{};
   read_norm(m, f, a, gamma, eps);
   const auto& [T, B, G, H] = std::tie(f.in.T, f.in.B, f.in.G, f.in.H);
-  STD_TORCH_CHECK(G > 0 && H > 0, "h0: expected G >= 1 and H >= 1, got ",
-                  shape_text(a.h0.sizes()).c_str());
   const bool empty = T == 0 || B == 0;
   Tensor output = m.template make<Real>({T, B, G * H}, empty);
   Tensor h_n = m.template make<Real>({G, B, H}, empty);

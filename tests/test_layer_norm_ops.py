@@ -359,3 +359,15 @@ def test_vmap(what: str, recompute: bool) -> None:
                for a, d in zip(stacked, dims, strict=True)]  # fmt: skip
         for a, b in zip(found, call(*one), strict=True):
             torch.testing.assert_close(a[v], b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("G, H", [(0, 4), (2, 0), (0, 0)])
+def test_nothing_to_compute_is_an_error_of_backward_too(G: int, H: int) -> None:
+    T, B = 2, 1
+    shapes = (T, B, G, 3 * H), (G, B, H), (G, 3 * H, H), (G, 3 * H)
+    saved = [torch.zeros(s) for s in ((T, B, G * H), (T, B, G, 6 * H), (T, B, G))]
+    with pytest.raises(RuntimeError, match=r"h0: expected G >= 1 and H >= 1, got"):
+        ops_norm.norm_scan_backward(
+            None, None, *map(torch.zeros, shapes), *[None] * 5, *saved, EPS, [False] * G, False,
+            [True] * 7,
+        )  # fmt: skip
