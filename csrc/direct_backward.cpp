@@ -90,13 +90,15 @@ struct Call {
     f.workspace = workspace.data;
     if (!read_gradient(a.grad_output, p.T * p.B, p.H, f.grad_output)) return false;
     if (!read_gradient(a.grad_h_n, p.B, p.H, f.grad_h_n)) return false;
+    const int64_t rows = gate_count(p.cell) * p.H;
+    const int64_t sizes[kInputs] = {p.T * p.B * p.I, p.B * p.H, rows * p.I, rows * p.H, rows, rows};
     Real** const to[kInputs] = {&f.grad_x,         &f.grad_h0,      &f.grad_weight_ih,
                                 &f.grad_weight_hh, &f.grad_bias_ih, &f.grad_bias_hh};
     for (int i = 0; i < kInputs; ++i) {
       if (grads[i] == nullptr) continue;
       Dense<Real> grad;
-      if (!read(grads[i].get(), grad, true)) return false;
-      prefer_huge_pages(grad.data, static_cast<size_t>(grad.rows() * grad.width()) * sizeof(Real));
+      if (!read(grads[i].get(), grad, true) || grad.rows() * grad.width() != sizes[i]) return false;
+      prefer_huge_pages(grad.data, static_cast<size_t>(sizes[i]) * sizeof(Real));
       *to[i] = grad.data;
     }
     return true;

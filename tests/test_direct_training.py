@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gru_fast
@@ -390,3 +391,27 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         assert run(*good[:place], bad, *good[place + 1 :]) is None
     with pytest.raises(TypeError, match="expected 10 arguments, got 1"):
         run(x)  # type: ignore[call-arg]
+
+
+def test_what_grows_while_gradients_are_allocated_is_refused() -> None:
+    weights = gru_fast.GRU(1, 1)._flat_weights
+    h = torch.zeros(1, 1, 1)
+    x, grad, output, workspace = (torch.zeros(2, 1, 1) for _ in range(4))
+    workspace.data = torch.zeros(2, 1, 1, 4)
+
+    class Grows(TorchFunctionMode):
+        """Stands for another thread."""
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is Tensor.new_empty:
+                for tensor in (x, grad, output, workspace):
+                    tensor.data = torch.zeros(3, *tensor.shape[1:])
+            return result
+
+    call = (grad, None, x, h, weights, output, workspace, False, "reset_after", [True] * 6)
+    with Grows():
+        assert _C.run_direct_backward(*call) is None
+    assert _C.run_direct_backward(*call) is not None
