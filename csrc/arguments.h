@@ -284,7 +284,7 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   p.h0 = m.read("h0", a.h0, {p.G, p.B, p.H});
   p.weight_ih = layer ? m.read("weight_ih", *a.weight_ih, {p.G, rows, p.I}) : nullptr;
   static const Real nothing{};  // a tensor without elements has no address, which is scan's sign
-  if (layer && p.I == 0) p.weight_ih = &nothing;
+  if (layer && p.I == 0) p.x = p.weight_ih = &nothing;
   p.weight_hh = m.read("weight_hh", a.weight_hh, {p.G, rows, p.H});
   p.bias_ih = layer ? m.read("bias_ih", *a.bias_ih, {p.G, rows}) : nullptr;
   p.bias_hh = m.read("bias_hh", a.bias_hh, {p.G, rows});
