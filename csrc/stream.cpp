@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <cstring>
@@ -17,6 +18,7 @@
 #include "cpu/stats.h"
 #include "packed_stack.h"
 #include "sampler.h"
+#include "signals.h"
 
 namespace py = pybind11;
 
@@ -87,8 +89,8 @@ class Stream {
       check_finite("frames", frames);
     }
     Floats output({n, width_});
-    push_unlocked(n, shape.tokens > 0 ? tokens.data() : nullptr,
-                  shape.tokens > 0 ? nullptr : frames.data(), output.mutable_data());
+    push_interruptibly(n, shape.tokens > 0 ? tokens.data() : nullptr,
+                       shape.tokens > 0 ? nullptr : frames.data(), output.mutable_data());
     return output;
   }
 
@@ -96,13 +98,11 @@ class Stream {
 
   void reset() {
     const Use use(busy_);
-    const std::vector<float> zeros(static_cast<size_t>(state_size()));
-    stack_->kernels().write_state(stack_->memory(), memory_.get(), zeros.data());
+    write_state(std::vector<float>(static_cast<size_t>(state_size())));
   }
   py::bytes state() {
     const Use use(busy_);
-    std::vector<float> values(static_cast<size_t>(state_size()));
-    stack_->kernels().read_state(stack_->memory(), memory_.get(), values.data());
+    const std::vector<float> values = read_state();
     return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)};
   }
   void set_state(const py::bytes& bytes) {
@@ -121,10 +121,13 @@ class Stream {
         }
       }
     }
-    stack_->kernels().write_state(stack_->memory(), memory_.get(), values.data());
+    write_state(values);
   }
 
  private:
+  // As many inputs as the kernels take at once.
+  static constexpr int64_t kBetweenLooks = 64;
+
   // Refuses a second thread instead of waiting for the first.
   class Use {
    public:
@@ -157,6 +160,8 @@ class Stream {
     const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(token.ptr()));
     const int64_t value = index ? PyLong_AsLongLong(index.ptr()) : -1;
     if (value == -1 && PyErr_Occurred() != nullptr) {
+      const bool type = PyErr_ExceptionMatches(PyExc_TypeError) != 0;
+      if (!type && PyErr_ExceptionMatches(PyExc_OverflowError) == 0) throw py::error_already_set();
       PyErr_Clear();
       complain_of_type("token", "an integer", token);
     }
@@ -172,6 +177,35 @@ class Stream {
     const py::gil_scoped_release unlocked;
     stack_->kernels().push(stack_->memory(), memory_.get(), n, tokens, frames, output);
     launches.fetch_add(1, std::memory_order_relaxed);
+  }
+  // The same of any number; where a signal's handler raises, the state is what it was before.
+  void push_interruptibly(int64_t n, const int32_t* tokens, const float* frames, float* output) {
+    if (n <= kBetweenLooks) return push_unlocked(n, tokens, frames, output);
+    const std::vector<float> before = read_state();
+    Signals signals;
+    bool ended = false;
+    {
+      const py::gil_scoped_release unlocked;
+      for (int64_t begin = 0; begin < n && !ended; begin += kBetweenLooks) {
+        stack_->kernels().push(stack_->memory(), memory_.get(), std::min(n - begin, kBetweenLooks),
+                               tokens == nullptr ? nullptr : tokens + begin,
+                               frames == nullptr ? nullptr : frames + begin * stack_->shape().I,
+                               output + begin * width_);
+        ended = Signals::poll(&signals);
+      }
+    }
+    launches.fetch_add(1, std::memory_order_relaxed);
+    if (ended) write_state(before);
+    signals.rethrow();
+  }
+
+  std::vector<float> read_state() const {
+    std::vector<float> values(static_cast<size_t>(state_size()));
+    stack_->kernels().read_state(stack_->memory(), memory_.get(), values.data());
+    return values;
+  }
+  void write_state(const std::vector<float>& values) {
+    stack_->kernels().write_state(stack_->memory(), memory_.get(), values.data());
   }
 
   const std::shared_ptr<const PackedStack> stack_;

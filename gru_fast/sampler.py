@@ -181,6 +181,7 @@ class Stream:
                 weights hold NaN or infinity.
             TypeError: The frames are not of float32, or the ids not integers.
             RuntimeError: Another thread is using the stream.
+            KeyboardInterrupt: Within a tenth of a second of the signal; the state is as before.
         """
         return torch.from_numpy(
             self._native.push(x.detach().numpy() if isinstance(x, Tensor) else x)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals during a long call of a layer on the CPU; tests/cpp/kernels_test.cpp has its threads.
+"""Signals during a long call on the CPU; tests/cpp/kernels_test.cpp has the threads of a layer's.
 
 A timer sends them. The kernels count a call at its end, so a handler that sees the old count runs
 inside of it.
@@ -80,3 +80,26 @@ def test_a_handler_may_call_the_module(threads):
     ((launches, inside),) = seen
     assert launches == before, "the handler ran after the call"
     assert torch.equal(inside, alone)
+
+
+@pytest.mark.parametrize("frames", [True, False], ids=["frames", "tokens"])
+def test_what_a_handler_raises_ends_a_push(frames):
+    """The state is what it was before."""
+    model = gru_fast.GRU(32, 256) if frames else gru_fast.GRULanguageModel(9, None, 256)
+    stream = gru_fast.Stream(model)
+    x = torch.randn(60_000, 32) if frames else torch.arange(60_000) % 9
+    stream.push(x[:100])
+    state, seen = stream.state, []
+
+    def handler(*_):
+        seen.append(_C.launches())
+        raise KeyboardInterrupt
+
+    before = _C.launches()
+    with alarm(0.04, handler), pytest.raises(KeyboardInterrupt):
+        stream.push(x)
+    assert seen == [before], "the handler ran after the call"
+    assert stream.state == state
+    again = stream.push(x[:100])
+    stream.state = state
+    assert torch.equal(stream.push(x[:100]), again)

@@ -206,6 +206,15 @@ def test_tokens_of_another_type_are_named(bad, given):
     assert stream.state == before
 
 
+def test_what_an_integer_of_the_users_raises():
+    class Interrupted:
+        def __index__(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Stream(GRULanguageModel(5, None, 8)).step(Interrupted())
+
+
 @pytest.mark.parametrize(
     "make", [lambda: Stream(nn.GRU(4, 8)), lambda: Stream(None), lambda: Sampler(GRU(4, 8))]
 )
