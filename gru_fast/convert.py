@@ -81,8 +81,8 @@ def revert(
 ) -> ConvertReport:
     """Turn every `gru_fast.GRU` and `gru_fast.GRUCell` in a model into torch's, in place.
 
-    Modules whose `cell` torch does not have, or with several heads, are skipped. Arguments, result
-    and errors are `convert`'s.
+    Modules whose `cell` torch does not have, or with several heads, are skipped, and those of a
+    `GRULanguageModel`, which cannot do without. Arguments, result and errors are `convert`'s.
     """
     return _swap(model, include, exclude, _TO_TORCH)
 
@@ -112,6 +112,8 @@ def _swap(
             reason = "not selected by include"
         elif exclude is not None and any(excluded(name, module) for name in aliases):
             reason = "selected by exclude"
+        elif classes is _TO_TORCH and any(_is_needed(model, name) for name in aliases):
+            reason = "the language model that it belongs to needs it"
         if reason:
             skipped.update(dict.fromkeys(aliases, reason))
         else:
@@ -138,6 +140,11 @@ def _swap(
             module.__dict__.update(attributes)
         raise
     return ConvertReport(model, tuple(converted), skipped)
+
+
+def _is_needed(model: nn.Module, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return name != "" and getattr(owner, "needs_fast_gru", False) is True
 
 
 def _new_class(module: nn.Module, classes: dict[type, type]) -> tuple[type, str]:

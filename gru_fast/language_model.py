@@ -61,6 +61,9 @@ class GRULanguageModel(nn.Module):
         >>> tokens = model.generate(max_new_tokens=10, eos_token_id=0, seed=1)
     """
 
+    needs_fast_gru = True
+    """`gru_fast.revert` leaves `gru` as it is."""
+
     def __init__(
         self,
         vocab_size: int,

@@ -329,3 +329,13 @@ def test_an_error_while_swapping_is_undone():
 def test_bad_arguments(call, message):
     with pytest.raises(TypeError, match=message):
         call()
+
+
+def test_a_language_model_keeps_its_layers():
+    lm = gru_fast.GRULanguageModel(5, None, 4)
+    model = nn.ModuleDict({"lm": lm, "gru": gru_fast.GRU(2, 2)})
+    report = revert(model)
+    assert report.converted == ("gru",)
+    assert report.skipped == {"lm.gru": "the language model that it belongs to needs it"}
+    assert revert(lm).skipped.keys() == {"gru"}
+    lm.generate(max_new_tokens=1)
