@@ -13,11 +13,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import backends, measured
 from gru_fast.cell import GRUCell
+from gru_fast.checks import check_rows
 from gru_fast.gru import GRU
 from gru_fast.layer_norm_gru import LayerNormGRU
 from gru_fast.recurrence_norm import needs_composition
 from gru_fast.reference import GATES, SLOTS
 from gru_fast.reference_norm import NORM_SLOTS
+from gru_fast.stack import check_input_width
 
 __all__ = ["Explanation", "explain"]
 
@@ -128,7 +130,10 @@ def explain(
         An `Explanation`.
 
     Raises:
-        TypeError: `module` is none of these, or `input` is not a Tensor or `PackedSequence`.
+        TypeError: `module` is none of these, `input` is not a Tensor or `PackedSequence`, or
+            `lengths` or `reset_mask` not a Tensor.
+        ValueError: `input` has too few or too many dimensions.
+        RuntimeError: The width of `input`, or `lengths` or `reset_mask`, does not fit.
     """
     if not isinstance(module, (GRU, GRUCell, LayerNormGRU)):
         raise TypeError(
@@ -139,6 +144,15 @@ def explain(
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"input should be a Tensor, got: {type(input).__name__}")
     data = input.data if isinstance(input, PackedSequence) else input
+    if isinstance(input, Tensor):
+        fewest = 1 if isinstance(module, GRUCell) else 2
+        if not fewest <= input.dim() <= fewest + 1:
+            raise ValueError(
+                f"input: expected {fewest} or {fewest + 1} dimensions, got {input.dim()}"
+            )
+        if not isinstance(module, GRUCell):
+            check_rows(input, module.batch_first, lengths, reset_mask)
+    check_input_width(data, module._flat_weights[0])
     facts: dict[str, Any] = {
         "lengths": lengths is not None or isinstance(input, PackedSequence),
         "resets": reset_mask is not None,

@@ -197,6 +197,23 @@ def test_an_input_of_another_type():
         explain(gru_fast.GRU(3, 4), None)
 
 
+@pytest.mark.parametrize("module", [gru_fast.GRU, gru_fast.GRUCell, gru_fast.LayerNormGRU])
+def test_an_input_that_does_not_fit(module):
+    rnn = module(3, 4)
+    deep = 3 if module is gru_fast.GRUCell else 4
+    calls = [(torch.randn(2, 5), {}), (torch.randn([1] * deep), {}), (torch.tensor(1.0), {})]
+    if module is not gru_fast.GRUCell:
+        calls.append((torch.randn(2, 3, 3), {"lengths": [1, 2]}))
+        calls.append((torch.randn(2, 3, 3), {"reset_mask": torch.zeros(3, 2).bool()}))
+    for x, given in calls:
+        with pytest.raises(
+            (TypeError, ValueError, RuntimeError), match=r"expected|should be"
+        ) as at:
+            rnn(x, **given)
+        with pytest.raises(at.type, match=r"expected|should be"):
+            explain(rnn, x, **given)
+
+
 @needs_cpu_kernels
 @pytest.mark.parametrize("training", [False, True])
 def test_quotes_the_committed_figure(training):
