@@ -84,7 +84,14 @@ def test_the_exit_code_of_a_second_interrupt(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("gru_fast.cli.train", interrupted)
-    result = call("train", corpus, "--lines", "--hidden", 4, "--out", tmp_path / "run", code=130)
+    # A shell has what it runs in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        result = call(
+            "train", corpus, "--lines", "--hidden", 4, "--out", tmp_path / "run", code=130
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.stderr.endswith("\nAborted!\n")
 
 
