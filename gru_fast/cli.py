@@ -7,7 +7,6 @@ A mistake of the user is one line and exit code 2; an interrupted command is exi
 from __future__ import annotations
 
 import dataclasses
-import errno
 import math
 import os
 import platform
@@ -29,6 +28,7 @@ from gru_fast import backends, checkpoint, corpus, ops
 from gru_fast._version import __version__
 from gru_fast.beside_torch import compare_sampling, compare_training
 from gru_fast.checkpoint import Run, load_run
+from gru_fast.commands import Commands, Count, Finite
 from gru_fast.errors import InputError
 from gru_fast.gru import GRU
 from gru_fast.language_model import GRULanguageModel
@@ -41,53 +41,12 @@ __all__ = ["cli"]
 CELLS = ("reset_after", "reset_before", "no_reset")
 _NOVELTY_ROWS = 1000
 
-
 _SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 
 
-class _Finite(click.FloatRange):
-    """A range that neither NaN nor infinity is in."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse them as what is no number."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value!r} is not a finite number.", param, ctx)
-        return number
-
-
-class _Commands(click.Group):
-    """Turns what is the user's to mend into one line on stderr and exit code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
-        try:
-            return super().invoke(ctx)
-        except InputError as error:
-            message = " ".join(str(error).split("\n"))
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # a reader that has seen enough: click's to handle
-                raise
-            message = str(error.strerror or error)
-        except UnicodeEncodeError as error:  # only stdout is strict
-            text = error.object[error.start : error.end]
-            message = f"stdout is {error.encoding}, without {text!a}; try PYTHONIOENCODING=utf-8"
-        except KeyboardInterrupt:  # which click makes a 1
-            click.echo("\nAborted!", err=True)
-            ctx.exit(130)
-        except (MemoryError, RuntimeError) as error:
-            message = str(error).split("\n")[0]
-            # torch has no exception of its own for a CPU that is out of memory.
-            if not isinstance(error, MemoryError) and "can't allocate memory" not in message:
-                raise
-            message = f"not enough memory: {message}"
-        click.echo(f"gru-fast: {message}", err=True)
-        ctx.exit(2)
-
-
-@click.group(cls=_Commands, context_settings={"show_default": True, "max_content_width": 100})
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(__version__)
-@click.option("--threads", type=click.IntRange(1), help="Threads of PyTorch.")
+@click.option("--threads", type=Count(1), help="Threads of PyTorch.")
 def cli(threads: int | None) -> None:
     """Train a GRU language model, sample from it, look inside."""
     if threads:
@@ -118,24 +77,24 @@ _beside_option = click.option(
 @click.option("--lines", "mode", flag_value="lines", default=None, help="One sequence a line.")
 @click.option("--text", "mode", flag_value="text", help="Running text.")
 @click.option("--words", is_flag=True, help="Tokens are words between white space.")
-@click.option("--max-words", type=click.IntRange(1), help="Keep the most frequent words only.")
+@click.option("--max-words", type=Count(1), help="Keep the most frequent words only.")
 @click.option("--cell", type=click.Choice(CELLS), default=CELLS[0])
-@click.option("--hidden", type=click.IntRange(1), default=256, help="Units of a layer.")
-@click.option("--layers", type=click.IntRange(1), default=1)
-@click.option("--embedding", type=click.IntRange(1), help="Size; without it inputs are one-hot.")
+@click.option("--hidden", type=Count(1), default=256, help="Units of a layer.")
+@click.option("--layers", type=Count(1), default=1)
+@click.option("--embedding", type=Count(1), help="Size; without it inputs are one-hot.")
 @click.option("--tie", is_flag=True, help="The head uses the embedding's weights.")
-@click.option("--dropout", type=_Finite(0, 1), default=0.0)
-@click.option("--batch", type=click.IntRange(1), help="Sequences a step.  [default: 128, text: 32]")
-@click.option("--chunk", type=click.IntRange(1), default=128, help="Steps a chunk of --text.")
-@click.option("--max-length", type=click.IntRange(1), default=256, help="Lines are cut there.")
-@click.option("--steps", type=click.IntRange(1), default=800, help="Updates of the weights in all.")
-@click.option("--lr", type=_Finite(0, 1e30, min_open=True), default=4e-3)
-@click.option("--clip", type=_Finite(0, min_open=True), default=1.0)
+@click.option("--dropout", type=Finite(0, 1), default=0.0)
+@click.option("--batch", type=Count(1), help="Sequences a step.  [default: 128, text: 32]")
+@click.option("--chunk", type=Count(1), default=128, help="Steps a chunk of --text.")
+@click.option("--max-length", type=Count(1), default=256, help="Lines are cut there.")
+@click.option("--steps", type=Count(1), default=800, help="Updates of the weights in all.")
+@click.option("--lr", type=Finite(0, 1e30, min_open=True), default=4e-3)
+@click.option("--clip", type=Finite(0, min_open=True), default=1.0)
 @click.option("--seed", type=_SEED, default=0)
 @click.option("--device", default="cpu")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Go on with the run in that folder, as it was begun.")
-@click.option("--save-every", type=_Finite(0), default=60.0, help="Seconds.")
+@click.option("--save-every", type=Finite(0), default=60.0, help="Seconds.")
 @_beside_option
 @click.pass_context
 def _train(context: click.Context, /, **options: Any) -> None:
@@ -329,10 +288,10 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 @click.option("--num", type=click.IntRange(1), default=1, help="Sequences to print.")
 @click.option("--prompt", default="", help="Text that each begins with.")
 @click.option("--length", type=click.IntRange(1), help="Tokens at most.  [default: 100, text: 500]")
-@click.option("--temperature", type=_Finite(0, min_open=True), default=1.0)
+@click.option("--temperature", type=Finite(0, min_open=True), default=1.0)
 @click.option("--top-k", type=click.IntRange(1))
-@click.option("--top-p", type=_Finite(0, 1, min_open=True))
-@click.option("--min-p", type=_Finite(0, 1))
+@click.option("--top-p", type=Finite(0, 1, min_open=True))
+@click.option("--min-p", type=Finite(0, 1))
 @click.option("--greedy", is_flag=True, help="Take the likeliest token instead of a draw.")
 @click.option("--seed", type=_SEED, help="The same seed gives the same text.")
 @click.option("--novel", is_flag=True, help="Print only lines that the corpus does not have.")
@@ -422,7 +381,7 @@ def _score(run: str, file: str) -> None:
 @cli.command("trace")
 @_run_argument
 @click.argument("text")
-@click.option("--temperature", type=_Finite(0, min_open=True), default=1.0)
+@click.option("--temperature", type=Finite(0, min_open=True), default=1.0)
 @click.option("--seed", type=_SEED, default=0)
 def _trace(run: str, text: str, temperature: float, seed: int) -> None:
     """Show what is fed and predicted: TEXT under teacher forcing, beside a sample."""

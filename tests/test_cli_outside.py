@@ -113,3 +113,13 @@ def test_running_text_does_not_end_where_eos_is_drawn(tmp_path):
     call("train", corpus, "--text", "--hidden", 4, "--steps", 1, "--lr", 1e-9, "--out", out)
     text = call("sample", out, "--length", 90, "--seed", 1).stdout
     assert 40 < len(text.strip()) < 80 and set(text) == set("ab\n")
+
+
+@pytest.mark.parametrize("option", ["--hidden", "--batch", "--steps", "--embedding", "--layers"])
+def test_numbers_that_nothing_could_hold(tmp_path, option):
+    for number in (2**31, 10**400):
+        result = call("train", "builtin:names", "--out", tmp_path / "run", option, number, code=2)
+        assert f"'{option}': {number} is not below 2**31." in result.stderr
+    assert "[x>=1]" in call("train", "--help").stdout
+    assert "is not below 2**31" in call("--threads", 10**20, "doctor", code=2).stderr
+    assert not (tmp_path / "run").exists()
