@@ -128,3 +128,18 @@ def test_a_weight_that_is_none_is_named(name, grad):
 def test_torch_would_find_no_weights_that_have_changed():
     for rnn in (gru_fast.GRU(3, 4), gru_fast.convert(nn.GRU(3, 4)).model):
         assert rnn._weights_have_changed() is False
+
+
+def test_weights_can_be_swapped():
+    """torch.nn.GRU refuses: its stored list refers to them."""
+    rnn, other = gru_fast.GRU(3, 4), gru_fast.GRU(3, 4)
+    x = torch.randn(5, 2, 3)
+    expected, weight = other(x)[0], rnn.weight_hh_l0
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        rnn.load_state_dict(other.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(rnn(x)[0], expected) and rnn.weight_hh_l0 is weight
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.zeros_like(weight)))
+    assert not rnn.weight_hh_l0.any() and not torch.equal(rnn(x)[0], expected)
