@@ -369,7 +369,8 @@ class GRULanguageModel(nn.Module):
         """Log-probabilities of the tokens under teacher forcing; dropout is off, no gradient.
 
         `score(out.sequences, prompt_lengths=out.prompt_lengths)` is `out.log_probs` for every
-        `out = generate(..., return_dict_in_generate=True)`.
+        `out = generate(..., return_dict_in_generate=True)`: within 1e-5 in float32. A model of
+        bfloat16 or float16 rounds here, where the native loop does not: some thousandths apart.
 
         Args:
             sequences: As `input_ids` of `generate`.
