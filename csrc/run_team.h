@@ -24,7 +24,15 @@ void run_on_team(const Call& call, int passes, int64_t (*scratch_bytes)(const Ca
   Team team(threads, Signals::poll, &signals);
   auto part = [&](int64_t begin, int64_t end) {
     const int member = team.join(static_cast<int>(begin), static_cast<int>(end - begin));
-    if (member >= 0) kernel(call, team, threads, member, scratch.data());
+    if (member >= 0) {
+      kernel(call, team, threads, member, scratch.data());
+      team.leave();
+    } else if (signals.is_mine()) {
+      // Only the thread that Python called can look for signals, also where it came too late.
+      team.stand_by([&] {
+        if (Signals::poll(&signals)) team.end();
+      });
+    }
   };
   run_parts(threads, std::ref(part));
   signals.rethrow();

@@ -7,14 +7,11 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
@@ -114,19 +111,17 @@ void run(const PackedStack& stack, const Generation& g, GenerationState& state, 
   const Scratch scratch(
       static_cast<size_t>(stack.kernels().generate_scratch_bytes(stack.shape(), g, threads)));
   Team team(threads);
-  std::atomic<int> finished{0};
   run_parts(threads, [&](int64_t begin, int64_t end) {
     const int member = team.join(static_cast<int>(begin), static_cast<int>(end - begin));
-    if (member < 0) {
+    if (member >= 0) {
+      stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
+      team.leave();
+    } else if (signals.is_mine()) {
       // Only the thread that Python called can look for signals, also where it came too late.
-      while (signals.is_mine() && finished.load() < team.size_for_latecomer()) {
+      team.stand_by([&] {
         if (Signals::poll(&signals)) __atomic_store_n(&state.stop, 1, __ATOMIC_RELAXED);
-        std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      }
-      return;
+      });
     }
-    stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
-    finished.fetch_add(1);
   });
   launches.fetch_add(1, std::memory_order_relaxed);
 }

@@ -2,6 +2,10 @@
 #include "team.h"
 
 #include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -92,11 +96,22 @@ void Team::wait_for(Flag& flag, uint32_t target) {
   }
 }
 
-int Team::size_for_latecomer() const { return members_of(door_.load(std::memory_order_acquire)); }
+void Team::stand_by(const std::function<void()>& meanwhile) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::nanoseconds most = std::chrono::milliseconds(1);
+  const Clock::time_point came = Clock::now();
+  const int members = members_of(door_.load(std::memory_order_acquire));
+  while (left_.load(std::memory_order_acquire) < members) {
+    meanwhile();
+    // Short calls end a short time after their members.
+    const std::chrono::nanoseconds stood = Clock::now() - came;
+    std::this_thread::sleep_for(std::min(stood / 4, most));
+  }
+}
 
 // Others learn of the end at a barrier of this round, so it comes before the next.
 bool Team::goes_on(int64_t round) {
-  if (poll_ != nullptr && poll_(context_)) {
+  if (ended_.load(std::memory_order_relaxed) || (poll_ != nullptr && poll_(context_))) {
     int64_t open = std::numeric_limits<int64_t>::max();
     end_.compare_exchange_strong(open, size_ > 1 ? round + 1 : round, std::memory_order_relaxed);
   }

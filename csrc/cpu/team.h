@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 
@@ -32,8 +33,12 @@ class Team {
   // The final number of members. Valid after join().
   int size() const { return size_; }
 
-  // The same for a thread that came too late.
-  int size_for_latecomer() const;
+  // Called by each member when its work is done.
+  void leave() { left_.fetch_add(1, std::memory_order_release); }
+
+  // For a thread that came too late and has more to do than to return: calls `meanwhile` again and
+  // again until all members have left.
+  void stand_by(const std::function<void()>& meanwhile);
 
   // Returns once every member has called it. Spins briefly, then sleeps.
   void barrier(int member);
@@ -42,6 +47,9 @@ class Team {
   // which are counted from 0. All members leave at the same round if every round has a barrier; if
   // they leave at different ones, no barrier may follow.
   bool goes_on(int64_t round);
+
+  // As if `poll` said true from now on; on any thread.
+  void end() { ended_.store(true, std::memory_order_relaxed); }
 
  private:
 #if defined(__aarch64__)
@@ -63,6 +71,8 @@ class Team {
   Flag released_;
   std::atomic<int> sleepers_{0};
   std::atomic<int64_t> end_{std::numeric_limits<int64_t>::max()};  // no round from here on
+  std::atomic<bool> ended_{false};
+  std::atomic<int> left_{0};
 };
 
 }  // namespace gru_fast

@@ -2,6 +2,7 @@
 // Teams of fewer threads than parts, late comers and many barriers. Exits non-zero on a fault.
 #include "cpu/team.h"
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <thread>
@@ -58,6 +59,37 @@ void one_after_the_other() {
   for (int late = 0; late < 3; ++late) expect(team.join(late, 1) == -1, "a late comer was let in");
 }
 
+// A late comer ends the work: all members leave at the same round, and it leaves after them.
+void ended_from_outside(int callers) {
+  Team team(callers + 1);
+  std::atomic<int> came{0}, working{0};
+  std::vector<int64_t> rounds(callers, -1);
+  auto work = [&](int caller) {
+    const int member = team.join(caller, 1);
+    working += member >= 0;
+    ++came;
+    if (member < 0) return;
+    for (rounds[caller] = 0; team.goes_on(rounds[caller]); ++rounds[caller]) team.barrier(member);
+    --working;
+    team.leave();
+  };
+  std::vector<std::thread> threads;
+  for (int caller = 0; caller < callers; ++caller) threads.emplace_back(work, caller);
+  while (came < callers) std::this_thread::yield();
+  expect(team.join(callers, 1) == -1, "a late comer was let in");
+  int looks = 0;
+  team.stand_by([&] {
+    if (++looks == 3) team.end();
+  });
+  expect(looks >= 3 && working == 0, "a late comer left before the members");
+  for (std::thread& thread : threads) thread.join();
+  int64_t last = -1;
+  for (int64_t count : rounds) {
+    if (count >= 0 && last < 0) last = count;
+    expect(count < 0 || count == last, "members left at different rounds");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -69,5 +101,8 @@ int main() {
     run(7, 6, 10);
   }
   one_after_the_other();
+  for (int round = 0; round < 20; ++round) {
+    for (int members = 1; members <= 6; ++members) ended_from_outside(members);
+  }
   std::puts("ok");
 }
