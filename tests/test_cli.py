@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from gru_fast.cli import cli
+from cli_calls import call
 from torch_threads import torch_threads
 
 TINY = ["--hidden", "24", "--batch", "32", "--steps", "60", "--lr", "0.02"]
@@ -44,14 +43,6 @@ def write_names(path):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def refused(*arguments):

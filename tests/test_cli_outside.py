@@ -10,6 +10,7 @@ import threading
 import pytest
 from click.testing import CliRunner
 
+from cli_calls import call
 from gru_fast.checkpoint import claimed
 from gru_fast.cli import cli
 from torch_threads import torch_threads
@@ -21,14 +22,6 @@ TEXT = "\n".join(["änne", "bert", "cäsar", "łucja"])
 def threads():
     with torch_threads(1):
         yield
-
-
-def call(*arguments, code=0):
-    result = CliRunner().invoke(cli, [str(a) for a in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 def train(corpus, out, *options):
