@@ -22,6 +22,7 @@
 #include "cpu/team.h"
 #include "packed_stack.h"
 #include "pool.h"
+#include "run_team.h"
 #include "signals.h"
 
 namespace py = pybind11;
@@ -111,18 +112,12 @@ void run(const PackedStack& stack, const Generation& g, GenerationState& state, 
   const Scratch scratch(
       static_cast<size_t>(stack.kernels().generate_scratch_bytes(stack.shape(), g, threads)));
   Team team(threads);
-  run_parts(threads, [&](int64_t begin, int64_t end) {
-    const int member = team.join(static_cast<int>(begin), static_cast<int>(end - begin));
-    if (member >= 0) {
-      stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
-      team.leave();
-    } else if (signals.is_mine()) {
-      // Only the thread that Python called can look for signals, also where it came too late.
-      team.stand_by([&] {
-        if (Signals::poll(&signals)) __atomic_store_n(&state.stop, 1, __ATOMIC_RELAXED);
-      });
-    }
-  });
+  run_members(
+      team, threads, signals,
+      [&](int member) {
+        stack.kernels().generate(stack.memory(), g, state, team, threads, member, scratch.data());
+      },
+      [&] { __atomic_store_n(&state.stop, 1, __ATOMIC_RELAXED); });
   launches.fetch_add(1, std::memory_order_relaxed);
 }
 
