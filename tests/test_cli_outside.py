@@ -24,6 +24,13 @@ def threads():
         yield
 
 
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
 def train(corpus, out, *options):
     return call("train", corpus, "--lines", "--hidden", 4, "--steps", 1, "--out", out, *options)
 
@@ -47,18 +54,16 @@ def test_what_a_pipe_holds_later_is_not_the_corpus(tmp_path):
     writer.join()
 
 
-def test_stderr_may_be_closed(tmp_path):
-    corpus, out = tmp_path / "names.txt", tmp_path / "run"
-    corpus.write_text(TEXT, encoding="utf-8")
+def test_stderr_may_be_closed(corpus, tmp_path):
+    out = tmp_path / "run"
     command = [sys.executable, "-m", "gru_fast", "train", corpus, "--lines", "--out", out]
     closed = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command, "--hidden", "4", "--steps", "1"]
     assert subprocess.run(closed, check=False).returncode == 0
     call("sample", out, "--length", 1)
 
 
-def test_an_encoding_of_stdout_without_the_characters(tmp_path):
-    corpus, out = tmp_path / "names.txt", tmp_path / "run"
-    corpus.write_text(TEXT, encoding="utf-8")
+def test_an_encoding_of_stdout_without_the_characters(corpus, tmp_path):
+    out = tmp_path / "run"
     train(corpus, out)
     result = CliRunner(charset="latin-1").invoke(cli, ["trace", str(out), "ł"])
     assert (result.exit_code, result.stdout) == (2, "")
@@ -67,10 +72,7 @@ def test_an_encoding_of_stdout_without_the_characters(tmp_path):
     )
 
 
-def test_the_exit_code_of_a_second_interrupt(tmp_path, monkeypatch):
-    corpus = tmp_path / "names.txt"
-    corpus.write_text(TEXT, encoding="utf-8")
-
+def test_the_exit_code_of_a_second_interrupt(corpus, tmp_path, monkeypatch):
     def interrupted(*arguments, should_stop, **options):
         signal.raise_signal(signal.SIGINT)
         assert should_stop()
@@ -88,9 +90,8 @@ def test_the_exit_code_of_a_second_interrupt(tmp_path, monkeypatch):
     assert result.stderr.endswith("\nAborted!\n")
 
 
-def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
-    corpus, out = tmp_path / "names.txt", tmp_path / "run"
-    corpus.write_text(TEXT, encoding="utf-8")
+def test_one_process_at_a_time_trains_in_a_folder(corpus, tmp_path):
+    out = tmp_path / "run"
     train(corpus, out)
     with claimed(out):
         result = call("train", "--resume", "--out", out, "--steps", 3, code=2)
