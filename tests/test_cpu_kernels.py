@@ -4,14 +4,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from cases import CELLS, Case, LayerInputs, layer_inputs
+from cases import CELLS, FEATURES, Case, LayerInputs, layer_inputs
 from conftest import forced_isa
 from gru_fast import ops, reference
 from helpers import assert_parity
@@ -31,6 +31,7 @@ def backward(
     output: Tensor,
     workspace: Tensor,
     function: Callable[..., tuple[Tensor, ...]] = ops.layer_backward,
+    wanted: Sequence[bool] = (True,) * 8,
     **changes: object,
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(7)
@@ -41,7 +42,7 @@ def backward(
     arguments = inputs.arguments(**changes)
     return function(
         normal(output.shape), normal(inputs.h0.shape), None,
-        *arguments[:10], output, workspace, *arguments[10:], [True] * 8,
+        *arguments[:10], output, workspace, *arguments[10:], list(wanted),
     )  # fmt: skip
 
 
@@ -207,6 +208,26 @@ def test_recompute_keeps_every_bit(isa: str, cell: str, features: str, dtype: to
     rebuilt = backward(inputs, output, workspace.new_empty(0), recompute=True)
     for i, (a, b) in enumerate(zip(saved, rebuilt, strict=True)):
         assert_same_bits(f"gradient {i}", a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_before_the_first_step(
+    isa: str, cell: str, features: str, dtype: torch.dtype, threads: int
+) -> None:
+    """Where none of them is asked for, their product is left out; the others keep every bit."""
+    h0, reset_state, h_scale = 1, 6, 7
+    for T, B in ((1, 3), (1, 20), (2, 3), (2, 20), (5, 3)):
+        inputs = layer_inputs(Case(cell, features, (False, True), T=T, B=B, I=6, H=37), dtype)
+        output, _, workspace = forward(inputs)
+        every = backward(inputs, output, workspace)
+        for asked in ((), (h0,), (reset_state,), (h_scale,)):
+            wanted = [i in asked or i not in (h0, reset_state, h_scale) for i in range(8)]
+            some = backward(inputs, output, workspace, wanted=wanted)
+            for i, (a, b) in enumerate(zip(some, every, strict=True)):
+                if wanted[i]:
+                    assert_same_bits(f"gradient {i}", a, b)
 
 
 @pytest.mark.parametrize("features", ("plain", "everything"))

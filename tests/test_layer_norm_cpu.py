@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case
+from cases import FEATURES, Case
 from gru_fast import LayerNormGRU, ops, ops_norm, reference_norm
 from helpers import assert_parity
 from norm_cases import GRADIENTS, backward_arguments, cast, norm_arguments, with_recompute
@@ -104,6 +104,23 @@ class TestOrderOfSummation:
         )
         for name, a, b in zip(GRADIENTS, saved, rebuilt, strict=True):
             same_bits(name, a, b)
+
+    @pytest.mark.parametrize("features", FEATURES)
+    def test_gradients_before_the_first_step(
+        self, isa: str, features: str, dtype: torch.dtype, threads: int
+    ) -> None:
+        """Where none of them is asked for, their product is left out; the others keep every bit."""
+        before = ("h0", "reset_state", "h_scale")
+        for T, B in ((1, 3), (2, 20), (5, 3)):
+            arguments = norm_arguments(Case("reset_after", features, BOTH, T=T, B=B, H=37), dtype)
+            *given, all_wanted = backward_arguments(ops_norm.norm_scan, arguments)
+            every = ops_norm.norm_scan_backward(*given, all_wanted)
+            for asked in ("", *before):
+                wanted = [name == asked or name not in before for name in GRADIENTS]
+                some = ops_norm.norm_scan_backward(*given, wanted)
+                for name, want, a, b in zip(GRADIENTS, wanted, some, every, strict=True):
+                    if want:
+                        same_bits(name, a, b)
 
 
 @pytest.mark.parametrize("features", ("plain", "everything"))

@@ -23,20 +23,24 @@ class BackwardScan {
 
   BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
                int member)
-      : f_(f), p_(f.in), c_(chunk), carry_(f, c_.units, layout, threads) {
+      : f_(f),
+        p_(f.in),
+        c_(chunk),
+        carry_(f, c_.units, layout, threads),
+        last_product_(Carry<Real>::is_asked_before_first(f) ? 0 : 1) {
     // Where all of it stays in the cache it is no use, nor where a step is too much to hold.
     constexpr int64_t kKept = 1 << 20, kStep = 1 << 18;
     const int64_t step_bytes = p_.B * p_.G * c_.slots * p_.H * static_cast<int64_t>(sizeof(Real));
     prefetches_ = f.workspace != nullptr && step_bytes * p_.T > kKept && step_bytes <= kStep;
-    auto panels = [&](int first_slot, int slots) {
+    auto panels = [&](int first_slot, int slots, int64_t first_product) {
       ColumnPanels<Real> made{p_.weight_hh, p_.H,  c_.units, p_.H,   c_.gates,
                               {},           slots, nullptr,  nullptr};
       for (int i = 0; i < slots; ++i) made.order[i] = c_.gate_of(first_slot + i);
-      made.take(p_.G, p_.T == 1, layout, threads, member);
+      made.take(p_.G, p_.T - first_product <= 1, layout, threads, member);
       return made;
     };
-    panels_ = panels(0, p_.cell == Cell::kResetAfter ? 3 : 2);
-    if (p_.cell == Cell::kResetBefore) candidate_panels_ = panels(2, 1);
+    panels_ = panels(0, p_.cell == Cell::kResetAfter ? 3 : 2, last_product_);
+    if (p_.cell == Cell::kResetBefore) candidate_panels_ = panels(2, 1, 0);
   }
 
   // Packs W_hh and starts the carry from grad_h_n.
@@ -59,6 +63,7 @@ class BackwardScan {
           through_candidate(g, step);
         if (share_.waits) team.barrier(member);
       }
+      if (step < last_product_) break;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_state(g, step);
     }
   }
@@ -138,6 +143,7 @@ class BackwardScan {
   const Problem<Real>& p_;
   const Chunk<Real>& c_;
   Carry<Real> carry_;
+  const int64_t last_product_;  // the step of the last product that is asked for
   ColumnPanels<Real> panels_{}, candidate_panels_{};
   bool prefetches_;
   Share share_{};

@@ -33,6 +33,13 @@ class Carry {
     return sums_ + (g * apart_.group + first_ + row) * units_ + tile * W;
   }
 
+  // Whether anybody asks for what reaches the states before the first step. If not, the product
+  // that carries it there has no reader.
+  template <class Call>
+  static bool is_asked_before_first(const Call& f) {
+    return f.grad_h0 != nullptr || f.grad_reset_state != nullptr || f.grad_h_scale != nullptr;
+  }
+
   // Starts from grad_h_n, in what belongs to one member.
   void begin(const Share& share) {
     first_ = apart_.first(share);
