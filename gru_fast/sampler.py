@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -16,14 +17,24 @@ from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int
 from gru_fast.sampling import GenerateOutput, LanguageModel, check_language_model
 
+if TYPE_CHECKING:
+    from gru_fast._C import PackedStack
+
 __all__ = ["Sampler", "Stream"]
+
+
+def _no_pickle(given: object) -> str:
+    name = type(given).__name__
+    state = ", store its `state`" if isinstance(given, Stream) else ""
+    return f"cannot pickle a {name}: pickle its model{state} and make a {name} where it is loaded"
 
 
 class Sampler:
     """A snapshot of a language model's weights, packed for generation on the CPU.
 
     `model.generate` packs the weights in every call; a sampler does it once. It does not see what
-    happens to the model later: call `refresh()` after training goes on. Threads may share one.
+    happens to the model later: call `refresh()` after training goes on. Threads may share one,
+    and copies share the packed weights. Pickle the model instead.
 
     Args:
         model: A `GRULanguageModel` on the CPU, float32 or narrower.
@@ -62,6 +73,22 @@ class Sampler:
             vocab_size=model.vocab_size, start=model.start, head=SimpleNamespace(weight=weight)
         )
         self._stack = stack
+
+    def __copy__(self) -> Sampler:
+        """Another sampler of the same model and snapshot."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        """The same of a copy of the model. The snapshot, which never changes, is shared."""
+        twin = copy.copy(self)
+        twin._model = copy.deepcopy(self._model, memo)
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: packed weights are laid out for the processor that runs."""
+        raise TypeError(_no_pickle(self))
 
     @property
     def kernel(self) -> str:
@@ -112,7 +139,8 @@ class Stream:
     """One sequence that is fed from outside, one input at a time or several.
 
     Keeps the state between calls and a snapshot of the weights. Steps allocate nothing; `push`
-    only its result. One thread at a time may use a stream, any number of streams may run.
+    only its result. One thread at a time may use a stream, any number of streams may run. A copy
+    goes on from the same state by itself, with the same packed weights; `state` can be stored.
 
     Args:
         model: A `gru_fast.GRU`: inputs are frames (I,), outputs the last layer's state (H,).
@@ -145,9 +173,33 @@ class Stream:
         else:
             check_language_model(model, ", a Sampler or a gru_fast.GRU")
             stack = packed.pack_model(model, "float32" if weights is None else weights)
-        self._native = packed.stream(stack)
+        self._begin(stack)
+
+    def _begin(self, stack: PackedStack) -> None:
+        self._stack, self._native = stack, packed.stream(stack)
         self._step = self._native.step
         self.output: Tensor = torch.from_numpy(self._native.output)
+
+    def __copy__(self) -> Stream:
+        """A stream with the same snapshot that goes on from the same state, apart from this one.
+
+        Raises:
+            RuntimeError: Another thread is using the stream.
+        """
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._begin(self._stack)
+        twin.state = self.state
+        twin.output.copy_(self.output)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        """As `copy.copy`: the snapshot, which never changes, is shared."""
+        return copy.copy(self)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: packed weights are laid out for the processor that runs."""
+        raise TypeError(_no_pickle(self))
 
     def step(self, x: Any) -> Tensor:
         """Feed one input; returns `output`, which the next step overwrites.
