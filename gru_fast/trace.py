@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from gru_fast import reference
 from gru_fast.errors import InputError
+from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference_sampling import draw, uniform
 from gru_fast.tokenizers import EOS, Tokenizer
@@ -107,35 +106,19 @@ def _show(tokenizer: Tokenizer, token: int) -> str:
 
 
 @torch.no_grad()
-def gate_values(model: GRULanguageModel, tokens: Tensor) -> list[dict[str, Tensor]]:
-    """The gates of every layer while a sequence is fed, by the reference.
+def gate_values(model: GRULanguageModel, tokens: Tensor) -> Gates:
+    """The gates of every layer while a sequence is fed, dropout off.
 
     Args:
-        model: The model; dropout is off.
+        model: The model.
         tokens: (T,) int64, 0 <= id < V; the zero vector is fed before the first.
 
     Returns:
-        For each layer "r" (absent for `no_reset`), "z" and "n", each (T + 1, H): the values after
-        the zero vector and after each token.
+        Each gate (L, T + 1, H): the values after the zero vector and after each token.
     """
     inputs = torch.cat([tokens.new_tensor([model.start]), tokens])
-    weights = model.gru._flat_weights
-    H, cell, per = model.gru.hidden_size, model.gru.cell, 4 if model.gru.bias else 2
-    names = {"reset_after": "qrzn", "reset_before": "rzn", "no_reset": "zn"}[cell]
-    gates_x = F.embedding(inputs, model.token_table())[:, None, None]
-    output, layers = gates_x, []
-    for k in range(model.gru.num_layers):
-        weight_ih, weight_hh, *biases = (w[None] for w in weights[k * per : (k + 1) * per])
-        bias_ih, bias_hh = biases or (None, None)
-        if k:
-            gates_x = reference.project(output, weight_ih, bias_ih)
-        h0 = gates_x.new_zeros(1, 1, H)
-        output, _, workspace = reference.scan(
-            gates_x, h0, weight_hh, bias_hh, None, None, None, None, cell, (False,), False
-        )
-        slots = workspace[:, 0, 0].reshape(len(inputs), -1, H).unbind(1)
-        layers.append({name: v for name, v in zip(names, slots, strict=True) if name != "q"})
-    return layers
+    gates: Gates = model.gru(model._features(inputs), return_gates=True)[2]
+    return gates
 
 
 def plot_gates(model: GRULanguageModel, tokenizer: Tokenizer, text: str) -> Any:
@@ -152,12 +135,12 @@ def plot_gates(model: GRULanguageModel, tokenizer: Tokenizer, text: str) -> Any:
 
     ids = tokenizer.encode(text)
     tokens = torch.tensor(ids, dtype=torch.int64, device=model.head.weight.device)
-    layers = gate_values(model, tokens)
+    gates = gate_values(model, tokens)
     panels = []
-    for k, gates in enumerate(layers):
-        if "r" in gates:
-            panels.append((f"layer {k + 1}: reset gate r", gates["r"]))
-        panels.append((f"layer {k + 1}: update gate 1 - z", 1 - gates["z"]))
+    for k, z in enumerate(gates.z):
+        if gates.r is not None:
+            panels.append((f"layer {k + 1}: reset gate r", gates.r[k]))
+        panels.append((f"layer {k + 1}: update gate 1 - z", 1 - z))
     labels = ["0", *(_show(tokenizer, i) for i in ids)]
     figure = Figure(
         figsize=(min(2.5 + 0.28 * len(labels), 40), 2.6 * len(panels) + 0.6), layout="constrained"

@@ -3,23 +3,22 @@
 
 import errno
 import json
+import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli_calls import call
+from cli_calls import CONSONANTS, TINY, VOWELS, call, copied, refused, write_names
+from gru_fast import GRULanguageModel
+from gru_fast.checkpoint import load_run
+from gru_fast.tokenizers import CharacterTokenizer
+from gru_fast.trace import gate_values, plot_gates
 from torch_threads import torch_threads
-
-TINY = ["--hidden", "24", "--batch", "32", "--steps", "60", "--lr", "0.02"]
-CONSONANTS, VOWELS = "bdkmt", "aeiou"
 
 
 @pytest.fixture(autouse=True)
@@ -28,30 +27,9 @@ def threads():
         yield
 
 
-def write_names(path):
-    """Names with a pattern: consonant and vowel in turn."""
-    generator = torch.Generator().manual_seed(0)
-    names = set()
-    while len(names) < 300:
-        length = int(torch.randint(2, 5, (), generator=generator))
-        picks = torch.randint(5, (length, 2), generator=generator).tolist()
-        names.add("".join(CONSONANTS[c] + VOWELS[v] for c, v in picks))
-    path.write_text("\n".join(["", *sorted(names), " ", *sorted(names)[:3]]) + "\n")
-    return path
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
-
-
-def refused(*arguments):
-    """The one line on stderr of a command that exits with code 2."""
-    result = call(*arguments, code=2)
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()[-1:]
-    assert "Traceback" not in result.stderr
-    return line
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +46,7 @@ def test_train_and_sample_lines(cell, corpus, tmp_path):
         "--beside-torch",
     )  # fmt: skip
     assert trained.stdout == ""
-    assert "300 different lines, 15 of them held out, vocabulary 11" in trained.stderr
+    assert "300 different lines, 15 of them held out, vocabulary 11\n" in trained.stderr
     losses = re.search(r"held-out loss ([\d.]+) -> ([\d.]+) nats per character", trained.stderr)
     assert float(losses[2]) < 0.7 * float(losses[1])
     compared = re.findall(r"training, batch 32: [\d,]+ tokens/s, torch.nn.GRU", trained.stderr)
@@ -84,36 +62,6 @@ def test_train_and_sample_lines(cell, corpus, tmp_path):
     share = sum(bool(n) and n not in known for n in names) / 200
     assert f"{share:.0%} of 200 sampled lines are not in {corpus}" in result.stderr
     assert len(re.findall("sampling (64|1) at a time", result.stderr)) == 2
-
-
-def test_sampling_options(run, corpus):
-    first = call("sample", run, "--num", 5, "--seed", 7)
-    assert call("sample", run, "--num", 5, "--seed", 7).stdout == first.stdout
-    assert call("sample", run, "--num", 5, "--seed", 8).stdout != first.stdout
-    assert call("sample", run, "--num", 3, "--seed", 7).stdout == "".join(
-        first.stdout.splitlines(keepends=True)[:3]
-    )
-    prompted = call("sample", run, "--num", 5, "--prompt", "ba", "--temperature", 0.5, "--top-p",
-                    0.9, "--min-p", 0.01, "--top-k", 4, "--length", 3)  # fmt: skip
-    assert all(re.fullmatch("ba[a-z]{0,3}", line) for line in prompted.stdout.splitlines())
-    greedy = call("sample", run, "--num", 2, "--greedy").stdout.splitlines()
-    assert greedy[0] == greedy[1]
-    known = set(corpus.read_text().split())
-    novel = call("sample", run, "--num", 20, "--novel", "--seed", 1)
-    lines = novel.stdout.splitlines()
-    assert len(lines) == 20 and not known & set(lines) and "of 1,000 sampled" in novel.stderr
-
-
-def test_novel_needs_the_corpus_as_it_was(tmp_path):
-    text, out = write_names(tmp_path / "names.txt"), tmp_path / "run"
-    call("train", text, "--lines", "--hidden", 4, "--embedding", 4, "--steps", 1, "--out", out)
-    text.write_text("another\ncorpus\n")
-    message = f"gru-fast: --novel: {text} has changed since the training; leave --novel out"
-    assert refused("sample", out, "--novel") == message
-    text.unlink()
-    message = f"gru-fast: --novel: {text} cannot be read any more; leave --novel out"
-    assert refused("sample", out, "--novel") == message
-    assert call("sample", out, "--length", 1, "--num", 2).stdout.count("\n") == 2
 
 
 def test_running_text_and_words(tmp_path):
@@ -138,8 +86,6 @@ def test_running_text_and_words(tmp_path):
 
 
 def test_score_of_lines_is_the_mean_over_all_tokens(run, tmp_path):
-    from gru_fast.checkpoint import load_run
-
     file = tmp_path / "f.txt"
     file.write_text("bada\r\n\n ke \nbada\n")
     loaded = load_run(run)
@@ -147,7 +93,9 @@ def test_score_of_lines_is_the_mean_over_all_tokens(run, tmp_path):
     expected = -sum(loaded.model.score([row]).sum().item() for row in rows) / 13
     scored = call("score", run, file).stdout
     assert scored.endswith("13 characters\n")
-    assert float(scored.split()[0]) == pytest.approx(expected, abs=1e-4)
+    nats, perplexity = (float(n) for n in re.findall(r"\d+\.\d+", scored))
+    assert nats == pytest.approx(expected, abs=1e-4)
+    assert perplexity == pytest.approx(math.exp(expected), rel=1e-3)
 
 
 def test_trace_shows_truth_and_draws(run):
@@ -164,6 +112,17 @@ def test_trace_shows_truth_and_draws(run):
     sample = call("sample", run, "--seed", 2).stdout.strip()
     shown = "".join(c[-1].split()[0] for c in drawn if not c[-1].startswith("EOS"))
     assert sample.startswith(shown) and shown
+
+
+def test_trace_shows_the_probabilities_of_the_draws(run):
+    """The tempered ones where tokens are drawn; where none are, those that the loss is made of."""
+    model = load_run(run).model
+    logits = model(torch.tensor([[model.start]]))[0][0, 0]
+    row = call("trace", run, "bada", "--temperature", 0.5).stdout.splitlines()[2]
+    for side, temperature in zip(row.split("  |  "), (1, 0.5), strict=True):
+        likeliest = float(re.search(r"\d\.\d\d", side)[0])
+        expected = (logits / temperature).softmax(-1).max().item()
+        assert likeliest == pytest.approx(expected, abs=0.0051)
 
 
 def test_gates_are_drawn(run, tmp_path):
@@ -184,20 +143,44 @@ def test_gates_of_texts_that_look_like_formulas(tmp_path):
     assert "$a_{$" in (tmp_path / "g.svg").read_text()
 
 
-def test_gate_values_are_those_of_the_layers():
-    from gru_fast import GRULanguageModel
-    from gru_fast.trace import gate_values
+@pytest.mark.parametrize("cell", ["reset_after", "reset_before", "no_reset"])
+@pytest.mark.parametrize("embedding", [None, 3])
+def test_gate_values_are_those_of_the_layers(embedding, cell):
+    model = GRULanguageModel(5, embedding, 7, 2, cell=cell)
+    gates = gate_values(model, torch.tensor([1, 4, 2]))
+    assert (gates.r is None) == (cell == "no_reset") and gates.z.shape == (2, 4, 7)
+    h = torch.zeros(2, 7)
+    for z, n in zip(gates.z.unbind(1), gates.n.unbind(1), strict=True):
+        h = (1 - z) * n + z * h
+    expected = model.run(torch.tensor([[model.start, 1, 4, 2]]))[1][:, 0]
+    torch.testing.assert_close(h, expected)
 
-    for cell in ("reset_after", "reset_before", "no_reset"):
-        model = GRULanguageModel(5, 3, 7, 2, cell=cell)
-        tokens = torch.tensor([1, 4, 2])
-        layers = gate_values(model, tokens)
-        assert set(layers[1]) == {"z", "n"} | ({"r"} if cell != "no_reset" else set())
-        h = torch.zeros(7)
-        for z, n in zip(layers[1]["z"], layers[1]["n"], strict=True):
-            h = (1 - z) * n + z * h
-        expected = model.run(torch.tensor([[model.start, 1, 4, 2]]))[1][1, 0]
-        torch.testing.assert_close(h, expected)
+
+def test_what_is_plotted_of_the_gates():
+    """By units that are sorted: those of r, and of 1 - z."""
+    pytest.importorskip("matplotlib")
+    model = GRULanguageModel(4, None, 7, 2)
+    gates = gate_values(model, torch.tensor([2, 1]))
+    panels = plot_gates(model, CharacterTokenizer("abc"), "ba").axes[:4]
+    kinds = ("reset gate r", "update gate 1 - z")
+    titles = [f"layer {k}: {kind}" for k in (1, 2) for kind in kinds]
+    assert [panel.get_title() for panel in panels] == titles
+    for panel, values in zip(
+        panels, (gates.r[0], 1 - gates.z[0], gates.r[1], 1 - gates.z[1]), strict=True
+    ):
+        shown = torch.from_numpy(panel.images[0].get_array().data)
+        torch.testing.assert_close(shown, values[:, values.mean(0).argsort()].T)
+
+
+def test_defaults_of_a_training(corpus, tmp_path):
+    for kind, batch in (("--lines", 128), ("--text", 32)):
+        out = tmp_path / kind
+        options = [kind, "--hidden", 4, "--steps", 1, "--max-length", 6, "--out", out]
+        told = call("train", corpus, *options).stderr
+        assert json.loads((out / "config.json").read_text())["training"]["batch"] == batch
+        if kind == "--lines":
+            cut = sum(len(name) >= 6 for name in set(corpus.read_text().split()))
+            assert 0 < cut < 300 and f", {cut} cut at 6 characters\n" in told
 
 
 def test_doctor_refuses_an_installation_with_other_numbers(monkeypatch):
@@ -209,101 +192,6 @@ def test_doctor_refuses_an_installation_with_other_numbers(monkeypatch):
 def test_doctor():
     text = call("doctor").stdout
     assert "self-test" in text and "backend reference" in text and torch.__version__ in text
-
-
-def test_killed_and_resumed_training_has_the_same_bits(corpus, tmp_path):
-    arguments = ["train", str(corpus), "--lines", *TINY, "--dropout", "0.2", "--steps", "300",
-                 "--out"]  # fmt: skip
-    command = [sys.executable, "-m", "gru_fast", "--threads", "1"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    call(*arguments, whole)
-    for number in (signal.SIGKILL, signal.SIGINT):
-        resume = ["--resume"] if broken.exists() else []
-        before = steps(broken)
-        process = subprocess.Popen(
-            [*command, *arguments, str(broken), "--save-every", "0", *resume],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=tmp_path,  # beside the sources, -m would find them before an installed package
-        )
-        deadline = time.monotonic() + 120
-        while steps(broken) < before + 5 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(number)
-        _, errors = process.communicate()
-        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
-        assert number == signal.SIGKILL or "--resume goes on" in errors
-        assert before < steps(broken) < 300, "it was too late to interrupt anything"
-    call("--threads", 1, "train", "--out", broken, "--resume")
-    expected, found = (load_file(d / "checkpoint.safetensors") for d in (whole, broken))
-    assert expected.keys() == found.keys() and len(expected["losses"]) == 300
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def steps(folder: Path) -> int:
-    path = folder / "checkpoint.safetensors"
-    return len(load_file(path)["losses"]) if path.exists() else 0
-
-
-def test_resume_needs_the_same_command(run, corpus, tmp_path):
-    same = ["train", corpus, "--lines", *TINY, "--out", run]
-    assert "is there already; --resume goes on" in refused(*same)
-    assert "Missing argument 'CORPUS'" in refused("train", "--out", tmp_path / "run")
-    assert "training lr = 0.02, now it is 0.5" in refused(*same, "--lr", 0.5, "--resume")
-    assert "model cell = reset_after, now" in refused(*same, "--cell", "no_reset", "--resume")
-    other = write_names(tmp_path / "names.txt")
-    other.write_text(other.read_text() + "bobo\n")
-    message = refused("train", other, "--lines", *TINY, "--out", run, "--resume")
-    assert "corpus" in message
-    assert "config.json: No such file" in refused(*same[:-1], tmp_path, "--resume")
-    assert "has 60 of 60 steps; a larger --steps goes on" in call(*same, "--resume").stderr
-
-
-def copied(run: Path, folder: Path) -> Path:
-    folder.mkdir()
-    for path in run.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def test_a_run_that_has_ended_goes_on_with_more_steps(run, corpus, tmp_path):
-    longer, again = copied(run, tmp_path / "longer"), copied(run, tmp_path / "again")
-    moved = tmp_path / "moved.txt"
-    moved.write_bytes(corpus.read_bytes())
-    told = call("train", "--out", longer, "--resume", "--steps", 90).stderr
-    assert "has 60 of 90 steps, before it was 60" in told and "held-out loss" in told
-    same = ["train", moved, "--lines", *TINY, "--steps", 90, "--out", again, "--resume"]
-    call(*same)
-    before, *after = (load_file(d / "checkpoint.safetensors") for d in (run, longer, again))
-    assert torch.equal(after[0]["losses"][:60], before["losses"])
-    assert len(after[0]["losses"]) == 90 and after[0]["held_out"][-1][0] == 90
-    assert after[0]["losses"][-20:].mean() < before["losses"][-20:].mean()
-    assert all(torch.equal(after[0][name], after[1][name]) for name in after[0])
-    config = json.loads((again / "config.json").read_text())
-    assert config["training"]["steps"] == 90 and config["training"]["lr"] == 0.02
-    assert config["changes"] == [{"after_step": 60, "steps": 60}]
-    assert config["corpus"]["source"] == str(moved)
-    assert "has 90 of 90 steps; a larger" in call("train", "--out", again, "--resume").stderr
-    for steps_given in (60, 89):
-        message = refused("train", "--out", again, "--resume", "--steps", steps_given)
-        assert message.endswith(f"has 90 steps; --steps: expected more, got {steps_given}")
-    assert json.loads((again / "config.json").read_text()) == config
-
-
-@pytest.mark.parametrize(
-    ("part", "name", "value"),
-    [("model", "hidden_size", "x"), ("training", "lr", None), ("corpus", "mode", 3)],
-)
-def test_options_of_a_run_are_checked_as_if_they_were_given(part, name, value, run, tmp_path):
-    broken = copied(run, tmp_path / "run")
-    config = json.loads((broken / "config.json").read_text())
-    config[part][name] = value
-    (broken / "config.json").write_text(json.dumps(config))
-    refused("train", "--out", broken, "--resume")
-    del config[part]
-    (broken / "config.json").write_text(json.dumps(config))
-    assert "config.json is damaged" in refused("train", "--out", broken, "--resume")
 
 
 def test_bad_corpora(tmp_path):
@@ -467,13 +355,3 @@ def test_missing_extra_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr == "gru-fast needs click, safetensors: pip install 'gru_fast[train]'\n"
-
-
-def test_builtin_corpora():
-    from gru_fast.corpus import read_text, split_lines
-
-    names = split_lines(read_text("builtin:names"))
-    assert len(names) > 80_000 and {"mary", "james", "smith"} <= set(names)
-    assert set("".join(names)) == set("abcdefghijklmnopqrstuvwxyz")
-    topics = read_text("builtin:python")
-    assert len(topics) > 400_000 and "lambda" in topics

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training on lines and on running text: what is fed, what is held out, and taking it up again."""
 
+import itertools
 import os
 
 import pytest
@@ -86,6 +87,10 @@ def test_text_loss_reads_on(monkeypatch):
     held_out = torch.tensor(TEXT[950:])
     data = Text(TEXT, TrainingOptions(batch=4, chunk=16))
     assert data.held_out_loss(model) == pytest.approx(text_loss(model, held_out), rel=1e-6)
+    held_out = torch.tensor(TEXT).repeat(34)[-1700:]
+    one, many = (text_loss(model, held_out, rows) for rows in (1, 16))
+    found = Text(TEXT * 34, TrainingOptions()).held_out_loss(model)
+    assert found == pytest.approx(many, rel=1e-6) and abs(one - many) > 1e-5
 
 
 @pytest.mark.parametrize("kind", ["lines", "text"])
@@ -149,6 +154,29 @@ def test_learning_rate_falls_along_half_a_cosine(monkeypatch):
     options = TrainingOptions(steps=4, batch=2, lr=0.01)
     train(lm(), Lines(SEQUENCES, options), options)
     assert rates == pytest.approx([0.01, 0.01 * (2 + 2**0.5) / 4, 0.005, 0.01 * (2 - 2**0.5) / 4])
+
+
+def test_gradients_are_clipped(monkeypatch):
+    norms = []
+    original = torch.optim.Adam.step
+
+    def step(optimiser):
+        gradients = [p.grad.flatten() for p in optimiser.param_groups[0]["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        original(optimiser)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    for clip in (1e-3, 1e3):
+        options = TrainingOptions(steps=2, batch=4, clip=clip)
+        train(lm(), Lines(SEQUENCES, options), options)
+    assert norms[:2] == pytest.approx([1e-3] * 2, rel=1e-2) and min(norms[2:]) > 1e-2
+
+
+def test_speed_is_tokens_over_seconds(monkeypatch):
+    """By a clock that counts its readings, each of three steps takes a second."""
+    monkeypatch.setattr(training.time, "perf_counter", itertools.count().__next__)
+    options = TrainingOptions(steps=3, batch=4, chunk=16)
+    assert train(lm(), Text(TEXT, options), options).tokens_per_second == 4 * 16
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

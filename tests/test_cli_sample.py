@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what is sampled, and which of it is novel."""
+
+import re
+
+import pytest
+
+from cli_calls import TINY, call, refused, write_names
+from gru_fast import GRULanguageModel
+from torch_threads import torch_threads
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "names"
+    call("train", corpus, "--lines", *TINY, "--out", out)
+    return out
+
+
+def test_sampling_options(run, corpus):
+    first = call("sample", run, "--num", 5, "--seed", 7)
+    assert call("sample", run, "--num", 5, "--seed", 7).stdout == first.stdout
+    assert call("sample", run, "--num", 5, "--seed", 8).stdout != first.stdout
+    assert call("sample", run, "--num", 3, "--seed", 7).stdout == "".join(
+        first.stdout.splitlines(keepends=True)[:3]
+    )
+    prompted = call("sample", run, "--num", 5, "--prompt", "ba", "--temperature", 0.5, "--top-p",
+                    0.9, "--min-p", 0.01, "--top-k", 4, "--length", 3)  # fmt: skip
+    assert all(re.fullmatch("ba[a-z]{0,3}", line) for line in prompted.stdout.splitlines())
+    greedy = call("sample", run, "--num", 2, "--greedy").stdout.splitlines()
+    assert greedy[0] == greedy[1]
+    known = set(corpus.read_text().split())
+    novel = call("sample", run, "--num", 20, "--novel", "--seed", 1)
+    lines = novel.stdout.splitlines()
+    assert len(lines) == 20 and not known & set(lines) and "of 1,000 sampled" in novel.stderr
+
+
+def test_tokens_that_are_drawn_at_most(run, tmp_path, monkeypatch):
+    (tmp_path / "text").write_text("ab" * 20)
+    call("train", tmp_path / "text", "--text", "--hidden", 4, "--steps", 1, "--out", tmp_path / "r")
+    asked = []
+    original = GRULanguageModel.generate
+
+    def generate(model, *arguments, max_new_tokens, **options):
+        asked.append(max_new_tokens)
+        return original(model, *arguments, max_new_tokens=max_new_tokens, **options)
+
+    monkeypatch.setattr(GRULanguageModel, "generate", generate)
+    for arguments in ((run,), (tmp_path / "r",), (tmp_path / "r", "--length", 7)):
+        call("sample", *arguments)
+    assert asked == [100, 500, 7]
+
+
+def test_novel_needs_the_corpus_as_it_was(tmp_path):
+    text, out = write_names(tmp_path / "names.txt"), tmp_path / "run"
+    call("train", text, "--lines", "--hidden", 4, "--embedding", 4, "--steps", 1, "--out", out)
+    text.write_text("another\ncorpus\n")
+    message = f"gru-fast: --novel: {text} has changed since the training; leave --novel out"
+    assert refused("sample", out, "--novel") == message
+    text.unlink()
+    message = f"gru-fast: --novel: {text} cannot be read any more; leave --novel out"
+    assert refused("sample", out, "--novel") == message
+    assert call("sample", out, "--length", 1, "--num", 2).stdout.count("\n") == 2
