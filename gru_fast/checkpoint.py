@@ -134,7 +134,8 @@ class Run:
         model: The model, in eval mode.
         tokenizer: Its vocabulary.
         config: What `config.json` holds: `model`, `corpus`, `tokens`, `training`, and `changes`,
-            the numbers of steps that were meant before and the step until which each held.
+            the numbers of steps and the devices that were meant before and the step until which
+            each held.
         step: Steps trained so far.
     """
 
@@ -198,15 +199,15 @@ def create_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> No
     save_config(folder, config)
 
 
-def reopen_run(folder: Path, config: dict[str, Any]) -> str:
-    """Prepare a run to be gone on with; another number of steps is noted in `config.json`.
+def reopen_run(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
+    """Prepare a run to be gone on with; other steps or another device go into `config.json`.
 
     Returns:
-        A sentence on where it stands.
+        The number of steps done, and a sentence on where it stands.
 
     Raises:
-        InputError: A file is missing or damaged, `config` is not the run's but for its steps, or
-            the run has as many steps already.
+        InputError: A file is missing or damaged, `config` is not the run's but for its steps and
+            device, or the run has as many steps already.
     """
     stored = load_config(folder)
     config = json.loads(json.dumps(config))
@@ -214,10 +215,10 @@ def reopen_run(folder: Path, config: dict[str, Any]) -> str:
         for name, value in values.items():
             before = stored.get(part, {}).get(name)
             # A corpus may have moved: its digest is compared.
-            if before != value and name not in ("steps", "source"):
+            if before != value and name not in ("steps", "source", "device"):
                 raise InputError(
                     f"{folder} was trained with {part} {name} = {before}, now it is {value}; "
-                    "--resume can change --steps only"
+                    "--resume can change --steps and --device only"
                 )
     path = folder / CHECKPOINT
     done = int(load_checkpoint(path)[1]["step"]) if path.exists() else 0
@@ -230,8 +231,12 @@ def reopen_run(folder: Path, config: dict[str, Any]) -> str:
         status += f", before it was {before:,}"
     elif steps == done:
         status += "; a larger --steps goes on"
+    device, before = config["training"]["device"], stored["training"].get("device")
+    if before not in (None, device):
+        stored.setdefault("changes", []).append({"after_step": done, "device": before})
+        status += f"; on {device} from here, before it was {before}: the bits may differ"
     save_config(folder, {**stored, **config})
-    return status
+    return done, status
 
 
 def load_config(folder: Path) -> dict[str, Any]:

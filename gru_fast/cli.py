@@ -102,7 +102,7 @@ def _train(context: click.Context, /, **options: Any) -> None:
 
     --resume --out RUN goes on with a run that was stopped; what is not given is taken from the
     run. With another number of --steps, a run that has ended goes on too: from there the learning
-    rate is that of the longer training.
+    rate is that of the longer training. With another --device, the run goes on there.
     """
     if options["resume"]:
         parameters = {parameter.name: parameter for parameter in context.command.params}
@@ -136,6 +136,8 @@ def _options_of(out: Path) -> dict[str, Any]:
     try:
         options = {name: config[part][key] for name, (part, key) in _STORED.items()}
         options["words"] = config["tokens"]["kind"] == WordTokenizer.kind
+        if "device" in config["training"]:  # not in runs of before
+            options["device"] = config["training"]["device"]
         if None in (value for name, value in options.items() if name not in _MAY_BE_NONE):
             raise TypeError("null in place of a value")
     except (KeyError, TypeError):
@@ -186,14 +188,16 @@ def _train_on(
         "model": model_config,
         "corpus": {"source": source, "mode": mode, "sha256": corpus.digest(text)},
         "tokens": {"kind": tokenizer.kind, "max_words": max_words},
-        "training": dataclasses.asdict(options),
+        "training": {**dataclasses.asdict(options), "device": device},
     }
     if not resume:
         checkpoint.create_run(out, config, tokenizer)
+    done = 0
     with checkpoint.claimed(out):
         if resume:
-            _say(checkpoint.reopen_run(out, config))
-        report = _fit(model, data, options, out, save_every)
+            done, status = checkpoint.reopen_run(out, config)
+            _say(status)
+        report = _fit(model, data, options, out, save_every, done)
     first, last = report.held_out[0][1], report.held_out[-1][1]
     speed = report.tokens_per_second  # 0 where no step was left
     _say(
@@ -244,13 +248,20 @@ def _data(
 
 
 def _fit(
-    model: GRULanguageModel, data: Lines | Text, options: TrainingOptions, out: Path, every: float
+    model: GRULanguageModel,
+    data: Lines | Text,
+    options: TrainingOptions,
+    out: Path,
+    every: float,
+    done: int,
 ) -> Report:
     with (
         _stop_on_interrupt() as should_stop,
-        # Where stderr is closed there is none to write to.
-        tqdm(total=options.steps, unit="step", mininterval=0.5, disable=sys.stderr is None) as bar,
-    ):
+        tqdm(
+            total=options.steps, initial=done, unit="step", mininterval=0.5,
+            disable=sys.stderr is None,  # where that is closed
+        ) as bar,
+    ):  # fmt: skip
 
         def on_step(step: int, report: Report) -> None:
             recent = report.losses[-20:]

@@ -89,6 +89,7 @@ def test_a_run_that_has_ended_goes_on_with_more_steps(run, corpus, tmp_path):
     moved.write_bytes(corpus.read_bytes())
     told = call("train", "--out", longer, "--resume", "--steps", 90).stderr
     assert "has 60 of 90 steps, before it was 60" in told and "held-out loss" in told
+    assert " 60/90 [" in told and " 0/90 [" not in told, "steps of before counted as made now"
     same = ["train", moved, "--lines", *TINY, "--steps", 90, "--out", again, "--resume"]
     call(*same)
     before, *after = (load_file(d / "checkpoint.safetensors") for d in (run, longer, again))
@@ -105,6 +106,27 @@ def test_a_run_that_has_ended_goes_on_with_more_steps(run, corpus, tmp_path):
         message = refused("train", "--out", again, "--resume", "--steps", steps_given)
         assert message.endswith(f"has 90 steps; --steps: expected more, got {steps_given}")
     assert json.loads((again / "config.json").read_text()) == config
+
+
+def test_a_run_goes_on_where_it_was_begun(corpus, tmp_path, monkeypatch):
+    out, begun_before, devices = tmp_path / "run", tmp_path / "before", []
+    monkeypatch.setattr("gru_fast.cli._check_device", devices.append)
+    few = ["--lines", "--hidden", 4, "--embedding", 4]
+    call("train", corpus, *few, "--device", "cpu:0", "--steps", 1, "--out", out)
+    told = call("train", "--resume", "--out", out, "--steps", 2).stderr
+    assert devices == ["cpu:0", "cpu:0"] and "from here" not in told
+    told = call("train", "--resume", "--out", out, "--steps", 3, "--device", "cpu").stderr
+    assert "on cpu from here, before it was cpu:0: the bits may differ" in told
+    call("train", "--resume", "--out", out, "--steps", 4)
+    assert devices[2:] == ["cpu", "cpu"]
+    config = json.loads((out / "config.json").read_text())
+    assert {"after_step": 2, "device": "cpu:0"} in config["changes"]
+
+    del config["training"]["device"]  # as in folders of before
+    (copied(out, begun_before) / "config.json").write_text(json.dumps(config))
+    told = call("train", "--resume", "--out", begun_before, "--steps", 5).stderr
+    assert devices[-1] == "cpu" and "from here" not in told
+    assert json.loads((begun_before / "config.json").read_text())["training"]["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
