@@ -32,6 +32,7 @@ from gru_fast.commands import Commands, Count, Finite
 from gru_fast.errors import InputError
 from gru_fast.gru import GRU
 from gru_fast.language_model import GRULanguageModel
+from gru_fast.reference_sampling import seed_from_generator
 from gru_fast.tokenizers import EOS, CharacterTokenizer, Tokenizer, WordTokenizer
 from gru_fast.trace import plot_gates, trace
 from gru_fast.training import Lines, Report, Text, TrainingOptions, lines_loss, text_loss, train
@@ -305,7 +306,7 @@ def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
 @click.option("--min-p", type=Finite(0, 1))
 @click.option("--greedy", is_flag=True, help="Take the likeliest token instead of a draw.")
 @click.option("--seed", type=_SEED, help="The same seed gives the same text.")
-@click.option("--novel", is_flag=True, help="Print only lines that the corpus does not have.")
+@click.option("--novel", is_flag=True, help="Print only whole lines that are not in the corpus.")
 @_beside_option
 def _sample(
     run: str,
@@ -317,30 +318,51 @@ def _sample(
     beside_torch: bool,
     **options: Any,
 ) -> None:
-    """Print sequences that the model of RUN makes up."""
+    """Print sequences that the model of RUN makes up.
+
+    With --novel they are the first of those of the same --seed that end within --length and are
+    no line of the corpus; at most 16,000 sequences, or 16 times --num, are drawn to find them.
+    """
     loaded = load_run(run)
     known = _known_lines(loaded, required=novel)
     eos = EOS if loaded.has_eos else None
     length = length or (100 if loaded.has_eos else 500)
     prompt_ids = loaded.tokenizer.encode(prompt)
-    rows = max(num, _NOVELTY_ROWS) if novel else num
-    with _refusing_values():
-        sequences = loaded.model.generate(
-            [prompt_ids], max_new_tokens=length, num_return_sequences=rows, do_sample=not greedy,
-            eos_token_id=eos, **options,
+    if options["seed"] is None:
+        options["seed"] = seed_from_generator()
+    first = max(num, _NOVELTY_ROWS) if novel else num
+    # A row depends on the seed and its number only: the rows of before come again.
+    for rows in (first, 4 * first, 16 * first):
+        texts, whole = _drawn_texts(
+            loaded, prompt_ids, max_new_tokens=length, num_return_sequences=rows,
+            do_sample=not greedy, eos_token_id=eos, **options,
         )  # fmt: skip
-    # A running text has no end: EOS, which no training has seen, stands for nothing there.
-    drawn = sequences.tolist() if eos == EOS else [row[row != EOS].tolist() for row in sequences]
-    texts = [loaded.tokenizer.decode(row) for row in drawn]
-    new = [text for text in texts if text.strip() and text.strip() not in known]
+        new = [text for text in whole if text.strip() and text.strip() not in known]
+        if not novel or len(new) >= num:
+            break
     for text in (new if novel else texts)[:num]:
         click.echo(text)
     if known:
-        source = loaded.config["corpus"]["source"]
-        _say(f"{len(new) / rows:.0%} of {rows:,} sampled lines are not in {source}")
+        source, cut = loaded.config["corpus"]["source"], rows - len(whole)
+        _say(
+            f"{len(new) / rows:.0%} of {rows:,} sampled lines are not in {source}"
+            + f"; {cut:,} were cut at {length} {loaded.tokenizer.kind}s" * bool(cut)
+        )
+    if novel and len(new) < num:
+        _say(f"only {len(new):,} of {num:,} novel lines were found")
     if beside_torch:
         for count in (64, 1):
             _say(compare_sampling(loaded.model, count, length, eos))
+
+
+def _drawn_texts(run: Run, prompt: list[int], **options: Any) -> tuple[list[str], list[str]]:
+    """What `generate` draws as texts, and those of them that end with EOS."""
+    with _refusing_values():
+        sequences = run.model.generate([prompt], **options)
+    # A running text has no end: EOS, which no training has seen, stands for nothing there.
+    rows = sequences.tolist() if run.has_eos else [row[row != EOS].tolist() for row in sequences]
+    texts = [run.tokenizer.decode(row) for row in rows]
+    return texts, [text for text, row in zip(texts, rows, strict=True) if EOS in row]
 
 
 def _known_lines(run: Run, required: bool) -> set[str]:

@@ -46,6 +46,24 @@ def test_sampling_options(run, corpus):
     assert len(lines) == 20 and not known & set(lines) and "of 1,000 sampled" in novel.stderr
 
 
+@pytest.mark.parametrize(("length", "enough"), [(100, True), (3, False)])
+def test_novel_lines_are_the_first_of_a_seed_that_end(length, enough, run, corpus, monkeypatch):
+    """Among the 320 that are drawn at most too few are shorter than 3; a cut one is no line."""
+    monkeypatch.setattr("gru_fast.cli._NOVELTY_ROWS", 20)
+    every = call("sample", run, "--num", 320, "--seed", 1).stdout.split("\n")[:-1]
+    known = set(corpus.read_text().split())
+    novel = [name for name in every if name and name not in known and len(name) < length]
+    result = call("sample", run, "--num", 20, "--novel", "--seed", 1, "--length", length)
+    assert result.stdout.split("\n")[:-1] == novel[:20]
+    if enough:
+        assert "of 80 sampled lines are not in" in result.stderr and "only" not in result.stderr
+    else:
+        cut = sum(len(name) >= length for name in every)
+        share = f"{len(novel) / 320:.0%} of 320 sampled lines are not in {corpus}"
+        assert f"{share}; {cut} were cut at 3 characters\n" in result.stderr
+        assert result.stderr.endswith(f"only {len(novel)} of 20 novel lines were found\n")
+
+
 def test_tokens_that_are_drawn_at_most(run, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("ab" * 20)
     call("train", tmp_path / "text", "--text", "--hidden", 4, "--steps", 1, "--out", tmp_path / "r")
