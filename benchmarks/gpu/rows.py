@@ -26,7 +26,7 @@ from benchmarks.providers_kernels import Kernel, kernel_names
 from benchmarks.providers_torch import SplitAndPad, TorchGRU
 from benchmarks.records import Record
 from benchmarks.runner import Setting, describe_error, is_lost, run_problem
-from benchmarks.sample.suite import GATE_TOKENS
+from benchmarks.sample.gate import TOKENS
 
 HIDDEN = (32, 64, 100, 128, 160, 192, 256, 512, 1024, 2048)
 BATCHES = (1, 16, 64, 256, 1024)
@@ -191,7 +191,7 @@ def _sampler(case: Case, dtype: str, compiled: bool = True) -> Row:
                 record.error = samplers.wrong(model, case, dtype) if ours else None
                 if ours:
                     record.parity = "ok" if record.error is None else "wrong"
-                    record.parity_T = GATE_TOKENS
+                    record.parity_T = TOKENS
                 if record.error is None:
                     calls[name] = samplers.sampler(name, model, case)
             except Exception as error:

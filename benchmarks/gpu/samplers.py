@@ -8,6 +8,7 @@ and our sampler on this machine's CPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import DTYPES, Case
 from benchmarks.providers_cuda import captured
-from benchmarks.sample.suite import gate
+from benchmarks.sample.gate import TOKENS, Draw, Gate, sharpened
+from benchmarks.sample.providers import drawing
 from gru_fast import GRULanguageModel, Sampler, sampling
 
 BASELINE = "nn.GRU.sampler"
@@ -52,7 +54,8 @@ def names(case: Case, device: str, kernels: bool, compiled: bool) -> list[str]:
 def model_of(case: Case, dtype: str, device: str) -> GRULanguageModel:
     torch.manual_seed(0)
     like = {"device": device, "dtype": DTYPES[dtype]}
-    return GRULanguageModel(case.V, case.I, case.H, case.L, **like).requires_grad_(False)
+    model = GRULanguageModel(case.V, case.I, case.H, case.L, **like)
+    return sharpened(model).requires_grad_(False)
 
 
 def sampler(name: str, model: GRULanguageModel, case: Case) -> Callable[[], Any]:
@@ -68,25 +71,21 @@ def sampler(name: str, model: GRULanguageModel, case: Case) -> Callable[[], Any]
     return captured(call) if name.endswith(".graph") else call
 
 
-def ours(model: GRULanguageModel, B: int, on_cpu: bool = False) -> Callable[[int, bool], Tensor]:
+def ours(model: GRULanguageModel, B: int, on_cpu: bool = False) -> Draw:
     """`model.generate`, which a dry run has interpreted; or the CPU's `Sampler`."""
-    options: dict[str, Any] = {"num_return_sequences": B, "seed": 0}
     if on_cpu:
         copy = GRULanguageModel(**model.config)
         copy.load_state_dict(model.state_dict())
-        generate: Callable[..., Any] = Sampler(copy).generate
-    else:
-        generate = model.generate
-        if not model.head.weight.is_cuda:
-            options["loop"] = sampling.triton_loop
-    return lambda T, greedy: generate(max_new_tokens=T, do_sample=not greedy, **options)
+        return drawing(Sampler(copy).generate, B)
+    if model.head.weight.is_cuda:
+        return drawing(model.generate, B)
+    return drawing(partial(sampling.generate, model), B, loop=sampling.triton_loop)
 
 
 def wrong(model: GRULanguageModel, case: Case, dtype: str) -> str | None:
     """None, or how far our kernel strays from the model in float64, in some of the timed rows."""
-    draw = ours(model, case.B)
     rows = torch.linspace(0, case.B - 1, min(case.B, 8)).long()
-    return gate(lambda T, greedy: draw(T, greedy).cpu()[rows], model, dtype)
+    return Gate(model, case.B, rows, draws=TOKENS).verdict(ours(model, case.B), dtype, seeded=True)
 
 
 def _drawn(model: GRULanguageModel, h: Tensor) -> Tensor:

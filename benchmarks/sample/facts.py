@@ -65,23 +65,35 @@ def language_model(H: int) -> GRULanguageModel:
 
 
 def step(quick: bool) -> list[Figure]:
-    """`Stream.step` from Python, one layer of float32, beside `nn.GRU` at T = 1."""
+    """`Stream.step` from Python, one layer of float32, beside `nn.GRU` (T = 1) and `nn.GRUCell`."""
     torch.set_num_threads(1)
     found = []
     for H in (64,) if quick else (64, 128, 256):
-        stream, theirs = Stream(GRU(H, H)), nn.GRU(H, H)
+        stream, theirs, cell = Stream(GRU(H, H)), nn.GRU(H, H), nn.GRUCell(H, H)
         frame, x, state = torch.randn(H), torch.randn(1, 1, H), torch.zeros(1, 1, H)
 
         def by_torch(theirs: nn.GRU = theirs, x: Tensor = x, state: Tensor = state) -> None:
             with torch.inference_mode():
                 theirs(x, state)
 
+        def by_cell(cell: nn.GRUCell = cell, x: Tensor = x[0], state: Tensor = state[0]) -> None:
+            with torch.inference_mode():
+                cell(x, state)
+
         load = OtherLoad()
-        us = medians({"ours": lambda s=stream, x=frame: s.step(x), "nn.GRU": by_torch}, quick)
+        us = medians(
+            {
+                "ours": lambda s=stream, x=frame: s.step(x),
+                "nn.GRU": by_torch,
+                "nn.GRUCell": by_cell,
+            },
+            quick,
+        )
         found.append({
             "name": "stream.step", "value": us["ours"] * 1e6, "unit": "us", "H": H,
             "nn_gru_us": us["nn.GRU"] * 1e6, "ratio": us["nn.GRU"] / us["ours"],
-            "other_cpu": load.share(),
+            "nn_gru_cell_us": us["nn.GRUCell"] * 1e6,
+            "ratio_to_cell": us["nn.GRUCell"] / us["ours"], "other_cpu": load.share(),
         })  # fmt: skip
     return found
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who draws tokens: a loop over torch.nn, a loop over ONNX Runtime, and our own."""
+"""Who draws tokens: loops over torch.nn, a loop over ONNX Runtime, and our own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.providers_onnx import onnx_rows
+from benchmarks.sample.gate import SEED, Draw
 from gru_fast import GRULanguageModel, Sampler, sampling
 from gru_fast.packed import WEIGHTS
 
-Draw = Callable[[int, bool], Tensor]
-"""(T, greedy) to (B, T) tokens."""
-
-STEADY = ("nn.GRU.loop", "onnxruntime.loop")
+BASELINE = "nn.GRU.loop"
+STEADY = (BASELINE, "nn.GRUCell.loop", "onnxruntime.loop")
 """Take as long for the last token as for the first, and nothing besides."""
+
+
+def _drawn(logits: Tensor, greedy: bool) -> Tensor:
+    if greedy:
+        return logits.argmax(-1)
+    return torch.multinomial(torch.softmax(logits, -1), 1)[:, 0]
+
+
+def _fed(prompts: Tensor | None) -> tuple[Tensor, ...]:
+    """The tokens of the prompts, position by position."""
+    return () if prompts is None else prompts.unbind(1)
 
 
 def nn_gru_loop(model: GRULanguageModel, B: int) -> Draw:
@@ -32,17 +42,41 @@ def nn_gru_loop(model: GRULanguageModel, B: int) -> Draw:
     assert embedding is not None
 
     @torch.inference_mode()
-    def draw(T: int, greedy: bool) -> Tensor:
+    def draw(T: int, greedy: bool, prompts: Tensor | None = None) -> Tensor:
         x, h, tokens = torch.zeros(1, B, H), torch.zeros(gru.num_layers, B, H), []
+        for token in _fed(prompts):
+            h = gru(x, h)[1]
+            x = embedding(token)[None]
         for _ in range(T):
             output, h = gru(x, h)
-            logits = head(output[0])
-            if greedy:
-                token = logits.argmax(-1)
-            else:
-                token = torch.multinomial(torch.softmax(logits, -1), 1)[:, 0]
+            token = _drawn(head(output[0]), greedy)
             tokens.append(token)
             x = embedding(token)[None]
+        return torch.stack(tokens, 1)
+
+    return draw
+
+
+def nn_gru_cell_loop(model: GRULanguageModel, B: int) -> Draw:
+    """The same with nn.GRUCell, which has less to do around a single step."""
+    H, gru = model.gru.hidden_size, model.gru
+    cell = nn.GRUCell(H, H)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    cell.load_state_dict({name: getattr(gru, f"{name}_l0") for name in names})
+    embedding, head = model.embedding, model.head
+    assert embedding is not None and gru.num_layers == 1
+
+    @torch.inference_mode()
+    def draw(T: int, greedy: bool, prompts: Tensor | None = None) -> Tensor:
+        x, h, tokens = torch.zeros(B, H), torch.zeros(B, H), []
+        for token in _fed(prompts):
+            h = cell(x, h)
+            x = embedding(token)
+        for _ in range(T):
+            h = cell(x, h)
+            token = _drawn(head(h), greedy)
+            tokens.append(token)
+            x = embedding(token)
         return torch.stack(tokens, 1)
 
     return draw
@@ -62,10 +96,13 @@ def onnxruntime_loop(model: GRULanguageModel, B: int) -> Draw:
     H = model.gru.hidden_size
     generator = np.random.default_rng(0)
 
-    def draw(T: int, greedy: bool) -> Tensor:
+    def draw(T: int, greedy: bool, prompts: Tensor | None = None) -> Tensor:
         h = np.zeros((1, B, H), np.float32)
         token = np.full(B, model.vocab_size)
         tokens = np.empty((B, T), np.int64)
+        for after in _fed(prompts):
+            _, h = session.run(None, {"token": token, "h": h})
+            token = after.numpy()
         for t in range(T):
             logits, h = session.run(None, {"token": token, "h": h})
             if greedy:
@@ -129,12 +166,13 @@ def step_graph(model: GRULanguageModel, B: int) -> bytes:
 def drawing(generate: Callable[..., Any], B: int, **options: Any) -> Draw:
     """B sequences by a function with the arguments of `GRULanguageModel.generate`."""
 
-    def draw(T: int, greedy: bool) -> Tensor:
+    def draw(T: int, greedy: bool, prompts: Tensor | None = None) -> Tensor:
         tokens = generate(
-            max_new_tokens=T, num_return_sequences=B, do_sample=not greedy, seed=0, **options
-        )
+            prompts, max_new_tokens=T, num_return_sequences=B if prompts is None else 1,
+            do_sample=not greedy, seed=SEED, **options,
+        )  # fmt: skip
         assert isinstance(tokens, Tensor)
-        return tokens
+        return tokens if prompts is None else tokens[:, prompts.shape[1] :]
 
     return draw
 
@@ -157,7 +195,8 @@ def gru_fast_sampler(weights: str, model: GRULanguageModel, B: int) -> Draw:
 def providers() -> dict[tuple[str, str], tuple[str, Callable[[GRULanguageModel, int], Draw]]]:
     """(name, dtype) to (version, prepare); the baseline first."""
     ours = version("gru_fast")
-    found = {("nn.GRU.loop", "float32"): (torch.__version__, nn_gru_loop)}
+    found = {(BASELINE, "float32"): (torch.__version__, nn_gru_loop)}
+    found["nn.GRUCell.loop", "float32"] = (torch.__version__, nn_gru_cell_loop)
     if find_spec("onnxruntime") and find_spec("onnx"):
         found["onnxruntime.loop", "float32"] = (version("onnxruntime"), onnxruntime_loop)
     found["gru_fast.loop", "float32"] = (ours, gru_fast_loop)

@@ -15,7 +15,8 @@ from benchmarks.records import Record
 from benchmarks.report import threads as threads_of
 from benchmarks.report import warnings
 from benchmarks.runner import describe_error, note_claims, note_times
-from benchmarks.sample.providers import STEADY, Draw, providers
+from benchmarks.sample.gate import Gate, sharpened
+from benchmarks.sample.providers import BASELINE, STEADY, providers
 from gru_fast import GRULanguageModel
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -26,23 +27,6 @@ SHAPES = [
     Case(384, 384, 1, 2000, V=256),
 ]
 QUICK = [Case(64, 64, 1, 200, V=VOCABULARY), Case(64, 64, 8, 50, V=VOCABULARY)]
-
-GATE_TOKENS = 48
-REGRET = {"float32": 1e-4, "tf32": 0.02, "bfloat16": 0.05, "float16": 0.02, "int8": 0.1}
-"""How far below the largest logit, in float64, the token that a greedy run takes may be."""
-
-
-def gate(draw: Draw, model: GRULanguageModel, dtype: str) -> str | None:
-    """None, or how far a greedy run strays from the model in float64."""
-    tokens = draw(GATE_TOKENS, True).cpu()
-    exact = GRULanguageModel(**model.config).double()
-    exact.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        logits, _ = exact(exact.teacher_forcing(tokens))
-    regret = float((logits.amax(-1) - logits.gather(-1, tokens[..., None])[..., 0]).max())
-    if regret <= REGRET[dtype]:
-        return None
-    return f"a greedy token {regret:.3g} below the largest logit, expected {REGRET[dtype]}"
 
 
 def bound(case: Case, dtype: str, threads: int, peaks: probe.Peaks) -> float | None:
@@ -71,7 +55,8 @@ def run_case(
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    model = GRULanguageModel(case.V, case.I, case.H)
+    model = sharpened(GRULanguageModel(case.V, case.I, case.H))
+    gate = Gate(model, case.B)
     records, calls, scales = {}, {}, {}
     for (name, dtype), (number, prepare) in providers().items():
         if only is not None and name not in only:
@@ -81,12 +66,12 @@ def run_case(
         records[key] = record
         try:
             draw = prepare(model, case.B)
-            record.error = gate(draw, model, dtype)
+            record.error = gate.verdict(draw, dtype, seeded=name.startswith("gru_fast."))
         except Exception as error:
             record.error = describe_error(error)
             continue
         record.parity = "ok" if record.error is None else "wrong"
-        record.parity_T = GATE_TOKENS
+        record.parity_T = gate.T
         if record.error is None:
             T = min(case.T, steady_tokens or case.T) if name in STEADY else case.T
             calls[key], scales[key] = lambda draw=draw, T=T: draw(T, False), case.T / T
@@ -94,12 +79,12 @@ def run_case(
     pauses = {"onnxruntime.loop float32": SPINS_S} if threads > 1 else {}
     measured = timing.interleave(calls, timing.cpu_clock, effort, pauses=pauses)
     samples = {key: [s * scales[key] for s in found] for key, found in measured.items()}
-    other, baseline = load.share(), samples.get("nn.GRU.loop float32")
+    other, baseline = load.share(), samples.get(f"{BASELINE} float32")
     for key, seconds in samples.items():
         record = records[key]
         note_times(record, seconds, other)
         best = None if peaks is None else bound(case, record.dtype, threads, peaks)
-        note_claims(record, seconds, "nn.GRU.loop", baseline, best)
+        note_claims(record, seconds, BASELINE, baseline, best)
     return list(records.values())
 
 
