@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`num_heads`: block-diagonal recurrent weights, 8 heads, as the world models of Dreamer have them.
 
-Beside a Python loop over one small nn.GRU, or one of ours, for each head.
+Beside a Python loop over one small nn.GRU, or one of ours, for each head, and beside one dense
+nn.GRU whose weights are zero between the heads. For one row it takes less time than the loop; who
+trains it has to keep those zeros, which is not timed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 import gru_fast
 from benchmarks.cases import Case, square
-from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of
+from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of, load
 from benchmarks.problem import WEIGHTS as NAMES
 
 HEADS = 8
@@ -85,6 +87,31 @@ def loop(kind: Any, suite: str) -> Way:
     return way
 
 
+def dense(suite: str) -> Way:
+    """One nn.GRU with zeros between the heads."""
+
+    def way(tensors: Tensors) -> Call:
+        x, H = tensors["x"], tensors["grad_y"].shape[2]
+        module = nn.GRU(x.shape[2], H, dtype=x.dtype)
+        blocks = [torch.block_diag(*g.chunk(HEADS)) for g in tensors["weight_hh_l0"].chunk(3)]
+        leaves = load(module, tensors | {"weight_hh_l0": torch.cat(blocks)})
+        return call_of(suite, lambda: {"y": module(x)[0]}, leaves, {"y": tensors["grad_y"]})
+
+    return way
+
+
+def within_heads(results: Tensors) -> Tensors:
+    """What `dense` found, without gradients of the zeros, as `joined` has it."""
+    name = "grad_weight_hh_l0"
+    if name not in results:
+        return results
+    of_gates = [
+        torch.cat([rows.chunk(HEADS, 1)[k] for k, rows in enumerate(gate.chunk(HEADS))])
+        for gate in results[name].chunk(3)
+    ]
+    return by_head(results | {name: torch.cat(of_gates)})
+
+
 def heads(suite: str) -> Way:
     """All heads in one call."""
 
@@ -120,6 +147,7 @@ def _row(suite: str) -> Row:
         ),
         [
             Named("nn.GRU.loop", loop(nn.GRU, suite), baseline=True, results=joined),
+            Named("nn.GRU.dense", dense(suite), results=within_heads),
             Named("gru_fast.GRU.loop", loop(gru_fast.GRU, suite), results=joined),
             Named("gru_fast.GRU.num_heads", heads(suite), results=by_head),
         ],
