@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import ROOT, figures_cpu, figures_gpu, machine, measured
+from benchmarks.markdown import BUSY_LEGEND
 from benchmarks.records import Results, read
 
 CLAIMS = (ROOT / "README.md", ROOT / "docs" / "speed.md")
@@ -23,6 +24,7 @@ CLAIMS = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 PAGES = (*CLAIMS, ROOT / "docs" / "gpu-kernels.md")
 RESULTS = ROOT / "benchmarks" / "results"
 REPORT = ROOT / "docs" / "results.md"
+BUSY = re.compile(r"[,|] busy\b")
 BLOCK = re.compile(r"(<!-- figures: (\S+) ([a-z ]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
@@ -102,6 +104,10 @@ PARTS: dict[str, tuple[str, Callable[[Results], str]]] = {
         "The time of a loop around `nn.GRU` / ours, and our tokens a second:",
         figures_cpu.samples,
     ),
+    "loops": (
+        "The time of the other peers' loops, in float32, / ours:",
+        figures_cpu.loops,
+    ),
 }
 
 
@@ -110,7 +116,8 @@ def render(results: Results, suites: list[str]) -> str:
     blocks = []
     for suite in suites:
         text, part = PARTS[suite]
-        blocks.append(f"{text}\n\n{part(results)}")
+        table = part(results)
+        blocks += [f"{text}\n\n{table}", *([BUSY_LEGEND] if BUSY.search(table) else [])]
     return "\n\n".join([*blocks, machine.line(results.machine)])
 
 
@@ -137,7 +144,7 @@ CONTENTS: dict[str, tuple[str, list[str]]] = {
         ["isas", "contention", "interrupts", "features"],
     ),
     "cpu-lm.json": ("Training a language model", ["lm"]),
-    "cpu-sample.json": ("Sampling", ["sample", "facts"]),
+    "cpu-sample.json": ("Sampling", ["sample", "loops", "lost", "facts"]),
     "cpu-import.json": ("Before the first result", ["import"]),
     "gpu-h200.json": ("GPU", ["gpu", "gpusteps", "gpumemory"]),
 }
@@ -166,7 +173,8 @@ def report(results: Path = RESULTS, machine: str = "") -> str:
     source = (RESULTS / machine).relative_to(ROOT).as_posix()
     parts = [
         f"# {MACHINES[machine]}\n\nMade by `python -m benchmarks report` from `{source}/`; how it "
-        "is measured is told in [benchmarks.md](benchmarks.md). Bold: a peer is faster."
+        "is measured is told in [benchmarks.md](benchmarks.md). Bold: the peer of that "
+        "figure is faster."
     ]
     pictures = plots_of(machine).relative_to(REPORT.parent)
     for name, (title, shown) in CONTENTS.items():

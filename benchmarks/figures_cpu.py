@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from itertools import product
 from statistics import median
 from typing import Any
 
-from benchmarks.markdown import beside, count, details, pivot, sizes, times
+from benchmarks.markdown import (
+    beside,
+    beside_loop,
+    busy,
+    count,
+    details,
+    is_busy,
+    pivot,
+    sizes,
+    times,
+)
 from benchmarks.records import Record, Results
 from benchmarks.report import many_threads, seconds, threads
 
@@ -31,11 +42,11 @@ def layers(results: Results) -> str:
     def cell(r: Record) -> str:
         share = "" if r.share_of_bound is None else f" ({r.share_of_bound:.0%})"
         far = r.exchange_s is not None and r.exchange_s > FAR * nearest
-        return times(r.ratio_to_torch) + share + (", far" if far else "")
+        return times(r.ratio_to_torch) + share + (", far" if far else "") + busy(r)
 
     cells = [(sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen]
     table = pivot("I = H, B, T", cells)
-    if any(text.endswith("far") for _, _, text in cells):
+    if any(", far" in text for _, _, text in cells):
         table += "\n\nfar: the host had the virtual machine's cores far apart meanwhile."
     return table
 
@@ -49,7 +60,8 @@ def beside_onnx(results: Results) -> str:
     found = beside(results, "infer", INFER_PEERS)
     found.sort(key=lambda pair: (pair[0].provider, pair[0].threads))
     return pivot(
-        "I = H, B, T", ((sizes(r), f"{ours(r)}, {threads(r)}", times(v)) for r, v in found)
+        "I = H, B, T",
+        ((sizes(r), f"{ours(r)}, {threads(r)}", times(v) + busy(r)) for r, v in found),
     )
 
 
@@ -60,11 +72,20 @@ def steps(results: Results) -> str:
             (
                 f"{r.case['H']}, {r.case['B']}",
                 f"`{STEP_PEERS[r.provider]}` / {ours(r)}, {threads(r)}",
-                f"{times(value)}, {seconds(r.median_s)}",
+                f"{times(value)}, {seconds(r.median_s)}{busy(r)}",
             )
             for r, value in beside(results, "step", STEP_PEERS)
         ),
     )
+
+
+SAMPLES = "H, B, V, threads"
+
+
+def _sampler(r: Record) -> tuple[str, str]:
+    """Row and column of one of our samplers."""
+    row = f"{r.case['H']}, {r.case['B']}, {r.case['V']}, {r.threads}"
+    return row, f"{r.provider.removeprefix(OURS)} {r.dtype}"
 
 
 def samples(results: Results) -> str:
@@ -72,19 +93,25 @@ def samples(results: Results) -> str:
         if r.median_s is None:
             return "-"
         rate = r.case["B"] * r.case["T"] / r.median_s
-        return f"{times(r.ratio_to_torch)}, {count(rate)}/s"
+        return f"{times(r.ratio_to_torch)}, {count(rate)}/s{busy(r)}"
 
-    return pivot(
-        "H, B, V, threads",
-        (
-            (
-                f"{r.case['H']}, {r.case['B']}, {r.case['V']}, {r.threads}",
-                f"{r.provider.removeprefix('gru_fast.')} {r.dtype}",
-                cell(r),
-            )
-            for r in results.records
-            if r.suite == "sample" and r.provider.startswith("gru_fast.")
-        ),
+    ours = [r for r in results.records if r.suite == "sample" and r.provider.startswith(OURS)]
+    return pivot(SAMPLES, ((*_sampler(r), cell(r)) for r in ours))
+
+
+def loops(results: Results) -> str:
+    """A table for each peer that samples, but for the baseline, which `samples` has."""
+    peers = dict.fromkeys(
+        r.provider
+        for r in results.records
+        if r.suite == "sample" and not r.provider.startswith(OURS) and r.provider != r.baseline
+    )
+    return "\n\n".join(
+        pivot(
+            f"`{peer}`: {SAMPLES}",
+            ((*_sampler(r), times(v) + busy(r)) for r, v in beside_loop(results, peer)),
+        )
+        for peer in peers
     )
 
 
@@ -103,7 +130,7 @@ def peers(results: Results) -> str:
     versions = {r.provider: r.version for r in others if r.provider != "nn.GRU"}
     for suite, name in product((*LAYERS, "step"), versions):
         ratios = {
-            (str(r.case), r.dtype, r.threads): times(value)
+            (str(r.case), r.dtype, r.threads): times(value) + busy(r)
             for r, value in beside(results, suite, {"gru_fast.cpu": name})
         }
         for r in (r for r in others if (r.suite, r.provider) == (suite, name)):
@@ -120,25 +147,41 @@ def lost(results: Results) -> str:
     """The rows in which a peer that computes the same is faster, the worst first.
 
     Beside them what is left of it with weights that are packed beforehand, where that was measured.
+    Below: how many rows could not be compared.
     """
     found: list[tuple[float, str, str, str]] = []
-    for r in results.records:
-        if r.parity != "ok" or r.provider.startswith(OURS):
-            continue
+    peers = [r for r in results.records if r.parity == "ok" and not r.provider.startswith(OURS)]
+    for r in peers:
         same = (r.case, r.threads, r.dtype)
         pairs = beside(results, r.suite, {"gru_fast.cpu": r.provider, PREPACKED: r.provider})
         values = {o.provider: v for o, v in pairs if (o.case, o.threads, o.dtype) == same}
-        if values.get("gru_fast.cpu", 1) < 1:
+        value = values.get("gru_fast.cpu", 1.0)
+        if value < 1:
             row = f"{r.suite} {sizes(r)}, {r.dtype}, {threads(r)}, beside `{r.provider}`"
-            packed = times(values[PREPACKED]) if PREPACKED in values else ""
-            found.append((values["gru_fast.cpu"], row, times(values["gru_fast.cpu"]), packed))
-    if not found:
-        return "None."
-    cells = []
-    for _, row, value, packed in sorted(found):
-        cells += [(row, "peer's time / ours", value)]
-        cells += [(row, "/ ours, prepacked", packed)] if packed else []
-    return pivot("I = H, B, T", cells)
+            found.append((value, row, "peer's time / ours", times(value) + busy(r)))
+            if PREPACKED in values:
+                found.append((value, row, "/ ours, prepacked", times(values[PREPACKED])))
+    for peer in dict.fromkeys(r.provider for r in peers if r.suite == "sample"):
+        for r, value in beside_loop(results, peer):
+            if value < 1:
+                row = f"sample {sizes(r)}, V {r.case['V']}, {threads(r)}: `{r.provider}` {r.dtype}"
+                found.append((value, row, f"`{peer}`'s time / ours", times(value) + busy(r)))
+    found.sort(key=lambda cell: cell[0])
+    table = pivot("I = H, B, T", (cell[1:] for cell in found)) if found else "None."
+    return "\n\n".join([table, *_not_compared(results)])
+
+
+def _not_compared(results: Results) -> list[str]:
+    """A sentence about the peers' rows without a figure, if there are any."""
+    rows = Counter(
+        (r.provider, "inexact" if r.parity == "wrong" else "failed")
+        for r in results.records
+        if r.error and not r.provider.startswith(OURS)
+    )
+    if not rows:
+        return []
+    named = ", ".join(f"`{name}` {n} ({why})" for (name, why), n in rows.items())
+    return [f"Rows that are not compared, because the peer has no figure: {named}."]
 
 
 def isas(results: Results) -> str:
@@ -206,8 +249,8 @@ def features(results: Results) -> str:
         if r.median_s is None:
             return r.error or "-"
         if r.provider == r.baseline:
-            return seconds(r.median_s)
-        return f"{times(r.ratio_to_torch)}, {seconds(r.median_s)}"
+            return seconds(r.median_s) + busy(r)
+        return f"{times(r.ratio_to_torch)}, {seconds(r.median_s)}{busy(r)}"
 
     def cells() -> Iterable[tuple[str, str, str]]:
         for r in results.records:
@@ -226,7 +269,7 @@ def language_models(results: Results) -> str:
 
     def cell(r: Record) -> str:
         assert r.median_s is not None
-        rate = f"{count(r.case['B'] * r.case['T'] / r.median_s)}/s"
+        rate = f"{count(r.case['B'] * r.case['T'] / r.median_s)}/s{busy(r)}"
         return rate if r.provider == r.baseline else f"{times(r.ratio_to_torch)}, {rate}"
 
     return pivot(
@@ -258,18 +301,22 @@ def slopes(results: Results) -> str:
 
 def sweep(results: Results) -> str:
     """Of each part of the grid: how often and by how much we are faster."""
-    groups: dict[str, list[float]] = {}
+    groups: dict[str, list[Record]] = {}
     for r in results.records:
         if r.provider == "gru_fast.cpu" and r.ratio_to_torch is not None:
-            groups.setdefault(f"{r.suite}, {r.dtype}, {threads(r)}", []).append(r.ratio_to_torch)
+            groups.setdefault(f"{r.suite}, {r.dtype}, {threads(r)}", []).append(r)
+    any_busy = any(map(is_busy, results.records))
 
     def cells() -> Iterable[tuple[str, str, str]]:
-        for name, ratios in groups.items():
+        for name, found in groups.items():
+            ratios = [r.ratio_to_torch for r in found if r.ratio_to_torch is not None]
             yield name, "cells", str(len(ratios))
             yield name, "faster", f"{sum(v >= 1 for v in ratios) / len(ratios):.0%}"
             yield name, "least", times(min(ratios))
             yield name, "median", times(median(ratios))
             yield name, "most", times(max(ratios))
+            if any_busy:
+                yield name, "busy", str(sum(map(is_busy, found)))
 
     return pivot("", cells())
 

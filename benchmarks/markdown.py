@@ -6,7 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.machine import BUSY
 from benchmarks.records import Record, Results
+
+BUSY_LEGEND = f"busy: other processes took more than {BUSY:.0%} of the CPU time meanwhile."
+"""Below a table with a cell that `busy` marked."""
 
 
 def sizes(record: Record) -> str:
@@ -49,6 +53,16 @@ def times(value: float | None) -> str:
     return text if value >= 1 else f"**{text}**"
 
 
+def is_busy(record: Record) -> bool:
+    """Whether others used the CPU while it was measured."""
+    return record.other_cpu is not None and record.other_cpu > BUSY
+
+
+def busy(record: Record) -> str:
+    """What a cell ends with in that case."""
+    return ", busy" if is_busy(record) else ""
+
+
 def beside(results: Results, suite: str, pairs: dict[str, str]) -> list[tuple[Record, float]]:
     """Our records, and the time of the peer that pairs names for ours over our own."""
     medians = {
@@ -63,6 +77,23 @@ def beside(results: Results, suite: str, pairs: dict[str, str]) -> list[tuple[Re
         theirs = medians.get((pairs[r.provider], str(r.case), r.threads, r.dtype))
         if theirs is not None:
             found.append((r, theirs / r.median_s))
+    return found
+
+
+def beside_loop(results: Results, peer: str) -> list[tuple[Record, float]]:
+    """Our samplers, whatever their weights, and the time of that peer's loop over their own."""
+    medians = {
+        (str(r.case), r.threads): r.median_s
+        for r in results.records
+        if (r.suite, r.provider) == ("sample", peer) and r.median_s is not None
+    }
+    found = []
+    for r in results.records:
+        theirs = medians.get((str(r.case), r.threads))
+        ours = r.suite == "sample" and r.provider.startswith("gru_fast.")
+        if ours and r.median_s is not None and theirs is not None:
+            of_rounds = r.ratio_to_torch if r.baseline == peer else None
+            found.append((r, theirs / r.median_s if of_rounds is None else of_rounds))
     return found
 
 

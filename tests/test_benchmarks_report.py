@@ -67,6 +67,94 @@ def test_far_cores_are_named():
     assert "far" not in figures_cpu.layers(near)
 
 
+def some(suite, provider, median_s, **more):
+    """A record of H = 8, one thread, unless told otherwise."""
+    case = {"I": 8, "H": 8, "B": 1, "T": 9, "L": 1, "V": 5 if suite == "sample" else 0}
+    case["resets"] = 0.0
+    numbers = {"median_s": median_s, "p20_s": median_s, "p80_s": median_s, "rounds": 3}
+    about = {"version": "7", "device": "cpu", "dtype": "float32", "threads": 1, "case": case}
+    return records.Record(suite, provider, **(about | numbers | {"parity": "ok"} | more))
+
+
+def test_sampling_beside_every_peer():
+    baseline = {"baseline": "nn.GRU.loop"}
+    found = [
+        some("sample", "nn.GRU.loop", 4.0, ratio_to_torch=1.0, **baseline),
+        some("sample", "nn.GRUCell.loop", 3.0, ratio_to_torch=1.3, **baseline),
+        some("sample", "onnxruntime.loop", 2.0, ratio_to_torch=2.0, **baseline),
+        some("sample", "gru_fast.loop", 3.5, ratio_to_torch=1.2, **baseline),
+        some("sample", "gru_fast.sampler", 0.5, ratio_to_torch=8.0, dtype="int8", **baseline),
+    ]
+    results = records.Results({}, found)
+    assert (
+        figures_cpu.samples(results).splitlines()[2]
+        == "| 8, 1, 5, 1 | 1.20x, 0.00257k/s | 8.00x, 0.018k/s |"
+    )
+    cell, onnx = figures_cpu.loops(results).split("\n\n")
+    assert cell.splitlines() == [
+        "| `nn.GRUCell.loop`: H, B, V, threads | loop float32 | sampler int8 |",
+        "| --- | --: | --: |",
+        "| 8, 1, 5, 1 | **0.86x** | 6.00x |",
+    ]
+    assert onnx.splitlines()[0].startswith("| `onnxruntime.loop`: ")
+    assert onnx.splitlines()[2] == "| 8, 1, 5, 1 | **0.57x** | 4.00x |"
+    assert figures_cpu.lost(results).splitlines() == [
+        "| I = H, B, T | `onnxruntime.loop`'s time / ours | `nn.GRUCell.loop`'s time / ours |",
+        "| --- | --: | --: |",
+        "| sample 8, 1, 9, V 5, 1 thread: `gru_fast.loop` float32 | **0.57x** | **0.86x** |",
+    ]
+
+
+def test_rows_without_a_peers_figure_are_counted():
+    wrong = {"p20_s": None, "p80_s": None, "rounds": None, "error": "off"}
+    found = [
+        some("infer", "gru_fast.cpu", 1.0),
+        some("infer", "jax", None, parity="wrong", **wrong),
+        some("train", "jax", None, parity="wrong", **wrong),
+        some("infer", "keras", None, parity="none", **wrong),
+    ]
+    assert figures_cpu.lost(records.Results({}, found[:1])) == "None."
+    assert figures_cpu.lost(records.Results({}, found)) == (
+        "None.\n\nRows that are not compared, because the peer has no figure: "
+        "`jax` 2 (inexact), `keras` 1 (failed)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "suite", "provider"),
+    [
+        ("train", "train", "gru_fast.cpu"),
+        ("infer", "infer", "gru_fast.cpu"),
+        ("step", "step", "gru_fast.cpu"),
+        ("peers", "infer", "gru_fast.cpu"),
+        ("lost", "infer", "gru_fast.cpu"),
+        ("sweep", "train", "gru_fast.cpu"),
+        ("sample", "sample", "gru_fast.sampler"),
+        ("loops", "sample", "gru_fast.sampler"),
+        ("lost", "sample", "gru_fast.sampler"),
+        ("features", "features", "gru_fast.GRU"),
+        ("lm", "lm", "gru_fast.GRULanguageModel"),
+    ],
+)
+def test_cells_from_a_busy_machine_are_marked(part, suite, provider):
+    more = {"ratio_to_torch": 0.5, "baseline": "nn.GRU"}
+    if suite == "features":
+        more["feature"] = "one/infer"
+
+    def shown(other_cpu):
+        found = [
+            some(suite, name, 1.0, other_cpu=other_cpu, **more)
+            for name in ("nn.GRU", "nn.GRU.loop", "onnxruntime", provider)
+        ]
+        found[-1].median_s = 2.0
+        machine = records.read(figures.RESULTS / "cpu-sample.json").machine
+        return figures.render(records.Results(machine, found), [part])
+
+    assert "busy" not in shown(0.04)
+    assert re.search(r"(, busy \|)|(\| busy \|(.|\n)*\| 1 \|\n)", shown(0.06))
+    assert "\n\nbusy: other processes took more than 5% of the CPU time meanwhile.\n" in shown(0.06)
+
+
 def test_every_suite_has_its_section(quick_results):
     page = figures.report(quick_results)
     for name, (title, _) in figures.CONTENTS.items():
@@ -93,7 +181,7 @@ def test_where_a_peer_is_faster(quick_results):
     first = next(r for r in found.records if r.provider == "gru_fast.cpu")
     theirs = next(r for r in found.records if r.provider == "nn.GRU" and r.case == first.case)
     for r in found.records:
-        r.median_s = 1.0
+        r.median_s, r.other_cpu = 1.0, None
     assert figures.figures_cpu.lost(found) == "None."
     theirs.median_s = 0.5
     assert "beside `nn.GRU` | **0.50x** |" in figures.figures_cpu.lost(found)
