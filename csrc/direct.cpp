@@ -4,6 +4,7 @@
 // would cost as much as the rest of a small step.
 #include "direct.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <tuple>
@@ -57,14 +58,26 @@ template <class Real>
 struct Stack {
   Layer<Real> layers[kMaxLayers];
   std::unique_ptr<Real[]> between;  // outputs of inner layers, where T > 1
-  std::unique_ptr<Real[]> zeros;    // the initial state, where the call has none
+  std::unique_ptr<Real[]> start;    // the initial state, where the call's has gaps or is none
 };
+
+// The rows of a state, one behind the other.
+template <class Real>
+void copy_rows(const Rows<Real>& state, Real* to) {
+  const int64_t H = state.width(), B = state.ndim > 1 ? state.shape[state.ndim - 2] : 1;
+  for (int64_t row = 0; row < state.rows(); ++row) {
+    const Real* from = state.data;
+    if (state.ndim > 1) from += row % B * state.strides[state.ndim - 2];
+    if (state.ndim > 2) from += row / B * state.strides[0];
+    std::copy_n(from, H, to + row * H);
+  }
+}
 
 // The sizes of a call, read from input and hx; false if these are not plain.
 template <class Real>
 struct Sizes {
   Rows<Real> input;
-  Dense<Real> hx;  // without data where the call has none
+  Rows<Real> hx;  // without data where the call has none
   int64_t T, B, H;
   bool by_row;  // input is (B, T, I)
 
@@ -85,6 +98,7 @@ struct Sizes {
       return true;
     }
     if (!read(a.hx, hx, again) || hx.ndim != input.ndim) return false;
+    if (a.saves && !hx.is_dense()) return false;  // backward reads it where it lies
     H = hx.width();
     return hx.rows() == a.layer_count() * B && (a.is_cell() || hx.shape[0] == a.layers);
   }
@@ -95,7 +109,7 @@ template <class Real>
 bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
   const bool by_row = size.by_row, batched = size.input.ndim == (a.is_cell() ? 2 : 3);
-  if (a.hx != Py_None) {
+  if (a.hx != Py_None && size.hx.is_dense()) {
     results.h_n = empty_like(a.hx);
   } else if (a.is_cell()) {
     results.h_n = batched ? new_empty(a.input, {B, H}) : new_empty(a.input, {H});
@@ -147,9 +161,10 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
   }
 
   const Real* h0 = size.hx.data;
-  if (h0 == nullptr) {
-    stack.zeros.reset(new Real[static_cast<size_t>(layers * B * H)]());
-    h0 = stack.zeros.get();
+  if (h0 == nullptr || !size.hx.is_dense()) {
+    stack.start.reset(new Real[static_cast<size_t>(layers * B * H)]());
+    if (h0 != nullptr) copy_rows(size.hx, stack.start.get());
+    h0 = stack.start.get();
   }
 
   const Real* x = size.input.data;

@@ -61,12 +61,7 @@ bool read_strided(PyObject* object, Rows<Real>& rows, bool again) {
 template <class Real>
 bool read(PyObject* object, Dense<Real>& dense, bool again) {
   Rows<Real> found;
-  if (!read_strided(object, found, again)) return false;
-  int64_t count = 1;
-  for (int dim = found.ndim - 1; dim >= 0; --dim) {
-    if (found.shape[dim] > 1 && found.strides[dim] != count) return false;
-    count *= found.shape[dim];
-  }
+  if (!read_strided(object, found, again) || !found.is_dense()) return false;
   dense = found;
   return true;
 }

@@ -40,6 +40,15 @@ struct Dense {
 template <class Real>
 struct Rows : Dense<Real> {
   const int64_t* strides = nullptr;
+
+  bool is_dense() const {
+    int64_t count = 1;
+    for (int dim = this->ndim - 1; dim >= 0; --dim) {
+      if (this->shape[dim] > 1 && strides[dim] != count) return false;
+      count *= this->shape[dim];
+    }
+    return true;
+  }
 };
 
 // False if the object is anything else, or not enabled. `again`: it was read before, or made here.

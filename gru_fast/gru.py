@@ -347,7 +347,7 @@ class GRU(Recurrent):
         if torch._C._get_tracing_state():
             self._refuse_tracing(lengths, reset_mask, reset_state, return_gates)
             return TorchGRU.forward(self, input, hx)  # type: ignore[call-overload, no-any-return]
-        if self.learn_h0:
+        if self.learn_h0 and (hx is None or reset_mask is not None):
             start = self._start(input)
             hx = start if hx is None else hx
             if reset_mask is not None and reset_state is None:

@@ -256,6 +256,35 @@ def test_rows_of_an_input_may_lie_as_they_like(
     torch.testing.assert_close(gru(x, h), gru(x.contiguous(), h), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda h: h[:, :1].expand(-1, 3, -1),
+        lambda h: h[:1].expand(2, -1, -1)[:, :3],
+        lambda h: h.transpose(0, 1)[:2],
+        lambda h: h[:, ::2],
+        lambda h: torch.cat((h, h), 2)[:, :3, 1 : 1 + H],
+    ],
+    ids=["one row", "one layer", "transposed", "every other row", "columns"],
+)
+@pytest.mark.parametrize("batch_first", [False, True])
+@torch.no_grad()
+def test_rows_of_a_state_may_lie_as_they_like(
+    spy: Spy, view: Callable[[Tensor], Tensor], batch_first: bool
+) -> None:
+    gru, cell = gru_fast.GRU(I, H, 2, batch_first=batch_first), gru_fast.GRUCell(I, H)
+    h = view(torch.randn(2, 5, H))
+    B = h.shape[1]
+    for steps in (1, 4):
+        x = torch.randn(*((B, steps, I) if batch_first else (steps, B, I)))
+        assert_as_by_ops(lambda x=x: gru(x, h))
+        assert_as_by_ops(lambda x=x: gru(x[:, 0], h[:, -1]))
+    assert_as_by_ops(lambda: cell(torch.ones(B, I), h[1]))
+    assert_as_by_ops(lambda: cell(torch.ones(I), h[0, 0]))
+    assert spy.taken == 6
+    torch.testing.assert_close(gru(x, h), gru(x, h.contiguous()), rtol=0, atol=0)
+
+
 def surrounded(tensor: Tensor) -> Tensor:
     """A copy with NaN on both sides, which a read out of bounds would bring in."""
     memory = torch.full((tensor.numel() + 128,), torch.nan, dtype=tensor.dtype)

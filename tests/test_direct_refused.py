@@ -38,7 +38,6 @@ def negated_by_conjugation(tensor: Tensor) -> Tensor:
 STATES: dict[str, Callable[[Tensor], Any]] = {
     "transposed": lambda h: h.t().contiguous().t(),
     "every other": lambda h: h.repeat_interleave(2, 1)[:, ::2],
-    "expanded": lambda h: h[:1].expand(2, -1),
     "negated": negated,
     "subclass": lambda h: h.as_subclass(Tracked),
     "float64": Tensor.double,

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 import gru_fast
 from cases import CELLS
 from direct_spy import Spy
+from gru_fast import direct
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
@@ -305,6 +306,22 @@ def test_what_is_not_served_is_as_outside(options: dict[str, Any]) -> None:
     expected = module(x, h)
     with gru_fast.prepacked(module):
         assert torch.equal(module(x, h)[0], expected[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("batch", [None, 1, 4])
+def test_a_learned_state_is_served(spy: Spy, batch: int | None, layers: int) -> None:
+    module = gru_fast.GRU(I, H, layers, learn_h0=True)
+    module.h0.normal_()
+    rows = () if batch is None else (batch,)
+    x = torch.randn(2, *rows, I)
+    with direct.turned_off():
+        expected = module(x)
+    with gru_fast.prepacked(module):
+        assert all(map(torch.equal, module(x), expected))
+        module.weight_hh_l0.data.mul_(2)  # not counted: shows whether it is packed
+        assert all(map(torch.equal, module(x), expected))
+    assert spy.taken == 2
 
 
 def test_with_gradients_it_is_as_outside(spy: Spy) -> None:
