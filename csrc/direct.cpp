@@ -45,10 +45,10 @@ struct Layer {
   Forward<Real> forward{};
   std::shared_ptr<const Real> packed_ih, packed_hh;
 
-  void find_packed(const KernelTable<Real>& table) {
+  void find_packed(const KernelTable<Real>& table, PyObject* const* weights) {
     const Problem<Real>& p = forward.in;
-    packed_ih = find_prepacked(table, p.weight_ih, {p.cell, p.H, p.I, false});
-    packed_hh = find_prepacked(table, p.weight_hh, {p.cell, p.H, p.H, true});
+    packed_ih = find_prepacked(table, weights[0], p.weight_ih, {p.cell, p.H, p.I, false});
+    packed_hh = find_prepacked(table, weights[1], p.weight_hh, {p.cell, p.H, p.H, true});
     forward.packed_ih = packed_ih.get();
     forward.packed_hh = packed_hh.get();
   }
@@ -201,7 +201,9 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     prefer_huge_pages(workspace.data, state_bytes * slot_count(a.cell));
     stack.layers[0].forward.workspace = workspace.data;
   } else {  // a training step changes its weights
-    for (long k = 0; k < layers; ++k) stack.layers[k].find_packed(table);
+    for (long k = 0; k < layers; ++k) {
+      stack.layers[k].find_packed(table, a.weights + k * per_layer);
+    }
   }
   return true;
 }
@@ -287,15 +289,15 @@ PyObject* takes_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
       });
 }
 
-// Where a weight lies, or null; its sizes go into `shape`.
+// Puts the sizes of a weight into `shape`; false if it is not a plain matrix of whole gates.
 template <class Real>
-const void* read_weight(PyObject* object, PackedWeight& shape) {
+bool read_weight(PyObject* object, PackedWeight& shape) {
   Dense<Real> weight;
-  if (!read(object, weight) || weight.ndim != 2) return nullptr;
-  if (weight.shape[0] % gate_count(shape.cell) != 0) return nullptr;
+  if (!read(object, weight) || weight.ndim != 2) return false;
+  if (weight.shape[0] % gate_count(shape.cell) != 0) return false;
   shape.H = weight.shape[0] / gate_count(shape.cell);
   shape.K = weight.width();
-  return shape.recurrent && shape.K != shape.H ? nullptr : weight.data;
+  return !shape.recurrent || shape.K == shape.H;
 }
 
 // Arguments: weight, cell, whether it is a weight_hh. A capsule, during whose life run_direct() has
@@ -309,10 +311,16 @@ PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   shape.recurrent = PyObject_IsTrue(args[2]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if (!read_cell(args[1], shape.cell)) Py_RETURN_NONE;
-  const void* data = read_weight<float>(args[0], shape);
-  if (data == nullptr) data = read_weight<BFloat16>(args[0], shape);
-  if (data == nullptr) Py_RETURN_NONE;
-  return prepack(args[0], data, shape);
+  if (!read_weight<float>(args[0], shape) && !read_weight<BFloat16>(args[0], shape)) {
+    Py_RETURN_NONE;
+  }
+  return prepack(args[0], shape);
+}
+
+// Has all such weights packed again when they are next used.
+PyObject* forget_packed(PyObject*, PyObject*) {
+  forget_panels();
+  Py_RETURN_NONE;
 }
 
 // Arguments: torch.Tensor, torch.nn.Parameter. Whether this torch has the exchange API.
@@ -343,6 +351,8 @@ int add_direct(PyObject* module) {
        "The gradients of a layer or cell that run_direct saved for; None if it is not plain."},
       {"prepack", as_method(&prepack_weight), METH_FASTCALL,
        "A capsule during whose life run_direct has a weight packed; None if it is not plain."},
+      {"forget_packed", &forget_packed, METH_NOARGS,
+       "Have all weights that prepack took packed again when they are next used."},
       {nullptr, nullptr, 0, nullptr},
   };
   return PyModule_AddFunctions(module, methods);

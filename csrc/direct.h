@@ -10,8 +10,8 @@ namespace gru_fast {
 // not a plain one.
 PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs);
 
-// Adds `enable_direct`, `run_direct`, `run_direct_backward` and `prepack` to the module; nonzero
-// with a Python exception on failure.
+// Adds what Python calls past the dispatcher to the module; nonzero with a Python exception on
+// failure.
 int add_direct(PyObject* module);
 
 }  // namespace gru_fast

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <new>
 #include <unordered_map>
+#include <utility>
 
 #include "exchange.h"
 
@@ -12,17 +13,21 @@ namespace {
 
 constexpr const char* kCapsule = "gru_fast.prepacked";
 
+constexpr long kStale = -1;  // no tensor's version
+
 // A weight on the list. Calls that run hold the panels they began with.
 struct Entry {
-  PyObject* weight;
+  Reference weight;
+  Reference memory;  // another tensor over what it lies in, which nobody else gets meanwhile
   PackedWeight shape;
   int users = 0;
-  std::shared_ptr<const void> panels;
+  std::shared_ptr<void> panels;
   const void* table = nullptr;  // of the kernels that the panels are for
-  long version = 0;             // of the weight when it was packed
+  long version = kStale;        // of the weight when it was packed
 };
 
-using List = std::unordered_map<const void*, Entry>;
+// By the weight, not by where it lies: what other tensors change there its version does not count.
+using List = std::unordered_map<const PyObject*, Entry>;
 
 // Never destroyed: capsules may die after it would have been.
 List& list() {
@@ -39,22 +44,24 @@ long version_of(PyObject* weight) {
 }
 
 template <class Real>
-std::shared_ptr<const void> pack(const KernelTable<Real>& table, const Real* data,
-                                 const PackedWeight& shape) {
-  const size_t bytes = static_cast<size_t>(table.packed_weight_size(shape)) * sizeof(Real);
-  void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  if (memory == nullptr) throw std::bad_alloc();
-  const std::shared_ptr<void> panels(memory, [](void* block) { std::free(block); });
-  table.pack_weight(shape, data, static_cast<Real*>(memory));
-  return panels;
+void pack(const KernelTable<Real>& table, const Real* data, Entry& entry) {
+  // The old memory unless a call reads it: for new memory the system takes longer than packing.
+  if (entry.table != &table || entry.panels.use_count() != 1) {
+    const size_t bytes = static_cast<size_t>(table.packed_weight_size(entry.shape)) * sizeof(Real);
+    void* memory = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (memory == nullptr) throw std::bad_alloc();
+    entry.panels.reset(memory, [](void* block) { std::free(block); });
+    entry.table = &table;
+  }
+  table.pack_weight(entry.shape, data, static_cast<Real*>(entry.panels.get()));
 }
 
 void drop(PyObject* capsule) {
-  const auto found = list().find(PyCapsule_GetPointer(capsule, kCapsule));
+  const auto found =
+      list().find(static_cast<const PyObject*>(PyCapsule_GetPointer(capsule, kCapsule)));
   if (found == list().end() || --found->second.users > 0) return;
-  PyObject* weight = found->second.weight;
-  list().erase(found);
-  Py_DECREF(weight);
+  // Off the list first: what dies with a tensor may run Python code.
+  const auto removed = list().extract(found);
 }
 
 bool operator==(const PackedWeight& a, const PackedWeight& b) {
@@ -63,14 +70,18 @@ bool operator==(const PackedWeight& a, const PackedWeight& b) {
 
 }  // namespace
 
-PyObject* prepack(PyObject* weight, const void* data, const PackedWeight& shape) {
+PyObject* prepack(PyObject* weight, const PackedWeight& shape) {
   if (version_of(weight) < 0) return nullptr;  // an inference tensor counts no changes
-  PyObject* capsule = PyCapsule_New(const_cast<void*>(data), kCapsule, nullptr);
+  Reference memory(PyObject_CallMethod(weight, "detach", nullptr));
+  if (memory == nullptr) return nullptr;
+  PyObject* capsule = PyCapsule_New(weight, kCapsule, nullptr);
   if (capsule == nullptr) return nullptr;
   try {
-    const auto [entry, is_new] = list().try_emplace(data, Entry{weight, shape});
-    if (is_new) Py_INCREF(weight);
-    ++entry->second.users;
+    const auto found =
+        list()
+            .try_emplace(weight, Entry{Reference(Py_NewRef(weight)), std::move(memory), shape})
+            .first;
+    ++found->second.users;
   } catch (const std::bad_alloc&) {
     Py_DECREF(capsule);
     return PyErr_NoMemory();
@@ -79,31 +90,36 @@ PyObject* prepack(PyObject* weight, const void* data, const PackedWeight& shape)
   return capsule;
 }
 
+void forget_panels() {
+  for (auto& [key, entry] : list()) entry.version = kStale;
+}
+
 template <class Real>
-std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, const Real* data,
-                                           const PackedWeight& shape) {
+std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, PyObject* weight,
+                                           const Real* data, const PackedWeight& shape) {
   if (list().empty()) return nullptr;
-  const auto found = list().find(data);
+  const auto found = list().find(weight);
   if (found == list().end() || !(found->second.shape == shape)) return nullptr;
   Entry& entry = found->second;
-  // share_memory_() moves a storage: what lies here now may be another tensor.
   Dense<Real> held;
-  if (!read(entry.weight, held, true) || held.data != data) return nullptr;
-  const long version = version_of(entry.weight);
+  if (!read(entry.memory.get(), held, true) || held.data != data) {
+    entry.version = kStale;  // it may come back, and other tensors change what it left
+    return nullptr;
+  }
+  const long version = version_of(weight);
   if (version < 0) {
     PyErr_Clear();
     return nullptr;
   }
-  if (entry.panels == nullptr || entry.version != version || entry.table != &table) {
-    entry.panels = pack(table, data, shape);
-    entry.table = &table;
+  if (entry.version != version || entry.table != &table) {
+    pack(table, data, entry);
     entry.version = version;
   }
   return std::static_pointer_cast<const Real>(entry.panels);
 }
-template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, const float*,
-                                                     const PackedWeight&);
-template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&,
+template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, PyObject*,
+                                                     const float*, const PackedWeight&);
+template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&, PyObject*,
                                                         const BFloat16*, const PackedWeight&);
 
 }  // namespace gru_fast

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gru_fast import direct_gpu, ops
 from gru_fast.backends import counts_flops
@@ -99,6 +100,19 @@ def turned_off() -> Iterator[None]:
         native = before
 
 
+def _forget_packed(*_: Any) -> None:
+    """Have all weights packed again: torch 2.13 does not count the step of a fused optimiser.
+
+    Counting it here would show to autograd, also in tensors that the step left as they were.
+    """
+    _C.forget_packed()
+
+
+# Compiled with a step it would run once, while it is traced. What torch.compiler.disable sets:
+# that function itself loads the whole compiler.
+_forget_packed._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def prepacked(weights: Iterable[tuple[Tensor, str, bool]]) -> Iterator[None]:
     """Within it, calls that go this way find these weights packed.
@@ -107,10 +121,13 @@ def prepacked(weights: Iterable[tuple[Tensor, str, bool]]) -> Iterator[None]:
         weights: a weight, the cell that it belongs to, and whether it is a weight_hh. Those that no
             call could bring here are ignored.
     """
-    held = []
-    if native is not None:
-        held = [_C.prepack(weight.detach(), cell, recurrent) for weight, cell, recurrent in weights]
+    if native is None:
+        yield
+        return
+    held = [_C.prepack(*weight) for weight in weights]
+    watch = register_optimizer_step_post_hook(_forget_packed)
     try:
         yield
     finally:
+        watch.remove()
         held.clear()

@@ -3,29 +3,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
-from torch.autograd.graph import increment_version
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gru_fast import direct
 from gru_fast.cell import GRUCell
 from gru_fast.gru import GRU
 
 __all__ = ["prepacked"]
-
-
-def _count_step(optimizer: Optimizer, *_: Any) -> None:
-    """Count a step as a change of its parameters, which a fused optimiser does not (torch 2.13)."""
-    for group in optimizer.param_groups:
-        increment_version(group["params"])
-
-
-# Compiled with a step it would count once, while it is traced. What torch.compiler.disable sets:
-# that function itself loads the whole compiler.
-_count_step._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -39,13 +24,15 @@ def prepacked(module: nn.Module) -> Iterator[None]:
 
     It serves calls without gradients on the CPU, in float32 or, where the CPU multiplies it
     (AVX512-BF16), bfloat16, in one direction and with `num_heads` of 1, without `lengths`,
-    `reset_mask` or `return_gates`. Every other call, also on other devices, is as outside.
-    Meanwhile each weight that is used stands in memory twice.
+    `reset_mask` or `return_gates`, and of at most 8 layers. Every other call, also on other
+    devices, is as outside. Meanwhile each weight that is used stands in memory twice.
 
-    PyTorch counts changes in place: an optimiser's step, `load_state_dict`, `copy_` under
-    `torch.no_grad()`. Another `Parameter`, or other memory by `.data = tensor`, is used where it
-    lies. **What is written through `.data` or NumPy is counted by nobody: it is used after the
-    block only.**
+    PyTorch counts changes in place, as those by `load_state_dict` or by `copy_` under
+    `torch.no_grad()`, and each step of any optimiser counts as one of all weights. Another tensor
+    in place of a `Parameter`, or other memory by `.data = tensor`, is used where it lies. **What is
+    written past the `Parameter` is counted by nobody, and may be used after the block only:**
+    through `.data`, NumPy, DLPack, a tensor that was given the same memory by `.data = tensor`, or
+    by another process.
 
     Args:
         module: A `GRU`, a `GRUCell` or a module that contains some; those that it gets later do not
@@ -77,9 +64,5 @@ def prepacked(module: nn.Module) -> Iterator[None]:
                 )
             if weight.device.type == "cpu":
                 weights.append((weight, layer.cell, own.startswith("weight_hh")))
-    counting = register_optimizer_step_post_hook(_count_step)
-    try:
-        with direct.prepacked(weights):
-            yield
-    finally:
-        counting.remove()
+    with direct.prepacked(weights):
+        yield

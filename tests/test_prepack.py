@@ -183,6 +183,63 @@ def test_a_compiled_step_of_a_fused_optimiser_is_seen(fresh_compiler: None) -> N
             assert not torch.equal(after, before) and torch.equal(after, step.expected())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_is_seen_in_whatever_lies_in_the_memory_that_it_changes(fused: bool) -> None:
+    """A learner's weights that an actor uses, and a buffer that holds all weights."""
+    step, learner = Stepper(), gru_fast.GRU(I, H)
+    weights = list(step.module.parameters())
+    buffer = nn.Parameter(torch.cat([weight.flatten() for weight in weights]))
+    parts = buffer.data.split([weight.numel() for weight in weights])
+    for memory in ([w.data for w in learner.parameters()], parts):
+        for weight, place in zip(weights, memory, strict=True):
+            weight.data = place.view_as(weight)
+        optimiser = torch.optim.SGD([buffer, *learner.parameters()], 0.1, fused=fused)
+        with gru_fast.prepacked(step.module):
+            before = step()
+            for parameter in (buffer, *learner.parameters()):
+                parameter.grad = torch.ones_like(parameter)
+            optimiser.step()
+            after = step()
+            assert not torch.equal(after, before) and torch.equal(after, step.expected())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_inside_counts_as_a_change_of_nothing_else(fused: bool) -> None:
+    """The actor, which has no gradient yet, is differentiated after the critic's step."""
+    policy, critic = gru_fast.GRU(I, H), nn.Linear(I, 1)
+    with torch.inference_mode():
+        other = nn.Parameter(torch.zeros(1), requires_grad=False)
+    weights = list(policy.parameters())
+    versions = [weight._version for weight in weights]
+    optimiser = torch.optim.Adam([*weights, *critic.parameters(), other], fused=fused)
+    with gru_fast.prepacked(policy), torch.enable_grad():
+        x = torch.randn(3, 2, I, requires_grad=True)
+        actor_loss = policy(x)[0].sum()
+        critic(x).sum().backward()
+        optimiser.step()
+        actor_loss.backward()
+    assert [weight._version for weight in weights] == versions
+
+
+@pytest.mark.parametrize("change", ["in place", "load_state_dict"])
+def test_weights_that_change_places_are_told_apart(change: str) -> None:
+    first, second = Stepper(), Stepper()
+    both = nn.ModuleList([first.module, second.module])
+    for weight in second.module.parameters():
+        weight.mul_(1)  # one more change than the first has, until that has changed as well
+    with gru_fast.prepacked(both):
+        first(), second()
+        pairs = list(zip(first.module.parameters(), second.module.parameters(), strict=True))
+        for a, b in pairs:
+            a.data, b.data = b.data, a.data
+        assert all(torch.equal(step(), step.expected()) for step in (first, second))
+        CHANGES[change](first.module)
+        assert all(torch.equal(step(), step.expected()) for step in (first, second))
+        for a, b in pairs:
+            a.data, b.data = b.data, a.data
+        assert torch.equal(second(), second.expected())
+
+
 def test_what_nobody_counts_is_used_after_the_block_only() -> None:
     """As documented; and it shows that nothing is packed twice."""
     step = Stepper()
@@ -219,6 +276,16 @@ def test_nested_and_ended_in_any_order() -> None:
     assert torch.equal(step(), before)
     second.close()
     assert torch.equal(step(), step.expected())
+
+
+def test_a_weight_that_has_moved_when_an_inner_block_opens() -> None:
+    step = Stepper()
+    with gru_fast.prepacked(step.module):
+        step()
+        step.module.weight_hh_l0.data = torch.randn(3 * H, H)
+        with gru_fast.prepacked(step.module):
+            assert torch.equal(step(), step.expected())
+        assert torch.equal(step(), step.expected())
 
 
 def test_ends_after_an_exception_and_keeps_nothing_alive() -> None:
@@ -259,6 +326,18 @@ def test_memory_that_is_moved_to_be_shared_is_not_taken_for_what_lies_there_then
         inside = other(x, h)
         assert all(map(torch.equal, module(x, h), before))
     assert all(map(torch.equal, inside, other(x, h)))
+
+
+def test_a_weight_that_comes_back_to_memory_that_it_gave_up_is_read_again() -> None:
+    step = Stepper()
+    place = torch.randn(3 * H, H).numpy()
+    step.module.weight_hh_l0 = nn.Parameter(torch.from_numpy(place))
+    with gru_fast.prepacked(step.module):
+        step()
+        step.module.share_memory()
+        place[:] += 1
+        step.module.weight_hh_l0.data = torch.from_numpy(place)
+        assert torch.equal(step(), step.expected())
 
 
 def test_copies_made_inside_are_plain() -> None:
