@@ -204,9 +204,10 @@ class Marshal {
       strides[dim] = stride;
     }
     AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                    sizes.data(), strides, dtype,
-                                                    aoti_torch_device_type_cpu(), 0, &made));
+    const auto failed =
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype,
+                                 aoti_torch_device_type_cpu(), 0, &made);
+    STD_TORCH_CHECK(!failed, "cannot allocate a result of shape ", shape_text(sizes).c_str());
     Tensor result(made);
     prefer_huge_pages(result.mutable_data_ptr(),
                       static_cast<size_t>(result.numel()) * result.element_size());

@@ -143,6 +143,7 @@ PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs
   a.is_cell = PyObject_IsTrue(args[7]) == 1;
   if (!read_cell(args[8], a.cell) || !weights.hold(args[4]) || !wanted.hold(args[9]) ||
       weights.size() != kMaxWeights || wanted.size() != kInputs) {
+    if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
   for (int i = 0; i < kMaxWeights; ++i) a.inputs[2 + i] = weights.get()[i];

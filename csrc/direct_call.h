@@ -55,8 +55,9 @@ class Failure {
   bool guard(Body&& body) {
     try {
       return body();
-    } catch (const std::bad_alloc&) {
+    } catch (const std::bad_alloc& error) {
       kind_ = PyExc_MemoryError;
+      text_ = error.what();
     } catch (const std::invalid_argument& error) {
       kind_ = PyExc_ValueError;
       text_ = error.what();

@@ -7,7 +7,6 @@
 #include "arguments.h"
 #include "cpu/isa.h"
 #include "run.h"
-#include "run_team.h"
 
 namespace gru_fast {
 namespace {
@@ -25,23 +24,6 @@ auto with_kernels(const char* name, const Tensor& tensor, Body body) {
   return with_compute_type(name, tensor,
                            [&](auto real) { return body(*kernel_table<decltype(real)>()); });
 }
-
-}  // namespace
-
-template <class Real>
-void run_forward_kernel(const KernelTable<Real>& table, const Forward<Real>& f) {
-  run_on_team(f, 1, table.forward_scratch_bytes, table.forward);
-}
-template void run_forward_kernel(const KernelTable<float>&, const Forward<float>&);
-template void run_forward_kernel(const KernelTable<BFloat16>&, const Forward<BFloat16>&);
-template <class Real>
-void run_backward_kernel(const KernelTable<Real>& table, const Backward<Real>& f) {
-  run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
-}
-template void run_backward_kernel(const KernelTable<float>&, const Backward<float>&);
-template void run_backward_kernel(const KernelTable<BFloat16>&, const Backward<BFloat16>&);
-
-namespace {
 
 template <class Real>
 ForwardResult run_forward(const KernelTable<Real>& table, const Arguments& a, bool recompute) {
@@ -173,10 +155,10 @@ LayerGrads layer_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTe
                           Tensor output, Tensor workspace, StringHandle cell,
                           std::vector<bool> reverse, bool recompute,
                           std::vector<bool> output_mask) {
-  check_output_mask(output_mask, 8);
   const Arguments a{x,       h0,         &weight_ih,  weight_hh, &bias_ih,        bias_hh,
                     lengths, reset_mask, reset_state, h_scale,   take_cell(cell), bytes_of(reverse),
                     "x"};
+  check_output_mask(output_mask, 8);
   const BackwardArguments b{grad_output, grad_h_n,  grad_workspace, output,
                             workspace,   recompute, output_mask};
   return with_kernels("x", x, [&](const auto& table) { return run_backward(table, a, b); });
@@ -187,10 +169,10 @@ ScanGrads scan_backward(MaybeTensor grad_output, MaybeTensor grad_h_n, MaybeTens
                         MaybeTensor lengths, MaybeTensor reset_mask, MaybeTensor reset_state,
                         MaybeTensor h_scale, Tensor output, Tensor workspace, StringHandle cell,
                         std::vector<bool> reverse, bool recompute, std::vector<bool> output_mask) {
-  check_output_mask(output_mask, 6);
   const Arguments a{
       gates_x,    h0,          nullptr, weight_hh,       nullptr,           bias_hh,  lengths,
       reset_mask, reset_state, h_scale, take_cell(cell), bytes_of(reverse), "gates_x"};
+  check_output_mask(output_mask, 6);
   const auto& want = output_mask;
   const BackwardArguments b{grad_output,
                             grad_h_n,

@@ -17,6 +17,7 @@
 #include "cell_names.h"
 #include "cpu/block.h"
 #include "cpu/sampler_problem.h"
+#include "unlocked.h"
 
 namespace gru_fast {
 
@@ -131,8 +132,7 @@ class PackedStack {
         read("head_weight", head_weight, {shape_.outputs, shape_.H}),
         read("head_bias", head_bias, {shape_.outputs})};
     memory_ = zeroed(bytes_);
-    const pybind11::gil_scoped_release unlocked;
-    kernels_.pack(shape_, from, memory_.get());
+    without_lock([&] { kernels_.pack(shape_, from, memory_.get()); });
   }
 
   const StackShape& shape() const { return shape_; }

@@ -13,8 +13,8 @@
 namespace gru_fast {
 
 // Runs work(member) on every member of a team of as many of torch's threads. Only the thread that
-// Python called can look for signals, also where it came too late for the team: it calls end() once
-// a handler has raised.
+// Python called can look for signals, also where it came too late for the team or has done its
+// part: it calls end() once a handler has raised.
 template <class Work, class End>
 void run_members(Team& team, int threads, Signals& signals, Work work, End end) {
   auto part = [&](int64_t first, int64_t last) {
@@ -22,11 +22,11 @@ void run_members(Team& team, int threads, Signals& signals, Work work, End end) 
     if (member >= 0) {
       work(member);
       team.leave();
-    } else if (signals.is_mine()) {
-      team.stand_by([&] {
-        if (Signals::poll(&signals)) end();
-      });
     }
+    if (!signals.is_mine()) return;
+    team.stand_by([&] {
+      if (Signals::poll(&signals)) end();
+    });
   };
   run_parts(threads, std::ref(part));
 }

@@ -104,10 +104,9 @@ Generation checked_sequences(const StackShape& shape, const Integers<int32_t>& i
   return g;
 }
 
-// Runs a call on at most `threads` threads, without the interpreter's lock.
+// Runs a call on at most `threads` threads. Needs no lock of the interpreter.
 void run(const PackedStack& stack, const Generation& g, GenerationState& state, Signals& signals,
          int threads) {
-  const py::gil_scoped_release unlocked;
   threads = threads_worth(stack, g, threads);
   const Scratch scratch(
       static_cast<size_t>(stack.kernels().generate_scratch_bytes(stack.shape(), g, threads)));
@@ -160,7 +159,10 @@ Generated generate(const PackedStack& stack, const Integers<int32_t>& inputs,
   g.context = &signals;
   GenerationState state{};
   const int pool = pool_threads();
-  if (g.B > 0) run(stack, g, state, signals, threads > 0 ? std::min(threads, pool) : pool);
+  if (g.B > 0) {
+    without_lock(
+        [&] { run(stack, g, state, signals, threads > 0 ? std::min(threads, pool) : pool); });
+  }
   signals.rethrow();
   if (state.bad_sequence > 0) {
     const bool divided = do_sample && temperature != 1;

@@ -19,6 +19,7 @@
 #include "packed_stack.h"
 #include "sampler.h"
 #include "signals.h"
+#include "unlocked.h"
 
 namespace py = pybind11;
 
@@ -75,12 +76,11 @@ class Stream {
       // NumPy would cut off the fractions of numbers in a list, and read digits out of texts.
       const bool whole = given.size() == 0 || std::string_view("iub").find(given.dtype().kind()) !=
                                                   std::string_view::npos;
-      const auto wide = whole ? Integers<int64_t>::ensure(inputs) : Integers<int64_t>();
-      if (!whole || !wide) complain_of_type("tokens", "integers", given);
-      n = wide.size();
-      check_shape("tokens", wide, {n});
-      tokens = Integers<int32_t>(n);
-      for (int64_t i = 0; i < n; ++i) tokens.mutable_data()[i] = checked_token(wide.data()[i]);
+      if (!whole) complain_of_type("tokens", "integers", given);
+      n = given.size();
+      check_shape("tokens", given, {n});
+      tokens = given.dtype().kind() == 'u' ? checked_tokens<uint64_t>(given)
+                                           : checked_tokens<int64_t>(given);
     } else {
       frames = Floats::ensure(inputs);
       if (!frames) complain_of_type("frames", "float32", inputs);
@@ -167,15 +167,29 @@ class Stream {
     }
     return value;
   }
-  int32_t checked_token(int64_t token) const {
-    if (token < 0 || token > stack_->shape().tokens) {
-      complain("token", "0 to " + std::to_string(stack_->shape().tokens), std::to_string(token));
+  template <class Integer>
+  int32_t checked_token(Integer token) const {
+    const int64_t most = stack_->shape().tokens;
+    if (std::cmp_less(token, 0) || std::cmp_greater(token, most)) {
+      complain("token", "0 to " + std::to_string(most), std::to_string(token));
     }
     return static_cast<int32_t>(token);
   }
+  // Of any array that fits Integer.
+  template <class Integer>
+  Integers<int32_t> checked_tokens(const py::array& given) const {
+    const auto wide = Integers<Integer>::ensure(given);
+    if (!wide) complain_of_type("tokens", "integers", given);
+    Integers<int32_t> tokens(given.size());
+    for (int64_t i = 0; i < given.size(); ++i) {
+      tokens.mutable_data()[i] = checked_token(wide.data()[i]);
+    }
+    return tokens;
+  }
   void push_unlocked(int64_t n, const int32_t* tokens, const float* frames, float* output) {
-    const py::gil_scoped_release unlocked;
-    stack_->kernels().push(stack_->memory(), memory_.get(), n, tokens, frames, output);
+    without_lock([&] {
+      stack_->kernels().push(stack_->memory(), memory_.get(), n, tokens, frames, output);
+    });
     launches.fetch_add(1, std::memory_order_relaxed);
   }
   // The same of any number; where a signal's handler raises, the state is what it was before.
@@ -184,8 +198,7 @@ class Stream {
     const std::vector<float> before = read_state();
     Signals signals;
     bool ended = false;
-    {
-      const py::gil_scoped_release unlocked;
+    without_lock([&] {
       for (int64_t begin = 0; begin < n && !ended; begin += kBetweenLooks) {
         stack_->kernels().push(stack_->memory(), memory_.get(), std::min(n - begin, kBetweenLooks),
                                tokens == nullptr ? nullptr : tokens + begin,
@@ -193,7 +206,7 @@ class Stream {
                                output + begin * width_);
         ended = Signals::poll(&signals);
       }
-    }
+    });
     launches.fetch_add(1, std::memory_order_relaxed);
     if (ended) write_state(before);
     signals.rethrow();

@@ -392,6 +392,13 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     with pytest.raises(TypeError, match="expected 10 arguments, got 1"):
         run(x)  # type: ignore[call-arg]
 
+    class Undecided:
+        def __bool__(self) -> bool:
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        run(*good[:7], Undecided(), "gru", wanted)
+
 
 def test_what_grows_while_gradients_are_allocated_is_refused() -> None:
     weights = gru_fast.GRU(1, 1)._flat_weights

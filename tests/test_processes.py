@@ -100,3 +100,40 @@ def test_a_forked_process_runs_what_its_parent_ran():
         capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     assert run.stdout.strip() == "0"
+
+
+AT_THE_END = """
+import threading, time, torch, gru_fast
+torch.set_num_threads(2)
+started = threading.Event()
+def loop():
+    while True:
+        call()
+        started.set()
+{call}
+threading.Thread(target=loop, daemon=True).start()
+started.wait()
+time.sleep(0.05)
+"""
+CALLS = {
+    "generate": """
+sampler = gru_fast.Sampler(gru_fast.GRULanguageModel(65, 64, 256))
+call = lambda: sampler.generate(max_new_tokens=1000, seed=1)
+""",
+    "push": """
+stream, x = gru_fast.Stream(gru_fast.GRU(32, 256)), torch.randn(2000, 32)
+call = lambda: stream.push(x)
+""",
+    "layer": """
+rnn, x = gru_fast.GRU(32, 256), torch.randn(400, 2, 32)
+call = torch.no_grad()(lambda: rnn(x))
+""",
+}
+
+
+@pytest.mark.skipif(not gru_fast.ops.HAS_CPU_KERNELS, reason="the pure-Python package")
+@pytest.mark.parametrize("call", CALLS)
+def test_the_interpreter_may_end_during_a_call_of_a_daemon_thread(call):
+    program = AT_THE_END.format(call=CALLS[call])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -117,6 +117,10 @@ def test_tokens(sampler_isa):
     stepped = torch.stack([stream.step(t).clone() for t in inputs[0].tolist()])
     assert torch.equal(stepped, pushed)
     assert torch.equal(Stream(Sampler(lm)).push(inputs[0].tolist()), pushed)
+    for dtype in (np.uint8, np.int16, np.uint64):
+        assert torch.equal(Stream(lm).push(inputs[0].numpy().astype(dtype)), pushed)
+    with pytest.raises(ValueError, match=f"token: expected 0 to 11, got {2**64 - 1}"):
+        stream.push(np.array([2**64 - 1], np.uint64))
 
 
 def between(*shape):

@@ -168,7 +168,8 @@ class Draw {
     fill_zero(kept_, padded_);
     double below = 0;
     for (int64_t rank = 0; rank < candidates; ++rank) {
-      if (rules.top_p < 1 && !(below < rules.top_p * total)) break;
+      // The first one whatever the product, which a processor may round to 0.
+      if (rank > 0 && rules.top_p < 1 && !(below < rules.top_p * total)) break;
       // What pop() took lies at the end of the heap.
       const int64_t id = top_k ? id_of(heap_[V_ - 1 - rank]) : pop(V_ - rank);
       below += weights_[id];

@@ -82,7 +82,7 @@ class ForwardScan {
     start();
     team.barrier(member);
     for (int64_t begin = 0; begin < p_.T; begin += m_.chunk) {
-      if (begin > 0 && !team.goes_on(begin / m_.chunk)) return;
+      if (begin > 0 && !team.goes_on(begin / m_.chunk, share_.waits)) return;
       const int64_t end = begin + m_.chunk < p_.T ? begin + m_.chunk : p_.T;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) project(g, begin, end);
       for (int64_t step = begin; step < end; ++step) {

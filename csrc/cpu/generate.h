@@ -81,7 +81,8 @@ class Generator {
 
   static int64_t rows_of_logits(const Snapshot& s, int64_t most_rows) {
     const int64_t rows = kMostLogits / (s.padded_outputs() + 1) / kRowBlock * kRowBlock;
-    return rows < kRowBlock ? kRowBlock : rows < most_rows ? rows : most_rows;
+    const int64_t wanted = rows < kRowBlock ? kRowBlock : rows;
+    return wanted < most_rows ? wanted : most_rows;
   }
   static bool splits_head(const Snapshot& s) { return s.shape.outputs * s.shape.H >= kSplitHead; }
   static int64_t products(const Snapshot& s) {

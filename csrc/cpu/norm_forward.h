@@ -100,7 +100,7 @@ class NormForwardScan {
     const int64_t steps_of_round = p_.B < kProjectRows ? kProjectRows / p_.B : 1;
     for (int64_t step = 0; step < p_.T; ++step) {
       const bool begins = step > 0 && step % steps_of_round == 0;
-      if (begins && !team.goes_on(step / steps_of_round)) return;
+      if (begins && !team.goes_on(step / steps_of_round, share_.waits)) return;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) multiply(g, step);
       if (share_.waits) team.barrier(member);
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {

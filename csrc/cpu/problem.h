@@ -59,7 +59,8 @@ struct Forward {
   Real* output;     // (T, B, G*H)
   Real* h_n;        // (G, B, H)
   Real* workspace;  // (T, B, G, S*H), or null: not saved
-  // What KernelTable::pack made of the weights of the only group, or null: packed by the call.
+  // What KernelTable::pack_weight made of the weights of the only group, or null: packed by the
+  // call.
   const Real* packed_ih;
   const Real* packed_hh;
 };

@@ -85,7 +85,7 @@ GRU_INLINE Share share_of(int member, int members, int64_t G, int64_t B, int64_t
   const int used = best_groups * best_batch * best_tiles;
   if (member >= used) return {{0, 0}, {0, 1, 0}, {0, 0}, best_tiles > 1, 0, 0};
   const int part = member / best_tiles % best_batch;
-  const Range block = part_of(B, part, best_batch, B >= 8 * best_batch ? 4 : 1);
+  const Range block = part_of(B, part, best_batch);
   const int64_t longer = B % best_batch;  // parts that have one rank more
   return {part_of(G, member / (best_batch * best_tiles), best_groups),
           dealt ? Ranks{part, best_batch, B} : Ranks{block.begin, 1, block.end},

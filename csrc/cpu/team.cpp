@@ -23,12 +23,34 @@ constexpr int kSpinsBeforeYield = 100;
 constexpr int kSpinsBeforeSleep = 1000;  // about 10 us
 constexpr int kYieldsBeforeClosing = 500;
 constexpr int kAllToAllMembers = 4;
+// As long as torch's threads wait for each other before they sleep.
+constexpr std::chrono::nanoseconds kStandBySpins = std::chrono::milliseconds(1);
+constexpr std::chrono::nanoseconds kStandByAtMost = std::chrono::milliseconds(10);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
   asm volatile("isb");  // about as long as pause; yield does nothing on most cores
+#endif
+}
+
+// Returns once `word` is no longer what was seen, at the latest after a while; also sooner.
+void sleep_while([[maybe_unused]] std::atomic<uint32_t>& word, [[maybe_unused]] uint32_t seen,
+                 std::chrono::nanoseconds most) {
+#if defined(__linux__)
+  const timespec limit{static_cast<time_t>(most.count() / 1'000'000'000),
+                       static_cast<long>(most.count() % 1'000'000'000)};
+  syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, &limit, nullptr, 0);
+#else
+  std::this_thread::sleep_for(
+      std::min<std::chrono::nanoseconds>(most, std::chrono::milliseconds(1)));
+#endif
+}
+
+void wake([[maybe_unused]] std::atomic<uint32_t>& word) {
+#if defined(__linux__)
+  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 #endif
 }
 
@@ -69,11 +91,7 @@ int Team::join(int first, int parts) {
 // for sleepers after it: one of them sees the other.
 void Team::announce(Flag& flag, uint32_t phase) {
   flag.phase.store(phase, std::memory_order_seq_cst);
-#if defined(__linux__)
-  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-    syscall(SYS_futex, &flag.phase, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-  }
-#endif
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) wake(flag.phase);
 }
 
 void Team::wait_for(Flag& flag, uint32_t target) {
@@ -96,22 +114,35 @@ void Team::wait_for(Flag& flag, uint32_t target) {
   }
 }
 
+// Who leaves and who stands by meet as in announce() and wait_for().
+void Team::leave() {
+  left_.fetch_add(1, std::memory_order_seq_cst);
+  if (stands_by_.load(std::memory_order_seq_cst)) wake(left_);
+}
+
 void Team::stand_by(const std::function<void()>& meanwhile) {
   using Clock = std::chrono::steady_clock;
-  constexpr std::chrono::nanoseconds most = std::chrono::milliseconds(1);
+  const auto members = static_cast<uint32_t>(members_of(door_.load(std::memory_order_acquire)));
   const Clock::time_point came = Clock::now();
-  const int members = members_of(door_.load(std::memory_order_acquire));
-  while (left_.load(std::memory_order_acquire) < members) {
+  uint32_t left;
+  while ((left = left_.load(std::memory_order_seq_cst)) < members) {
     meanwhile();
-    // Short calls end a short time after their members.
-    const std::chrono::nanoseconds stood = Clock::now() - came;
-    std::this_thread::sleep_for(std::min(stood / 4, most));
+    if (stands_by_.load(std::memory_order_relaxed)) {
+      sleep_while(left_, left, kStandByAtMost);
+    } else if (Clock::now() - came < kStandBySpins) {
+      relax();
+    } else {
+      stands_by_.store(true, std::memory_order_seq_cst);
+    }
   }
 }
 
-// Others learn of the end at a barrier of this round, so it comes before the next.
-bool Team::goes_on(int64_t round) {
-  if (ended_.load(std::memory_order_relaxed) || (poll_ != nullptr && poll_(context_))) {
+bool Team::goes_on(int64_t round, bool meets) {
+  if (poll_ != nullptr && poll_(context_)) end();
+  const bool ended = ended_.load(std::memory_order_relaxed);
+  if (!meets) return !ended;
+  if (ended) {
+    // Others learn of it at a barrier of this round, so it comes before the next.
     int64_t open = std::numeric_limits<int64_t>::max();
     end_.compare_exchange_strong(open, size_ > 1 ? round + 1 : round, std::memory_order_relaxed);
   }

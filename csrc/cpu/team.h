@@ -34,19 +34,19 @@ class Team {
   int size() const { return size_; }
 
   // Called by each member when its work is done.
-  void leave() { left_.fetch_add(1, std::memory_order_release); }
+  void leave();
 
-  // For a thread that came too late and has more to do than to return: calls `meanwhile` again and
-  // again until all members have left.
+  // For one thread that has nothing left to do here, or came too late, and must not be deaf
+  // meanwhile: calls `meanwhile` again and again until all members have left.
   void stand_by(const std::function<void()>& meanwhile);
 
   // Returns once every member has called it. Spins briefly, then sleeps.
   void barrier(int member);
 
   // Whether to begin another round of the work, asked by each member before each of its rounds,
-  // which are counted from 0. All members leave at the same round if every round has a barrier; if
-  // they leave at different ones, no barrier may follow.
-  bool goes_on(int64_t round);
+  // which are counted from 0. Where every round has a barrier (`meets`), all members leave at the
+  // same round; otherwise each leaves as soon as it asks, and no barrier may follow.
+  bool goes_on(int64_t round, bool meets = true);
 
   // As if `poll` said true from now on; on any thread.
   void end() { ended_.store(true, std::memory_order_relaxed); }
@@ -72,7 +72,8 @@ class Team {
   std::atomic<int> sleepers_{0};
   std::atomic<int64_t> end_{std::numeric_limits<int64_t>::max()};  // no round from here on
   std::atomic<bool> ended_{false};
-  std::atomic<int> left_{0};
+  std::atomic<uint32_t> left_{0};
+  std::atomic<bool> stands_by_{false};
 };
 
 }  // namespace gru_fast

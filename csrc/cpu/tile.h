@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The register-blocked product under every kernel, and the order-of-summation contract:
-// each output adds k = 0 ... K-1 in one fma chain within blocks of a fixed length, and the blocks
-// in order. Rows per tile, tiles abreast, threads and time chunks change nothing of that, so they
-// change no bit.
+// each output adds k = 0 ... K-1 in one chain (fused where the instruction set is, pairs of k where
+// it multiplies bfloat16) within blocks of a fixed length, and the blocks in order. Rows per tile,
+// tiles abreast, threads and time chunks change nothing of that, so they change no bit.
 #pragma once
 #include <type_traits>
 

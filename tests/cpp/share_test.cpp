@@ -32,14 +32,20 @@ void check(int members, int64_t G, int64_t B, int64_t tiles, bool dealt) {
     int part;
   };
   std::vector<Block> blocks;
+  int64_t least = B, most = 0;  // ranks of a member that has any
   for (int member = 0; member < members; ++member) {
     const Share share = share_of(member, members, G, B, tiles, 64, false, dealt);
     share.each_tile(B, [&](int64_t g, int64_t i, int64_t tile) {
       ++done[(g * B + share.ranks[i]) * tiles + tile];
     });
     const int64_t first = apart.first(share), count = share.ranks.below(B) * kRowsOfRank;
+    if (count > 0) {
+      least = std::min(least, share.ranks.below(B));
+      most = std::max(most, share.ranks.below(B));
+    }
     if (count > 0) blocks.push_back({first, first + count, share.part});
   }
+  holds(most <= least + 1, "members whose parts of the batch differ by more than a rank");
   holds(std::all_of(done.begin(), done.end(), [](int n) { return n == 1; }),
         "not every tile has one member");
   for (const Block& a : blocks) {

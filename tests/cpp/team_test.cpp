@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -90,6 +91,34 @@ void ended_from_outside(int callers) {
   }
 }
 
+// Members that do not meet leave as soon as the end is known, whichever their round; the one that
+// has done its part stands by, and tells them.
+void ended_by_a_member_that_is_done(int others) {
+  Team team(others + 1);
+  std::atomic<int> working{0};
+  auto work = [&](int caller, int64_t rounds) {
+    const int member = team.join(caller, 1);
+    if (member < 0) return;
+    ++working;
+    for (int64_t round = 0; round < rounds && team.goes_on(round, false); ++round) {
+      std::this_thread::yield();
+    }
+    --working;
+    team.leave();
+  };
+  std::vector<std::thread> threads;
+  for (int other = 0; other < others; ++other) {
+    threads.emplace_back(work, other, std::numeric_limits<int64_t>::max());
+  }
+  work(others, 3);
+  int looks = 0;
+  team.stand_by([&] {
+    if (++looks == 2000) team.end();
+  });
+  expect(working == 0, "a member that was done left before the others");
+  for (std::thread& thread : threads) thread.join();
+}
+
 }  // namespace
 
 int main() {
@@ -102,7 +131,10 @@ int main() {
   }
   one_after_the_other();
   for (int round = 0; round < 20; ++round) {
-    for (int members = 1; members <= 6; ++members) ended_from_outside(members);
+    for (int members = 1; members <= 6; ++members) {
+      ended_from_outside(members);
+      ended_by_a_member_that_is_done(members);
+    }
   }
   std::puts("ok");
 }
