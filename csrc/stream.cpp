@@ -178,9 +178,10 @@ class Stream {
   // Of any array that fits Integer.
   template <class Integer>
   Integers<int32_t> checked_tokens(const py::array& given) const {
+    Integers<int32_t> tokens(given.size());
+    if (given.size() == 0) return tokens;  // of floats, if it was an empty list
     const auto wide = Integers<Integer>::ensure(given);
     if (!wide) complain_of_type("tokens", "integers", given);
-    Integers<int32_t> tokens(given.size());
     for (int64_t i = 0; i < given.size(); ++i) {
       tokens.mutable_data()[i] = checked_token(wide.data()[i]);
     }
