@@ -36,7 +36,7 @@ class ReverseGRU(nn.Module):
         gru: The weights: one layer in one direction.
 
     Raises:
-        ValueError: `gru` has more than one layer or direction.
+        ValueError: `gru` has more than one layer, direction or head, or recurrent dropout.
     """
 
     def __init__(self, gru: GRU) -> None:
@@ -47,6 +47,10 @@ class ReverseGRU(nn.Module):
                 "gru: expected one layer and one direction, got "
                 f"num_layers={gru.num_layers}, bidirectional={gru.bidirectional}"
             )
+        for option in ("recurrent_dropout", "num_heads"):
+            given, expected = getattr(gru, option), getattr(GRU, option)
+            if given != expected:
+                raise ValueError(f"gru: expected {option}={expected}, got {given}")
         self.gru = gru
 
     def forward(

@@ -394,6 +394,9 @@ def test_notations_both_ways(cell):
 def test_a_reverse_layer_checks_its_arguments():
     with pytest.raises(ValueError, match="got num_layers=2, bidirectional=False"):
         ReverseGRU(gru_fast.GRU(I, H, 2))
+    for option, given in (("recurrent_dropout", 0.5), ("num_heads", 2)):
+        with pytest.raises(ValueError, match=f"gru: expected {option}=.*, got {given}"):
+            ReverseGRU(gru_fast.GRU(I, 2 * H, **{option: given}))
     with pytest.raises(ValueError, match="expected 3 dimensions, got 2"):
         ReverseGRU(gru_fast.GRU(I, H))(torch.zeros(T, I))
     batch_first = ReverseGRU(gru_fast.GRU(I, H, batch_first=True))
