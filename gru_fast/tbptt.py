@@ -55,7 +55,8 @@ def tbptt(
         lengths: (B,), as in `gru_fast.GRU.forward`, for the whole sequence; its values
             are read here only if they lie on the CPU.
         reset_mask: (T, B) or (B, T), as there.
-        reset_state: As there.
+        reset_state: As there, for every chunk: each `backward` goes through it. If it requires a
+            gradient it must be a leaf, for the first `backward` would free a graph behind it.
 
     Yields:
         A `Chunk` for each `steps` time steps.
