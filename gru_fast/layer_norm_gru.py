@@ -127,13 +127,15 @@ class LayerNormGRU(Recurrent):
         self._flat_weights_names = [name for names in self._all_weights for name in names]
 
     def reset_parameters(self) -> None:
-        """Draw the weights as `torch.nn.GRU` does; gains are 1, biases 0."""
+        """Draw all parameters as `torch.nn.GRU` does, but for gains, which are 1, and biases, 0."""
         bound = self.hidden_size**-0.5
         for name, parameter in self.named_parameters():
-            if name.startswith("weight"):
-                nn.init.uniform_(parameter, -bound, bound)
+            if name.startswith(("gamma_ih_l", "gamma_hh_l")):
+                nn.init.ones_(parameter)
+            elif name.startswith(("bias_ih_l", "bias_hh_l")):
+                nn.init.zeros_(parameter)
             else:
-                nn.init.constant_(parameter, 1.0 if name.startswith("gamma") else 0.0)
+                nn.init.uniform_(parameter, -bound, bound)
 
     def extra_repr(self) -> str:
         """`torch.nn.GRU`'s, and the extras that are not at their defaults."""

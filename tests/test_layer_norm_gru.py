@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gru_fast
@@ -154,6 +155,18 @@ class TestInterface:
             rnn.gamma_hh_l0.fill_(7)
         rnn.reset_parameters()
         assert bool((rnn.gamma_hh_l0 == 1).all())
+
+    @pytest.mark.parametrize("change", (weight_norm, spectral_norm))
+    def test_what_it_does_not_know_is_drawn(self, change: Any) -> None:
+        """As by nn.GRU: what a weight is computed from, and the modules of a derived class."""
+        rnn = LayerNormGRU(3, 5)
+        change(rnn, "weight_hh_l0")
+        rnn.head = nn.Linear(5, 2)
+        rnn.reset_parameters()
+        assert rnn.weight_hh_l0.isfinite().all() and rnn.weight_hh_l0.any()
+        assert rnn(torch.randn(4, 2, 3))[0].isfinite().all()
+        assert rnn.head.weight.any() and rnn.head.bias.any()
+        assert bool((rnn.gamma_ih_l0 == 1).all()) and not rnn.bias_ih_l0.any()
 
     def test_layouts(self) -> None:
         rnn = randomised(3, 5, 2, bidirectional=True)
