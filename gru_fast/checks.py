@@ -225,7 +225,11 @@ def check_norm_backward(
 
 
 def check_rows(
-    input: Tensor, batch_first: bool, lengths: Tensor | None, reset_mask: Tensor | None
+    input: Tensor,
+    batch_first: bool,
+    lengths: Tensor | None,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
 ) -> None:
     """Raise unless they fit an input in its own layout, which the ops do not know.
 
@@ -234,12 +238,14 @@ def check_rows(
         batch_first: whether a 3-D input is batch-major.
         lengths: (B,), or one value for a 2-D input.
         reset_mask: bool, shaped as input without its last axis.
+        reset_state: of any shape here.
 
     Raises:
         TypeError: one of them is not a Tensor.
         RuntimeError: its shape or dtype does not fit.
     """
-    for name, given in (("lengths", lengths), ("reset_mask", reset_mask)):
+    tensors = {"lengths": lengths, "reset_mask": reset_mask, "reset_state": reset_state}
+    for name, given in tensors.items():
         if given is not None and not isinstance(given, Tensor):
             raise TypeError(f"{name} should be a Tensor, got: {type(given).__name__}")
     axes = "(T,)" if input.dim() == 2 else "(B, T)" if batch_first else "(T, B)"

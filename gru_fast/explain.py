@@ -151,7 +151,7 @@ def explain(
                 f"input: expected {fewest} or {fewest + 1} dimensions, got {input.dim()}"
             )
         if not isinstance(module, GRUCell):
-            check_rows(input, module.batch_first, lengths, reset_mask)
+            check_rows(input, module.batch_first, lengths, reset_mask, reset_state)
     check_input_width(data, module._flat_weights[0])
     facts: dict[str, Any] = {
         "lengths": lengths is not None or isinstance(input, PackedSequence),

@@ -15,7 +15,15 @@ from gru_fast import direct, direct_training, heads
 from gru_fast.dropout import state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
 from gru_fast.recurrence import layer, layer_with_gates, scan
-from gru_fast.stack import check_input_width, matching, run_layers, state_shape
+from gru_fast.reference import WEIGHTS
+from gru_fast.stack import (
+    check_devices,
+    check_input_width,
+    count_layers,
+    matching,
+    run_layers,
+    state_shape,
+)
 
 Input = TypeVar("Input", Tensor, PackedSequence)
 
@@ -82,7 +90,11 @@ def gru_cell(
     dtype = h0.dtype
     x, h0 = matching(x, h0, weight_ih)
     grouped: list[Any] = [None if w is None else w.unsqueeze(0) for w in weights]
-    output, _ = layer(x, h0, *grouped, cell=cell, backend=backend)
+    try:
+        output, _ = layer(x, h0, *grouped, cell=cell, backend=backend)
+    except RuntimeError:
+        check_devices(input, weight_ih, hx=hx)  # the operator has names of its own
+        raise
     # Not output[0], which is a view to autograd: `h.detach_()` would be refused.
     state: Tensor = torch.ops.aten._unsafe_view(output, output.shape[1 if batched else 2 :])
     return state if state.dtype == dtype or not state.is_cpu else state.to(dtype)
@@ -194,9 +206,9 @@ def gru(
 
     Raises:
         ValueError: input is neither 2-D nor 3-D, or not in the dtype of params; lengths beside a
-            PackedSequence; a probability outside [0, 1] that the call draws with; num_heads
-            that is no divisor of H; an unknown backend.
-        TypeError: lengths or reset_mask is not a Tensor.
+            PackedSequence; a probability outside [0, 1] that the call draws with; num_layers
+            below 1; num_heads that is no divisor of H; an unknown backend.
+        TypeError: lengths, reset_mask or reset_state is not a Tensor.
         RuntimeError: sizes, dtypes or devices that do not fit together, an unknown cell, or a named
             backend that cannot take the call.
 
@@ -212,8 +224,8 @@ def gru(
     if num_heads != 1:
         heads.check_num_heads(num_heads, params[1], cell)
     if recurrent_dropout and training:
-        layers = num_layers * (2 if bidirectional else 1)
-        shape = state_shape(input, layers, params[1].shape[-1] * num_heads, batch_first)
+        H = params[1].shape[-1] * num_heads
+        shape = state_shape(input, num_layers, bidirectional, H, batch_first)
         h_scale = state_scale(recurrent_dropout, shape, params[1], h_scale)
     run: Callable[..., tuple[Tensor, Tensor]]
     workspaces: list[Tensor] = []
@@ -270,7 +282,9 @@ def _as_input(gates: Gates, input: Tensor | PackedSequence, batch_first: bool) -
 def _check_params(
     params: Sequence[Tensor], per: int, num_layers: int, bias: bool, bidirectional: bool
 ) -> None:
-    expected = num_layers * (2 if bidirectional else 1) * per
+    if num_layers < 1:
+        raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
+    expected = count_layers(num_layers, bidirectional) * per
     if len(params) != expected:
         raise RuntimeError(
             f"params: expected {expected} tensors for num_layers={num_layers}, "
@@ -279,6 +293,5 @@ def _check_params(
     for k, weight in enumerate(params):
         if weight is None:
             layer, place = divmod(k // per, 2 if bidirectional else 1)
-            kind = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[k % per]
-            name = f"{kind}_l{layer}{'_reverse' if place else ''}"
+            name = f"{WEIGHTS[k % per]}_l{layer}{'_reverse' if place else ''}"
             raise TypeError(f"{name} should be a Tensor, got: NoneType")

@@ -31,7 +31,7 @@ from gru_fast.recurrent import (
     refuse_tracing,
 )
 from gru_fast.reference import GATES
-from gru_fast.stack import state_shape
+from gru_fast.stack import count_layers, state_shape
 
 __all__ = ["GRU"]
 
@@ -181,7 +181,7 @@ class GRU(Recurrent):
             self._reshape_weights()
         self.learn_h0 = learn_h0
         if learn_h0:
-            layers = self.num_layers * (2 if self.bidirectional else 1)
+            layers = count_layers(self.num_layers, self.bidirectional)
             weight = self.get_parameter("weight_hh_l0")
             self.h0 = nn.Parameter(weight.new_zeros(layers, self.hidden_size))
 
@@ -225,8 +225,9 @@ class GRU(Recurrent):
 
     def _start(self, input: Tensor | PackedSequence) -> Tensor:
         """The learned state for each row of an input."""
-        layers = self.num_layers * (2 if self.bidirectional else 1)
-        shape = state_shape(input, layers, self.hidden_size, self.batch_first)
+        shape = state_shape(
+            input, self.num_layers, self.bidirectional, self.hidden_size, self.batch_first
+        )
         return self.h0 if len(shape) == 2 else self.h0.unsqueeze(1).expand(shape)
 
     def _reshape_weights(self) -> None:
@@ -335,7 +336,7 @@ class GRU(Recurrent):
         Raises:
             ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype; or `lengths` is
                 given beside a `PackedSequence`, which has its own.
-            TypeError: `lengths` or `reset_mask` is not a Tensor.
+            TypeError: `lengths`, `reset_mask` or `reset_state` is not a Tensor.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """

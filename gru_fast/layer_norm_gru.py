@@ -197,7 +197,7 @@ class LayerNormGRU(Recurrent):
         Raises:
             ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype; or `lengths` is
                 given beside a `PackedSequence`, which has its own.
-            TypeError: `lengths` or `reset_mask` is not a Tensor.
+            TypeError: `lengths`, `reset_mask` or `reset_state` is not a Tensor.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
@@ -208,8 +208,9 @@ class LayerNormGRU(Recurrent):
         refuse_tracing("LayerNormGRU")
         h_scale = None
         if self.recurrent_dropout and self.training:
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            shape = state_shape(input, layers, self.hidden_size, self.batch_first)
+            shape = state_shape(
+                input, self.num_layers, self.bidirectional, self.hidden_size, self.batch_first
+            )
             h_scale = state_scale(self.recurrent_dropout, shape, self._flat_weights[0])
         return run_layers(
             input,

@@ -58,6 +58,9 @@ from torch import Tensor
 GATES = {"reset_after": 3, "reset_before": 3, "no_reset": 2}
 """Gate rows per hidden unit, N."""
 
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+"""Kinds of weights of a layer, in the order of its arguments."""
+
 SLOTS = {"reset_after": 4, "reset_before": 3, "no_reset": 2}
 """Values per hidden unit that the workspace holds, S."""
 

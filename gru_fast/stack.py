@@ -13,7 +13,14 @@ from gru_fast.checks import check_rows
 from gru_fast.dropout import Dropout, PackedDropout
 from gru_fast.recurrence import FORWARD
 
-__all__ = ["check_input_width", "matching", "run_layers", "state_shape"]
+__all__ = [
+    "check_devices",
+    "check_input_width",
+    "count_layers",
+    "matching",
+    "run_layers",
+    "state_shape",
+]
 
 _BOTH = (False, True)
 
@@ -69,8 +76,8 @@ def run_layers(
             lengths, reset_mask, reset_state, h_scale,
         )  # fmt: skip
     batched = input.dim() == 3
-    if lengths is not None or reset_mask is not None:
-        check_rows(input, batch_first, lengths, reset_mask)
+    if not (lengths is reset_mask is reset_state is None):
+        check_rows(input, batch_first, lengths, reset_mask, reset_state)
         # They come from a loader as often as from the model.
         lengths = None if lengths is None else lengths.to(input.device)
     if not batched:
@@ -92,10 +99,17 @@ def run_layers(
             x = x.transpose(0, 1)
             reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
     drop = Dropout(dropout) if dropout and num_layers > 1 else None
-    output, h_n = _stack(
-        x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
-        reset_state, h_scale, drop, run_one,
-    )  # fmt: skip
+    try:
+        output, h_n = _stack(
+            x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
+            reset_state, h_scale, drop, run_one,
+        )  # fmt: skip
+    except RuntimeError:
+        # Only now, and not before each call, which costs: the ops have names of their own.
+        check_devices(
+            x, params[0], hx=hx, reset_mask=reset_mask, reset_state=reset_state, h_scale=h_scale
+        )
+        raise
     if not batched:
         return output.squeeze(1), h_n.squeeze(1)
     return (output.transpose(0, 1) if batch_first else output), h_n
@@ -132,13 +146,16 @@ def _run_packed(
         return tensor.index_select(1, sorted_indices)
 
     # Before they are sorted, which would take the first rows of too many.
-    if reset_mask is not None:
-        check_rows(x.transpose(0, 1) if batch_first else x, batch_first, None, reset_mask)
-        reset_mask = reset_mask.transpose(0, 1) if batch_first else reset_mask
-    layers, H = num_layers * (2 if bidirectional else 1), params[1].shape[1] * num_heads
-    for name, given in (("hx", hx), ("reset_state", reset_state), ("h_scale", h_scale)):
+    in_layout = x.transpose(0, 1) if batch_first else x
+    check_rows(in_layout, batch_first, None, reset_mask, reset_state)
+    if reset_mask is not None and batch_first:
+        reset_mask = reset_mask.transpose(0, 1)
+    layers, H = count_layers(num_layers, bidirectional), params[1].shape[1] * num_heads
+    states = {"hx": hx, "reset_state": reset_state, "h_scale": h_scale}
+    for name, given in states.items():
         if given is not None:
             _check_hx(given, layers, x.shape[1], H, name)
+    check_devices(data, params[0], reset_mask=reset_mask, **states)
     drop = PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
     output, h_n = _stack(
         x, sort(hx), params, run, num_layers, bidirectional, num_heads,
@@ -174,11 +191,14 @@ def _stack(
         hx = x.new_zeros(num_layers * D, B, H)
     else:
         _check_hx(hx, num_layers * D, B, H)
-    for name, tensor in (("reset_state", reset_state), ("h_scale", h_scale)):
-        if tensor is not None:
-            _check_hx(tensor, num_layers * D, B, H, name)
     dtype = hx.dtype
     x, hx = matching(x, hx, params[0])
+    if reset_state is not None:
+        _check_hx(reset_state, num_layers * D, B, H, "reset_state")
+        _, reset_state = matching(x, reset_state, params[0], "reset_state")
+    if h_scale is not None:
+        _check_hx(h_scale, num_layers * D, B, H, "h_scale")
+        _, h_scale = matching(x, h_scale, params[0], "h_scale")
     reverse = _BOTH if bidirectional else FORWARD
     if bidirectional or not (lengths is reset_mask is reset_state is h_scale is None):
         run_one = None
@@ -213,10 +233,16 @@ def _stack(
     return x, h_n
 
 
+def count_layers(num_layers: int, bidirectional: bool) -> int:
+    """Layers times directions L * D: how many layers have a state and weights of their own."""
+    return num_layers * (2 if bidirectional else 1)
+
+
 def state_shape(
-    input: Tensor | PackedSequence, layers: int, H: int, batch_first: bool
+    input: Tensor | PackedSequence, num_layers: int, bidirectional: bool, H: int, batch_first: bool
 ) -> tuple[int, ...]:
-    """The shape of hx for an input: (layers, B, H), or (layers, H) if it is unbatched."""
+    """The shape of hx for an input: (L * D, B, H), or (L * D, H) if it is unbatched."""
+    layers = count_layers(num_layers, bidirectional)
     if isinstance(input, PackedSequence):
         return layers, int(input.batch_sizes[0]), H
     if input.dim() == 2:
@@ -240,8 +266,21 @@ def check_input_width(input: Tensor, weight_ih: Tensor) -> None:
         )
 
 
-def matching(x: Tensor, hx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the weights if autocast allows them to differ."""
+def check_devices(input: Tensor, weight_ih: Tensor, **others: Tensor | None) -> None:
+    """Raise RuntimeError unless the input and the others, by name, are where the weights are."""
+    if input.device != weight_ih.device:
+        raise RuntimeError(
+            f"input: expected the device of the weights, {weight_ih.device}, got {input.device}"
+        ) from None
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(
+                f"{name}: expected the device of input, {input.device}, got {tensor.device}"
+            ) from None
+
+
+def matching(x: Tensor, hx: Tensor, weight: Tensor, name: str = "hx") -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the weights if autocast allows them to differ; `name` is that of hx."""
     dtype = weight.dtype
     if x.dtype == dtype and hx.dtype == dtype:
         return x, hx
@@ -249,4 +288,4 @@ def matching(x: Tensor, hx: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return x.to(dtype), hx.to(dtype)
     if x.dtype != dtype:
         raise ValueError(f"input: expected the dtype of the weights, {dtype}, got {x.dtype}")
-    raise RuntimeError(f"hx: expected the dtype of input, {dtype}, got {hx.dtype}")
+    raise RuntimeError(f"{name}: expected the dtype of input, {dtype}, got {hx.dtype}")

@@ -252,6 +252,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"h_scale": torch.ones(1, 3, H).double()}, RuntimeError, "h_scale: expected"),
     ({"reset_state": torch.ones(1, B, H).double()}, RuntimeError, "reset_state: expected"),
+    ({"reset_state": 0.0}, TypeError, "reset_state should be a Tensor, got: float"),
+    ({"num_layers": 0, "params": []}, ValueError, "num_layers: expected at least 1, got 0"),
 ]
 
 
@@ -264,3 +266,37 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     }
     with pytest.raises(error, match=message):
         functional.gru(**{**call, **change})
+
+
+@pytest.mark.parametrize("name", ["input", "hx", "reset_mask", "reset_state", "h_scale"])
+@pytest.mark.parametrize("form", ["padded", "unbatched", "packed"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_lies_elsewhere_has_the_callers_name(name: str, form: str, grad: bool) -> None:
+    rows = 1 if form == "unbatched" else B
+    state = torch.zeros(1, rows, H).double()
+    call: dict[str, Any] = {
+        "input": torch.randn(T, rows, I).double(),
+        "reset_mask": torch.zeros(T, rows, dtype=torch.bool),
+        **dict.fromkeys(("hx", "reset_state", "h_scale"), state),
+    }
+    call[name] = call[name].to("meta")
+    if form == "unbatched":
+        call = {key: value.squeeze(1) for key, value in call.items()}
+    elif form == "packed":
+        call["input"] = pack_padded_sequence(call["input"], torch.full((B,), T))
+    expected = "input" if name != "input" else "the weights"
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(RuntimeError, match=f"{name}: expected the device of {expected}, cpu, got"),
+    ):
+        functional.gru(**call, params=weights("reset_after")[:4])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_same_of_one_step(grad: bool) -> None:
+    x, own = torch.randn(B, I).double(), [w.detach() for w in weights("reset_after")[:4]]
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match="hx: expected the device of input, cpu, got meta"):
+            functional.gru_cell(x, torch.zeros(B, H, device="meta").double(), *own)
+        with pytest.raises(RuntimeError, match="input: expected the device of the weights, cpu"):
+            functional.gru_cell(x.to("meta"), torch.zeros(B, H).double(), *own)

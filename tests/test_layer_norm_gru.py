@@ -369,7 +369,10 @@ class TestTransforms:
         expected = rnn(x)[0]
         with torch.autocast("cpu", torch.bfloat16):
             output, _ = rnn(x)
+            state, mask = torch.randn(1, 2, 5).bfloat16(), torch.rand(4, 2) < 0.5
+            reset, _ = rnn(x, reset_mask=mask, reset_state=state)
         assert output.dtype == torch.float32 and torch.equal(output, expected)
+        assert torch.equal(reset, rnn(x, reset_mask=mask, reset_state=state.float())[0])
 
 
 class TestBackends:

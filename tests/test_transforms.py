@@ -398,6 +398,13 @@ def test_autocast_on_the_cpu_keeps_float32(backend: str) -> None:
             for a, b in zip(ours, truth, strict=True):
                 assert a.dtype == b.dtype
                 torch.testing.assert_close(a, b, rtol=0, atol=0.02)
+        state, mask = torch.randn(1, 3, 4).bfloat16(), torch.rand(6, 3) < 0.5
+        for name, more in (("reset_state", {"reset_mask": mask}), ("h_scale", {})):
+            ours = functional.gru(x, None, theirs._flat_weights, **{name: state}, **more)
+            truth = functional.gru(x, None, theirs._flat_weights, **{name: state.float()}, **more)
+            assert_same(ours, truth)
+    with pytest.raises(RuntimeError, match="reset_state: expected the dtype of input"):
+        functional.gru(x, None, theirs._flat_weights, reset_mask=mask, reset_state=state)
     with pytest.raises(ValueError, match="input: expected the dtype of the weights"):
         run(x.bfloat16())
 
