@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`explain`: which kernel takes a call, why the others do not, and what the call costs at least."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -108,6 +109,7 @@ def explain(
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
     reset_state: Tensor | None = None,
+    return_gates: bool = False,
     peak_flops: float | None = None,
     peak_bytes: float | None = None,
 ) -> Explanation:
@@ -123,6 +125,7 @@ def explain(
         lengths: As in the call; their values are read.
         reset_mask: As in the call.
         reset_state: As in the call.
+        return_gates: As in the call.
         peak_flops: Peak of the machine in FLOP/s for the dtype.
         peak_bytes: Peak of the machine's memory in B/s.
 
@@ -130,8 +133,9 @@ def explain(
         An `Explanation`.
 
     Raises:
-        TypeError: `module` is none of these, `input` is not a Tensor or `PackedSequence`, or
-            `lengths` or `reset_mask` not a Tensor.
+        TypeError: `module` is none of these, `input` is not a Tensor or `PackedSequence`,
+            `lengths`, `reset_mask` or `reset_state` not a Tensor, or an argument given that the
+            module does not take.
         ValueError: `input` has too few or too many dimensions.
         RuntimeError: The width of `input`, or `lengths` or `reset_mask`, does not fit.
     """
@@ -143,6 +147,14 @@ def explain(
         )
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"input should be a Tensor, got: {type(input).__name__}")
+    extras: dict[str, Tensor | bool | None] = {}
+    if not isinstance(module, GRU):
+        extras["return_gates"] = return_gates or None
+    if isinstance(module, GRUCell):
+        extras |= {"lengths": lengths, "reset_mask": reset_mask, "reset_state": reset_state}
+    for name, extra in extras.items():
+        if extra is not None:
+            raise TypeError(f"{name}: {type(module).__name__} has no such argument")
     data = input.data if isinstance(input, PackedSequence) else input
     if isinstance(input, Tensor):
         fewest = 1 if isinstance(module, GRUCell) else 2
@@ -152,23 +164,29 @@ def explain(
             )
         if not isinstance(module, GRUCell):
             check_rows(input, module.batch_first, lengths, reset_mask, reset_state)
-    check_input_width(data, module._flat_weights[0])
+    with _undisturbed(module):
+        weights = module._flat_weights
+        h0 = module.h0 if getattr(module, "learn_h0", False) else None
+    check_input_width(data, weights[0])
     facts: dict[str, Any] = {
         "lengths": lengths is not None or isinstance(input, PackedSequence),
         "resets": reset_mask is not None,
         "h_scale": module.training and getattr(module, "recurrent_dropout", 0.0) > 0,
+        "gates": return_gates,
         "grouped": getattr(module, "num_heads", 1) > 1,
         "composed": backends.needs_composition(),
     }
-    dtype = backends.dtype_of_call(data.device.type, data.dtype)
+    given = weights[0].dtype if torch._C._is_any_autocast_enabled() else data.dtype
+    dtype = backends.dtype_of_call(data.device.type, given)
     T, B, steps = _sizes(module, input, lengths)
-    h0 = module.h0 if getattr(module, "learn_h0", False) else None
     if hx is not None and (reset_mask is None or reset_state is not None):
         h0 = None
-    tensors = (data, hx, reset_state, h0, *module._flat_weights)
+    tensors = (data, hx, reset_state, h0, *weights)
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     heads = getattr(module, "num_heads", 1)
-    groups = heads * (2 if getattr(module, "bidirectional", False) else 1)
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    groups = heads * directions
+    recompute = getattr(module, "recompute", False) and not return_gates
     sizes = (T, B, groups, module.hidden_size // heads)
     preferred = None
     select: Callable[[], str]
@@ -201,17 +219,16 @@ def explain(
         why_not.setdefault("cudnn", "a Triton kernel was measured faster near this size")
     why_not.pop(backend or "", None)
 
-    flops, moved, saved = _cost(module, data, hx, T, B, steps, training)
-    first = 2 * steps * module.weight_ih.numel() if isinstance(module, GRUCell) else 0
-    if isinstance(module, (GRU, LayerNormGRU)):
-        first = 2 * steps * module._flat_weights[0].numel() * (2 if module.bidirectional else 1)
-    recompute = not isinstance(module, GRUCell) and module.recompute
+    kept = return_gates or (training and not recompute)
+    flops, moved, workspace = _cost(module, hx, T, B, steps, kept)
+    moved, workspace = moved * dtype.itemsize, workspace * dtype.itemsize
+    first = 2 * steps * weights[0].numel() * directions
     backward = 2 * flops - (0 if data.requires_grad else first) + (flops if recompute else 0)
     bound = None
     if peak_flops is not None and peak_bytes is not None:
         bound = max(flops / peak_flops, moved / peak_bytes)
     shown = str(data.dtype).removeprefix("torch.")
-    kernel = _kernel(backend, module, data, sizes, training, facts)
+    kernel = _kernel(backend, module, data.device, dtype, sizes, kept, facts)
     plain = not any(facts.values())
     seconds, committed_bound, machine = _committed(
         _code(backend, kernel, module) if plain else None, module, data, T, B, dtype, training
@@ -225,7 +242,7 @@ def explain(
         error=error,
         flops=flops,
         bytes=moved,
-        saved_bytes=saved,
+        saved_bytes=workspace if training else 0,
         backward_flops=backward if training else 0,
         dependent_steps=T * getattr(module, "num_layers", 1),
         bound_seconds=bound,
@@ -233,6 +250,23 @@ def explain(
         measured_bound_seconds=committed_bound,
         measured_on=machine,
     )
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Parametrizations in evaluation mode: in training, a look at the weight may change them.
+
+    Spectral normalisation takes a step of its power iteration.
+    """
+    computed = getattr(module, "parametrizations", None)
+    modes = {} if computed is None else {part: part.training for part in computed.modules()}
+    for part in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def _code(backend: str | None, kernel: str, module: GRU | GRUCell | LayerNormGRU) -> str | None:
@@ -293,19 +327,21 @@ def _is_plain(facts: dict[str, Any]) -> bool:
 def _kernel(
     backend: str | None,
     module: GRU | GRUCell | LayerNormGRU,
-    data: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
     sizes: tuple[int, int, int, int],
-    training: bool,
+    kept: bool,
     facts: dict[str, Any],
 ) -> str:
+    """The code that runs; `kept` is whether the gates are written to memory."""
     if backend is None:
         return "none"
     if backend == "cpu":
         from gru_fast import _C
 
-        if data.dtype not in (torch.bfloat16, torch.float16):
+        if dtype not in (torch.bfloat16, torch.float16):
             return f"C++, {_C.cpu_isa()}"
-        narrow = data.dtype == torch.bfloat16 and _C.multiplies_bfloat16()
+        narrow = dtype == torch.bfloat16 and _C.multiplies_bfloat16()
         return f"C++, {_C.cpu_isa()}, {'bfloat16 products' if narrow else 'computes in float32'}"
     if backend == "cudnn":
         return "cuDNN, through PyTorch"
@@ -315,10 +351,9 @@ def _kernel(
         if isinstance(module, LayerNormGRU):
             return "Triton, norm, because it fits; not measured"
         kernels = import_module("gru_fast.kernels")
-        suite = "train" if training else "infer"
+        suite = "train" if kept else "infer"
         plain = _is_plain(facts)
-        dtype = backends.dtype_of_call(data.device.type, data.dtype)
-        name, measured = kernels.chosen(data.device, dtype, sizes, module.cell, suite, plain)
+        name, measured = kernels.chosen(device, dtype, sizes, module.cell, suite, plain)
         how = "as measured" if measured else "because it fits; not measured at this size"
         return f"Triton, {name}, {how}"
     return "PyTorch operations"
@@ -343,35 +378,31 @@ def _sizes(
 
 def _cost(
     module: GRU | GRUCell | LayerNormGRU,
-    data: Tensor,
     hx: Tensor | None,
     T: int,
     B: int,
     steps: int,
-    training: bool,
+    kept: bool,
 ) -> tuple[int, int, int]:
-    """FLOP, bytes moved and bytes saved for backward of the forward call."""
+    """FLOP of the forward call, values moved and, among them, those of the gates if kept."""
     H, vectors = module.hidden_size, 2 if module.bias else 0
     if isinstance(module, LayerNormGRU):
         # rstd, one value a row, is left out.
         N, S, vectors = 3, NORM_SLOTS, vectors + 2
     else:
         N, S = GATES[module.cell], SLOTS[module.cell]
-    layers, directions, recompute, heads = 1, 1, False, getattr(module, "num_heads", 1)
-    if not isinstance(module, GRUCell):
-        layers, directions = module.num_layers, 2 if module.bidirectional else 1
-        recompute = module.recompute
-    flops = moved = saved = 0
+    layers, heads = getattr(module, "num_layers", 1), getattr(module, "num_heads", 1)
+    directions = 2 if getattr(module, "bidirectional", False) else 1
+    flops = moved = workspace = 0
     width = module.input_size
     for _ in range(layers):
         flops += 2 * steps * directions * N * H * (width + H // heads)
         moved += steps * (width + directions * H)
         moved += directions * N * H * (width + H // heads + vectors)
         moved += directions * B * H * (1 if hx is None else 2)
-        saved += steps * directions * S * H if training and not recompute else 0
+        workspace += steps * directions * S * H if kept else 0
         width = directions * H
-    size = data.element_size()
-    return flops, (moved + saved) * size, saved * size
+    return flops, moved + workspace, workspace
 
 
 def _unit(value: float, unit: str) -> str:

@@ -186,7 +186,10 @@ class GRU(Recurrent):
             self.h0 = nn.Parameter(weight.new_zeros(layers, self.hidden_size))
 
     def reset_parameters(self) -> None:
-        """Draw the weights as `torch.nn.GRU` of a head's size does; `h0` becomes 0."""
+        """Draw the weights as `torch.nn.GRU` of a head's size does; `h0` becomes 0.
+
+        An `h0` that pruning or a parametrization computes is drawn as the weights are.
+        """
         # RNNBase would draw it too, which is right for an h0 that a derived class has added.
         h0 = self._parameters.pop("h0", None) if self.learn_h0 else None
         try:
@@ -353,6 +356,8 @@ class GRU(Recurrent):
             hx = start if hx is None else hx
             if reset_mask is not None and reset_state is None:
                 reset_state = start
+        # Once: each look evaluates the parametrizations.
+        weights = self._flat_weights
         if (
             lengths is reset_mask is reset_state is None
             and self.num_heads == 1
@@ -362,8 +367,8 @@ class GRU(Recurrent):
             # functional.gru would come to the same: passing on its arguments takes as long as all
             # else of Python in a small call.
             done = direct.gru(
-                input, hx, self._flat_weights, self.num_layers, self.bias, self.batch_first,
-                self.cell, self.backend,
+                input, hx, weights, self.num_layers, self.bias, self.batch_first, self.cell,
+                self.backend,
             )  # fmt: skip
             if done is not None:
                 return done
@@ -371,7 +376,7 @@ class GRU(Recurrent):
         return functional.gru(
             either,
             hx,
-            self._flat_weights,
+            weights,
             num_layers=self.num_layers,
             bias=self.bias,
             dropout=self.dropout,

@@ -206,16 +206,17 @@ class LayerNormGRU(Recurrent):
                 self, input, hx, lengths=lengths, reset_mask=reset_mask, reset_state=reset_state
             )
         refuse_tracing("LayerNormGRU")
+        weights = self._flat_weights  # once: each look evaluates the parametrizations
         h_scale = None
         if self.recurrent_dropout and self.training:
             shape = state_shape(
                 input, self.num_layers, self.bidirectional, self.hidden_size, self.batch_first
             )
-            h_scale = state_scale(self.recurrent_dropout, shape, self._flat_weights[0])
+            h_scale = state_scale(self.recurrent_dropout, shape, weights[0])
         return run_layers(
             input,
             hx,
-            self._flat_weights,
+            weights,
             partial(norm_layer, eps=self.eps, backend=self.backend, recompute=self.recompute),
             num_layers=self.num_layers,
             dropout=self.dropout if self.training else 0.0,

@@ -163,6 +163,55 @@ def test_a_learned_state_is_trained_where_it_is_used():
     assert "inference" in gru_fast.explain(gru, x, **call).call
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_a_parametrization_is_left_as_it_is(train):
+    """In training a look at a spectrally normalised weight takes a step of power iteration."""
+    rnn = GRU(3, 4, learn_h0=True)
+    for name in ("weight_ih_l0", "h0"):
+        nn.init.normal_(rnn.get_parameter(name))
+        nn.utils.parametrizations.spectral_norm(rnn, name)
+    rnn.train(train)
+    before = {name: value.clone() for name, value in rnn.state_dict().items()}
+    assert "training" in explain(rnn, torch.randn(2, 1, 3)).call
+    for name, value in rnn.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(part.training == train for part in rnn.modules())
+
+
+@needs_cpu_kernels
+def test_an_input_that_autocast_lets_differ_is_computed_in_the_dtype_of_the_weights():
+    x = torch.randn(2, 1, 3)
+    for rnn in (GRU(3, 4), GRUCell(3, 4)):
+        given = x if isinstance(rnn, GRU) else x[0]
+        plain = explain(rnn, given)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = explain(rnn, given.bfloat16())
+        assert found.kernel == plain.kernel and "bfloat16" in found.call
+        assert (found.bytes, found.saved_bytes) == (plain.bytes, plain.saved_bytes)
+
+
+def test_returned_gates_are_written_with_and_without_training():
+    rnn, x = GRU(3, 4, recompute=True), torch.randn(5, 2, 3)
+    workspace = 4 * 4 * 5 * 2 * 4
+    plain, gates = explain(rnn, x), explain(rnn, x, return_gates=True)
+    assert plain.saved_bytes == 0 and gates.saved_bytes == workspace  # kept, so not recomputed
+    assert gates.backward_flops == plain.backward_flops - plain.flops
+    with torch.no_grad():
+        plain, gates = explain(rnn, x), explain(rnn, x, return_gates=True)
+    assert gates.saved_bytes == 0 and gates.bytes == plain.bytes + workspace
+    assert "not measured" in str(gates)
+
+
+@pytest.mark.parametrize("name", ["lengths", "reset_mask", "reset_state", "return_gates"])
+def test_arguments_that_the_module_does_not_have(name):
+    given = {name: True if name == "return_gates" else torch.ones(2, dtype=torch.int64)}
+    refused = [GRUCell(3, 4)] + [gru_fast.LayerNormGRU(3, 4)] * (name == "return_gates")
+    for module in refused:
+        for call in (module, lambda x, module=module, **more: explain(module, x, **more)):
+            with pytest.raises(TypeError, match=name):
+                call(torch.randn(2, 3), **given)
+
+
 def test_the_bound_in_seconds():
     rnn, x = GRU(3, 4), torch.randn(2, 1, 3)
     explanation = explain(rnn, x)
@@ -205,6 +254,7 @@ def test_an_input_that_does_not_fit(module):
     if module is not gru_fast.GRUCell:
         calls.append((torch.randn(2, 3, 3), {"lengths": [1, 2]}))
         calls.append((torch.randn(2, 3, 3), {"reset_mask": torch.zeros(3, 2).bool()}))
+        calls.append((torch.randn(2, 3, 3), {"reset_state": 0.0}))
     for x, given in calls:
         with pytest.raises(
             (TypeError, ValueError, RuntimeError), match=r"expected|should be"

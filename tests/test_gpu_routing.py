@@ -270,7 +270,7 @@ class TestCalls:
 
     def run(self, module, **more):
         x = torch.empty(5, 3, 4, device="cuda", dtype=module.weight_ih_l0.dtype)
-        output, h_n = module(x, **more)
+        output, h_n, *_ = module(x, **more)
         directions = 2 if module.bidirectional else 1
         assert output.shape == (5, 3, 8 * directions) and h_n.shape == (directions, 3, 8)
         assert output.device.type == "cuda"
@@ -293,11 +293,13 @@ class TestCalls:
             ]
             mask = torch.zeros(5, 3, dtype=torch.bool, device="cuda")
             found.append(self.run(GRU(4, 8, device="cuda"), reset_mask=mask))
-        assert cuda_calls == ["ops"] * 3
+            found.append(self.run(GRU(4, 8, device="cuda"), return_gates=True))
+        assert cuda_calls == ["ops"] * 4
         assert {f.backend for f in found} == {"triton"}
         assert found[0].kernel == "Triton, cta, because it fits; not measured at this size"
         assert found[0].why_not["cudnn"] == "it does not have cell='reset_before'"
         assert found[2].why_not["cudnn"] == "it does not have resets"
+        assert found[3].why_not["cudnn"] == "it does not have the values of the gates"
 
     def test_triton_where_it_was_faster(self, cuda_calls, hopper, monkeypatch):
         point = Point(90, "infer", "tf32", 8, 3, 5, "grid", 1.5)

@@ -130,6 +130,37 @@ def test_torch_would_find_no_weights_that_have_changed():
         assert rnn._weights_have_changed() is False
 
 
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return weight * 1.0
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        (gru_fast.GRU, {}),
+        (gru_fast.GRU, {"recurrent_dropout": 0.5}),
+        (gru_fast.LayerNormGRU, {"recurrent_dropout": 0.5}),
+        (gru_fast.GRUCell, {}),
+    ],
+    ids=str,
+)
+def test_a_call_evaluates_a_parametrization_once(module, options, grad):
+    rnn, counted = module(3, 4, **options), Counted()
+    name = "weight_hh" if module is gru_fast.GRUCell else "weight_hh_l0"
+    nn.utils.parametrize.register_parametrization(rnn, name, counted)
+    counted.calls = 0
+    with torch.set_grad_enabled(grad):
+        rnn(torch.randn(2, 3))
+        assert counted.calls == 1
+        gru_fast.explain(rnn, torch.randn(2, 3))
+        assert counted.calls == 2
+
+
 def test_weights_can_be_swapped():
     """torch.nn.GRU refuses: its stored list refers to them."""
     rnn, other = gru_fast.GRU(3, 4), gru_fast.GRU(3, 4)
