@@ -20,10 +20,9 @@ from gru_fast.recurrent import (
     options_repr,
     refuse_tracing,
 )
+from gru_fast.reference import GATES, WEIGHTS
 
 __all__ = ["GRUCell"]
-
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class GRUCell(Unscriptable, nn.RNNCellBase):
@@ -73,16 +72,15 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
         check_choice("backend", backend, NAMES)
         self.cell = cell
         self.backend = backend
-        rows = 2 if cell == "no_reset" else 3
-        super().__init__(input_size, hidden_size, bias, rows, device=device, dtype=dtype)
+        super().__init__(input_size, hidden_size, bias, GATES[cell], device=device, dtype=dtype)
 
     @property
     def _flat_weights(self) -> list[Any]:
         params = self._parameters
         try:
-            return [params[name] for name in _WEIGHTS]
+            return [params[name] for name in WEIGHTS]
         except KeyError:
-            return [getattr(self, name, None) for name in _WEIGHTS]
+            return [getattr(self, name, None) for name in WEIGHTS]
 
     def extra_repr(self) -> str:
         """`torch.nn.GRUCell`'s, and the extras that are not at their defaults."""
@@ -113,7 +111,7 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
         h = direct.gru_cell(input, hx, weights, self.cell, self.backend)
         if h is not None:
             return h
-        for name, weight in zip(_WEIGHTS[:2], weights, strict=False):
+        for name, weight in zip(WEIGHTS[:2], weights, strict=False):
             if weight is None and getattr(self, name) is None:
                 raise TypeError(f"{name} should be a Tensor, got: NoneType")
         dtype = weights[0].dtype

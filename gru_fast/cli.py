@@ -32,6 +32,7 @@ from gru_fast.commands import Commands, Count, Finite
 from gru_fast.errors import InputError
 from gru_fast.gru import GRU
 from gru_fast.language_model import GRULanguageModel
+from gru_fast.recurrent import CANDIDATES, DEFAULT_CELL
 from gru_fast.reference_sampling import seed_from_generator
 from gru_fast.tokenizers import EOS, CharacterTokenizer, Tokenizer, WordTokenizer
 from gru_fast.trace import plot_gates, trace
@@ -39,7 +40,6 @@ from gru_fast.training import Lines, Report, Text, TrainingOptions, lines_loss, 
 
 __all__ = ["cli"]
 
-CELLS = ("reset_after", "reset_before", "no_reset")
 _NOVELTY_ROWS = 1000
 
 _SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
@@ -79,7 +79,7 @@ _beside_option = click.option(
 @click.option("--text", "mode", flag_value="text", help="Running text.")
 @click.option("--words", is_flag=True, help="Tokens are words between white space.")
 @click.option("--max-words", type=Count(1), help="Keep the most frequent words only.")
-@click.option("--cell", type=click.Choice(CELLS), default=CELLS[0])
+@click.option("--cell", type=click.Choice(list(CANDIDATES)), default=DEFAULT_CELL)
 @click.option("--hidden", type=Count(1), default=256, help="Units of a layer.")
 @click.option("--layers", type=Count(1), default=1)
 @click.option("--embedding", type=Count(1), help="Size; without it inputs are one-hot.")

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import GRUCell as TorchGRUCell
 
 from gru_fast.cell import GRUCell
+from gru_fast.reference import WEIGHTS
 
 __all__ = ["chrono_", "orthogonal_", "per_gate_"]
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @torch.no_grad()
@@ -52,8 +51,8 @@ def per_gate_(module: Module, kind: str, function: Callable[..., Any], **options
     Example:
         >>> gru = per_gate_(gru_fast.GRU(8, 16), "weight_ih", nn.init.xavier_uniform_)
     """
-    if kind not in _KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(_KINDS)}, got {kind!r}")
+    if kind not in WEIGHTS:
+        raise ValueError(f"kind: expected one of {', '.join(WEIGHTS)}, got {kind!r}")
     for parameter in list(_parameters(module, kind)):
         heads = getattr(module, "num_heads", 1) if kind == "weight_hh" else 1
         for block in parameter.chunk(_gates(module) * heads):
