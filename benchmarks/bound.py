@@ -21,15 +21,14 @@ BYTES = {"float32": 4, "tf32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 
 def bandwidth_of(peaks: Peaks, bytes_per_thread: float) -> float | None:
-    """B/s at which all threads read that many bytes each, over and over.
+    """B/s that all threads cannot exceed when they read that many bytes each, over and over.
 
-    The best rate of any measured working set that is at least as large; beyond the largest, that
-    one's.
+    That of the next smaller working set that was measured, since fewer bytes are never read more
+    slowly; or of a larger one, where a busy machine made that the better one.
     """
-    larger = [rate for size, rate in peaks.bandwidth.items() if size >= bytes_per_thread]
-    if larger:
-        return max(larger)
-    return peaks.bandwidth[max(peaks.bandwidth)] if peaks.bandwidth else None
+    smaller = [size for size in peaks.bandwidth if size <= bytes_per_thread]
+    least = max(smaller, default=0)
+    return max((rate for size, rate in peaks.bandwidth.items() if size >= least), default=None)
 
 
 def lower_bound(case: Case, suite: str, dtype: str, threads: int, peaks: Peaks) -> float | None:

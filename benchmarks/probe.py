@@ -11,6 +11,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ KIB = 1024
 WORKING_SETS = [k * KIB for k in (16, 24, 48, 96, 192, 384, 768, 1536, 3072, 6144, 12288, 65536)]
 """Bytes per thread at which the read bandwidth is measured."""
 
+ORDER = "forwards or to and fro"
+"""In which they are read: the better counts. Older files do not say it and read forwards only."""
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -33,7 +39,8 @@ class Peaks:
     Attributes:
         flops: FLOP/s by dtype, a multiply-add counted as two; a dtype without instructions of its
             own is not there.
-        bandwidth: bytes per thread to the B/s that all threads together read them with.
+        bandwidth: bytes per thread to the B/s that all threads together read them with, in the
+            better of two orders: always forwards, and to and fro.
     """
 
     flops: dict[str, float]
@@ -54,8 +61,11 @@ class ProbeError(RuntimeError):
     """The probe cannot be compiled or loaded here; the message says why."""
 
 
-def compile_probe(folder: Path | None = None) -> Path:
+def compile_probe(folder: Path) -> Path:
     """The shared library for this processor; compiled once per source, compiler and processor.
+
+    Args:
+        folder: where it is, or is written.
 
     Raises:
         ProbeError: no compiler, or it refuses.
@@ -66,11 +76,9 @@ def compile_probe(folder: Path | None = None) -> Path:
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     identity = [SOURCE.read_text(), *FLAGS, *command, version, cpu_model(), platform.machine()]
     digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    folder = folder or ROOT / "build" / "benchmarks"
     library = folder / f"probe-{digest}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = library.with_suffix(f".{os.getpid()}")
     build = subprocess.run(
         [*command, *FLAGS, str(SOURCE), "-o", str(temporary)], capture_output=True, text=True
@@ -81,9 +89,25 @@ def compile_probe(folder: Path | None = None) -> Path:
     return library
 
 
+@contextmanager
+def _build_folder() -> Iterator[Path]:
+    """The checkout's, which keeps the library; a temporary one if that cannot be written to."""
+    kept = ROOT / "build" / "benchmarks"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass
+    if os.access(kept, os.W_OK):
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compile_probe()))
+    with _build_folder() as folder:
+        library = ctypes.CDLL(str(compile_probe(folder)))
     library.peak_flops.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_double]
     library.read_bandwidth.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_double]
     for measurement in (library.peak_flops, library.read_bandwidth, library.exchange_seconds):
@@ -124,7 +148,7 @@ def measure(threads: int, seconds: float = 0.003) -> Peaks:
 
     Args:
         threads: how many run at the same time.
-        seconds: of one run; the best of forty counts.
+        seconds: of one run; the best of forty counts, of the bandwidth twenty in each order.
 
     Raises:
         ProbeError: no compiler, or it refuses.

@@ -106,7 +106,7 @@ def figures(peaks: dict[int, probe.Peaks], other_cpu: float | None) -> list[dict
             found.append({"name": f"fma_{dtype}", "value": rate, "unit": "FLOP/s", **more})
         for size, rate in peak.bandwidth.items():
             entry = {"name": "read_bandwidth", "value": rate, "unit": "B/s", **more}
-            found.append({**entry, "bytes_per_thread": size})
+            found.append({**entry, "bytes_per_thread": size, "order": probe.ORDER})
     return found
 
 

@@ -2,6 +2,7 @@
 // What the machine can do at best: multiply-adds per second, read bandwidth by working set, and how
 // long a cache line takes from one core to another.
 // Compiled on demand for the machine it runs on; called from benchmarks/probe.py.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -74,16 +75,18 @@ __attribute__((noinline)) void dot_bfloat16(long rounds) {
 }
 #endif
 
-void read_all(const float* data, size_t count) {
+// Once over the floats, many vectors abreast; from the last to the first if `back`.
+void read_all(const float* data, size_t count, bool back) {
   using V = Vector<float>::type;
   constexpr int kAbreast = 8;
+  constexpr size_t kFloats = kAbreast * Vector<float>::kLanes;
   V sums[kAbreast] = {};
-  for (size_t i = 0; i + kAbreast * Vector<float>::kLanes <= count;
-       i += kAbreast * Vector<float>::kLanes) {
+  for (size_t i = 0; i + kFloats <= count; i += kFloats) {
+    const float* from = data + (back ? count - kFloats - i : i);
 #pragma GCC unroll 8
     for (int k = 0; k < kAbreast; k++) {
       V value;
-      std::memcpy(&value, data + i + k * Vector<float>::kLanes, sizeof value);
+      std::memcpy(&value, from + k * Vector<float>::kLanes, sizeof value);
       sums[k] += value;
     }
   }
@@ -112,10 +115,12 @@ double run_on(int threads, const Body& body) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// The best of many short runs of about `seconds` each: work(t, n) does n units of work on thread t.
-// Short, so that some fall between two interruptions by other processes.
+constexpr int kRuns = 40;
+
+// The best of so many runs of about `seconds` each: work(t, n) does n units of work on thread t.
+// Short ones, so that some fall between two interruptions by other processes.
 template <typename Work>
-double best_rate(int threads, double seconds, double per_unit, const Work& work) {
+double best_rate(int threads, double seconds, double per_unit, const Work& work, int runs = kRuns) {
   long units = 1;
   double taken = run_on(threads, [&](int t) { work(t, units); });
   while (taken < seconds / 2) {
@@ -123,7 +128,7 @@ double best_rate(int threads, double seconds, double per_unit, const Work& work)
     taken = run_on(threads, [&](int t) { work(t, units); });
   }
   double best = taken;
-  for (int repeat = 0; repeat < 40; repeat++) {
+  for (int run = 0; run < runs; run++) {
     const double again = run_on(threads, [&](int t) { work(t, units); });
     if (again < best) best = again;
   }
@@ -187,20 +192,27 @@ extern "C" double peak_flops(int kind, int threads, double seconds) {
 }
 
 // Bytes per second read by all threads together, each from a block of its own; 0 if out of memory.
+// The better of two orders: always forwards, which a cache that drops what was used longest ago
+// never serves once the block is larger than it, and to and fro, where it serves the end of the
+// last pass.
 extern "C" double read_bandwidth(int threads, size_t bytes_per_thread, double seconds) {
-  const size_t block = bytes_per_thread / 4096 * 4096, stride = block + 4096;
-  char* data = static_cast<char*>(std::aligned_alloc(4096, stride * threads));
+  const size_t block = bytes_per_thread / 4096 * 4096, distance = block + 4096;
+  char* data = static_cast<char*>(std::aligned_alloc(4096, distance * threads));
   if (data == nullptr || block == 0) return 0;
-  std::memset(data, 0, stride * threads);
-  const double rate = best_rate(threads, seconds, static_cast<double>(block), [=](int t, long n) {
-    const float* mine = reinterpret_cast<const float*>(data + t * stride);
-    for (long k = 0; k < n; k++) {
-      read_all(mine, block / sizeof(float));
-      asm volatile("" ::: "memory");
-    }
-  });
+  std::memset(data, 0, distance * threads);
+  double best = 0;
+  for (const bool turning : {false, true}) {
+    const auto read = [=](int t, long n) {
+      const float* mine = reinterpret_cast<const float*>(data + t * distance);
+      for (long k = 0; k < n; k++) {
+        read_all(mine, block / sizeof(float), turning && k % 2 == 1);
+        asm volatile("" ::: "memory");
+      }
+    };
+    best = std::max(best, best_rate(threads, seconds, static_cast<double>(block), read, kRuns / 2));
+  }
   std::free(data);
-  return rate;
+  return best;
 }
 
 // The best of some short runs: in others something came between.
