@@ -21,12 +21,13 @@ import torch
 
 from benchmarks import timing
 from benchmarks.cases import Case, square
+from benchmarks.errors import describe_error
 from benchmarks.machine import OtherLoad
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_gru_fast import Layer
 from benchmarks.providers_torch import TorchGRU
-from benchmarks.runner import Found, Setting, admit, describe_error
+from benchmarks.runner import Found, Setting, admit
 
 CONTENTION = "contention"
 Figure = dict[str, Any]

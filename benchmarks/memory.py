@@ -22,11 +22,15 @@ import torch
 
 from benchmarks import ROOT
 from benchmarks.cases import Case
+from benchmarks.errors import describe_error
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider, all_providers
 
 Footprint = dict[str, Any]
 """{"cold_s": seconds, "peak_bytes": bytes or None}"""
+
+ANSWER = "footprint:"
+"""Begins the lines of the process that are for us: packages print some of their own."""
 
 
 def _status(key: str) -> int:
@@ -68,8 +72,11 @@ def cuda_footprint(call: Callable[[], Any]) -> Footprint:
 
 def in_fresh_process(
     problem: Problem, threads: int, providers: list[str], timeout_s: float = 300
-) -> dict[str, Footprint]:
-    """`cpu_footprint` of each provider; those that fail there are missing."""
+) -> tuple[dict[str, Footprint], list[str]]:
+    """`cpu_footprint` of each provider, and why some are missing.
+
+    Those that fail there are, and if the process ends or takes too long, all that come after.
+    """
     job = {
         "case": problem.case.as_dict(),
         "suite": problem.suite,
@@ -79,10 +86,24 @@ def in_fresh_process(
         "providers": providers,
     }
     command = [sys.executable, "-m", "benchmarks.memory", json.dumps(job)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s)
-    if run.returncode:
-        raise RuntimeError(f"benchmarks.memory failed: {run.stderr.strip()[-500:]}")
-    return dict(json.loads(run.stdout.splitlines()[-1]))
+    try:
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=timeout_s)
+        said, why = run.stdout, run.stderr.decode(errors="replace").strip()[-300:]
+        why = f"exit code {run.returncode} {why}"
+    except subprocess.TimeoutExpired as error:
+        said, why = error.stdout or b"", f"not done after {timeout_s:g} s"
+    found, errors = {}, {}
+    for line in said.decode(errors="replace").splitlines():
+        mark, _, answer = line.partition(" ")
+        if mark == ANSWER:
+            name, footprint, wrong = json.loads(answer)
+            if wrong is None:
+                found[name] = footprint
+            else:
+                errors[name] = wrong
+    missing = (name for name in providers if name not in found)
+    what = f"{problem.suite} {problem.case}: neither first call nor peak memory"
+    return found, [f"{name} on {what}: {errors.get(name, why)}" for name in missing]
 
 
 def _job(job: dict[str, Any]) -> tuple[Problem, Problem, list[Provider]]:
@@ -102,14 +123,23 @@ def _main(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     problem, tiny, providers = _job(job)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))
-    chosen = [p for p in providers if p.name in job["providers"]]
-    for provider in chosen:
-        provider.prepare(tiny, job["threads"]).call()
-    found = {}
-    for provider in chosen:
-        found[provider.name] = cpu_footprint(provider.prepare(problem, job["threads"]).call)
+    chosen = {p.name: p for p in providers if p.name in job["providers"]}
+
+    def answer(name: str, footprint: Footprint | None, wrong: str | None) -> None:
+        print(f"\n{ANSWER}", json.dumps([name, footprint, wrong]), flush=True)
+
+    for name, provider in list(chosen.items()):
+        try:
+            provider.prepare(tiny, job["threads"]).call()
+        except Exception as error:
+            answer(name, None, describe_error(error))
+            del chosen[name]
+    for name, provider in chosen.items():
+        try:
+            answer(name, cpu_footprint(provider.prepare(problem, job["threads"]).call), None)
+        except Exception as error:
+            answer(name, None, describe_error(error))
         time.sleep(provider.spins_s)
-    print(json.dumps(found))
 
 
 if __name__ == "__main__":

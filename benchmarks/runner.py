@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import memory, probe, timing
 from benchmarks.cases import DTYPES, SUITES
+from benchmarks.errors import describe_error
 from benchmarks.machine import OtherLoad, processors
 from benchmarks.parity import judge
 from benchmarks.precision import float32_as
@@ -93,13 +94,6 @@ class Gate:
         """None, or what is wrong."""
         truth = [provider.asked(problem.truth) for problem in self.draws]
         return judge(self._run(provider), self._yardstick(), truth, self.draws[0].dtype)
-
-
-def describe_error(error: Exception) -> str:
-    """Type and first line, with the next where the first only announces it."""
-    lines = str(error).strip().splitlines() or [""]
-    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-    return f"{type(error).__name__}: {said[:300]}"
 
 
 def is_lost(error: Exception) -> bool:
@@ -230,7 +224,7 @@ def _blank(provider: Provider, problem: Problem, setting: Setting) -> Record:
 def _measure(problem: Problem, found: Admitted, setting: Setting) -> None:
     """Fill in the numbers of those that passed the gate."""
     records, baseline = found.records, found.baseline
-    _footprints(problem, found.ready, records, setting)
+    found.notes += _footprints(problem, found.ready, records, setting)
     calls = found.working_calls()
     if not calls:
         return
@@ -265,12 +259,13 @@ def _footprints(
     ready: dict[str, Prepared],
     records: Mapping[str, Record],
     setting: Setting,
-) -> None:
+) -> list[str]:
+    """Fill in first call and peak memory; notes on who has none, and why."""
     if not setting.footprint or not ready:
-        return
-    found = {}
+        return []
+    found, notes = {}, []
     if problem.device == "cpu":
-        found = memory.in_fresh_process(problem, setting.threads, list(ready))
+        found, notes = memory.in_fresh_process(problem, setting.threads, list(ready))
     else:
         for name in list(ready):
             try:
@@ -283,3 +278,4 @@ def _footprints(
     for name, footprint in found.items():
         records[name].cold_s = footprint["cold_s"]
         records[name].peak_bytes = footprint["peak_bytes"]
+    return notes

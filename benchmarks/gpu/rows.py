@@ -16,6 +16,7 @@ from benchmarks import providers_cuda_peers, providers_pararnn, timing
 from benchmarks.bound import gpu_floor
 from benchmarks.cases import RL, Case, square
 from benchmarks.diagonal import Diagonal, DiagonalProblem
+from benchmarks.errors import describe_error
 from benchmarks.gpu import micro, samplers
 from benchmarks.machine import OtherLoad
 from benchmarks.precision import float32_as
@@ -25,7 +26,7 @@ from benchmarks.providers_cuda import CapturedCellLoop
 from benchmarks.providers_kernels import Kernel, kernel_names
 from benchmarks.providers_torch import SplitAndPad, TorchGRU
 from benchmarks.records import Record
-from benchmarks.runner import Setting, describe_error, is_lost, run_problem
+from benchmarks.runner import Setting, is_lost, run_problem
 from benchmarks.sample.gate import TOKENS
 
 HIDDEN = (32, 64, 100, 128, 160, 192, 256, 512, 1024, 2048)

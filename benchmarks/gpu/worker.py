@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.errors import describe_error
 from benchmarks.gpu.rows import Row, Session, all_rows
 from benchmarks.records import Results, read
 from benchmarks.report import row as line
-from benchmarks.runner import describe_error, is_lost
+from benchmarks.runner import is_lost
 
 RESULTS, RUNNING = "gpu.json", "running"
 LOST = 3
