@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -229,7 +228,7 @@ def verdicts(
     start = time.monotonic()
 
     def look(group: Group, effort: timing.Effort, until: float) -> list[Verdict]:
-        if group[0].ours.threads > (os.cpu_count() or 1):
+        if group[0].ours.threads > machine.processors():
             return [Verdict(c, why_not="too few processors") for c in group]
         if calls(effort) * one_call_each(group) > until - time.monotonic():
             return [Verdict(c, why_not=NO_TIME) for c in group]

@@ -8,7 +8,6 @@ of its own one-thread time alone.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ import torch
 from benchmarks import timing
 from benchmarks.cases import Case, square
 from benchmarks.errors import describe_error
-from benchmarks.machine import OtherLoad
+from benchmarks.machine import OtherLoad, processors
 from benchmarks.problem import Problem
 from benchmarks.providers import Provider
 from benchmarks.providers_gru_fast import Layer
@@ -187,13 +186,6 @@ def cpus_used(call: Callable[[], Any], seconds: float) -> float:
     return (time.process_time() - cpu) / taken
 
 
-def cpus() -> int:
-    """That this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run(quick: bool, threads: int) -> Iterator[Found]:
     """Problem by problem.
 
@@ -211,7 +203,7 @@ def run(quick: bool, threads: int) -> Iterator[Found]:
                 feature = f"{CONTENTION}/{suite}"
                 problem = Problem(case, suite, "float32", "cpu", feature=feature)
                 # New ones for each problem: one that died costs no other problem's figures.
-                with neighbours(cpus()) as others:
+                with neighbours(processors()) as others:
                     found = measure(problem, providers, others, setting)
                 yield found
     finally:

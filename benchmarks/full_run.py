@@ -8,7 +8,6 @@ has ended: what fails or is interrupted costs no other file, and leaves FILE.par
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ class Part:
     """What makes one file.
 
     Attributes:
-        arguments: of `python -m benchmarks`; {cpus} is the number of processors.
+        arguments: of `python -m benchmarks`; {cpus} is the number of processors that it may use.
         expected: minutes on two cores.
         shapes: other than the suite's own.
     """
@@ -36,7 +35,7 @@ class Part:
     shapes: str | None = None
 
     def command(self, quick: bool) -> list[str]:
-        found = self.arguments.format(cpus=os.cpu_count() or 1).split()
+        found = self.arguments.format(cpus=machine.processors()).split()
         if quick:
             return [*found, "--quick"]
         return found if self.shapes is None else [*found, "--shapes", self.shapes]

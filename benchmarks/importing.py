@@ -8,7 +8,6 @@ building a wheel from a copy of the tracked files, with all processors: its time
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ROOT, program, report, timing
+from benchmarks import ROOT, machine, program, report, timing
 
 IMPORTS = """
 import json, sys, time
@@ -96,7 +95,7 @@ def wheel() -> list[dict[str, Any]]:
         (built,) = out.glob("*.whl")
         library = [path.stat().st_size for path in source.glob("build/**/*.so")]
         found = [
-            figure("wheel_build", "s", [taken], processors=os.cpu_count()),
+            figure("wheel_build", "s", [taken], processors=machine.processors()),
             figure("wheel", "B", [float(built.stat().st_size)]),
         ]
         return found + [figure("library", "B", [float(size)]) for size in library[:1]]

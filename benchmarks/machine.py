@@ -39,9 +39,11 @@ def cpu_model() -> str:
     return found
 
 
-def processors() -> int | None:
-    """How many this process may use; None where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+def processors() -> int:
+    """How many this process may use; where the system does not say, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def caches() -> dict[str, str]:

@@ -62,29 +62,29 @@ def make_folder(path: Path) -> None:
 
 
 def threads_of(given: str | None, quick: bool) -> list[int]:
-    """The numbers of threads to run with.
+    """The numbers of threads to run with, each once.
 
     Raises:
-        ValueError: not a list of positive numbers, or more than there are processors.
+        ValueError: not a list of positive numbers, or more than the processors that it may use.
     """
-    processors = os.cpu_count() or 1
+    processors = machine.processors()
     if given is None:
         return [1] if quick else sorted({1, processors})
     numbers = [int(n) if n.isdecimal() else 0 for n in given.split(",")]
     if min(numbers) < 1:
         raise ValueError(f"threads: expected a list of numbers from 1 on, got {given!r}")
     if max(numbers) > processors:
-        raise ValueError(f"threads: this machine has {processors} processors, got {given!r}")
-    return numbers
+        raise ValueError(f"threads: this process may use {processors} processors, got {given!r}")
+    return list(dict.fromkeys(numbers))
 
 
 def some_of(option: str, given: str, known: Collection[str]) -> list[str]:
-    """The names of a comma-separated list.
+    """The names of a comma-separated list, each once.
 
     Raises:
         ValueError: one that is not known.
     """
-    names = given.split(",")
+    names = list(dict.fromkeys(given.split(",")))
     for name in names:
         if name not in known:
             raise ValueError(f"{option}: expected a list of {', '.join(known)}, got {name!r}")

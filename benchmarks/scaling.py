@@ -7,14 +7,13 @@ fitted to the larger half of the sizes, is 1 where time is proportional.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks import cases, program, report, timing
+from benchmarks import cases, machine, program, report, timing
 from benchmarks.problem import Problem
 from benchmarks.providers_gru_fast import Layer
 from benchmarks.providers_torch import TorchGRU
@@ -83,7 +82,7 @@ def main(suite: str, arguments: list[str]) -> int:
         threads = program.threads_of(options.threads, options.quick)
     except ValueError as error:
         return program.complain(suite, error)
-    run = program.Run(options, [*threads, os.cpu_count() or 1])
+    run = program.Run(options, [*threads, machine.processors()])
     effort = timing.DRY if options.quick else EFFORT
     base = cases.square(8, 2, 4) if options.quick else BASE
     providers = [TorchGRU("cpu"), Layer("cpu")]
@@ -103,7 +102,7 @@ def main(suite: str, arguments: list[str]) -> int:
             wanted = sizes[:3] if options.quick else sizes
             records = [r for size in wanted for r in measure(at(axis, size, base), n)]
             _keep(run, slopes(records, axis))
-    every = range(1, (os.cpu_count() or 1) + 1)
+    every = range(1, machine.processors() + 1)
     records = [r for n in every for r in measure(base, n)]
     _keep(run, slopes(records, "threads"))
     return run.finish()

@@ -70,7 +70,7 @@ def test_the_command(tmp_path, capsys, two_threads):
     everybody = list(product(("train", "infer"), ("gru_fast.cpu", "nn.GRU"), (1, 2)))
     assert [(f["suite"], f["provider"], f["threads"]) for f in figs] == everybody
     for f in figs:
-        assert f["neighbours"] == contention.cpus() and f["rounds"] >= 2
+        assert f["neighbours"] == machine.processors() and f["rounds"] >= 2
         assert f["value"] > 0 and f["alone"] > 0 and f["cpus_used"] > 0
         assert f["alone"] == 1 or f["threads"] > 1
     figs = [f for f in found.figures if f["name"] == "interrupt"]

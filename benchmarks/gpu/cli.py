@@ -104,7 +104,7 @@ def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
     print(f"a line for each row: {plan.out / 'rows.log'}", flush=True)
     notes = []
     if names and left():
-        processes = 1 if options.dry else min(16, os.cpu_count() or 1)
+        processes = 1 if options.dry else min(16, machine.processors())
         notes.append(supervisor.precompile(plan, processes))
     notes += supervisor.drive(plan, until)
     results = read(path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ import torch
 
 from benchmarks import program
 from benchmarks.cases import DTYPES
+from benchmarks.machine import processors
 from benchmarks.precision import float32_as
 from gru_fast import kernels
 from gru_fast.kernels import registry
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> int:
     wanted = set(filter(None, options.only.split(",")))
     every = [c for c in candidates() if wanted <= {c.kernel, c.dtype, f"H{c.H}", c.direction}]
     start = time.monotonic()
-    workers = min(16, os.cpu_count() or 1)
+    workers = min(16, processors())
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         reasons = list(pool.map(prepare, every))
     print(f"{len(every)} candidates compiled in {time.monotonic() - start:.0f} s", flush=True)
