@@ -40,9 +40,15 @@ def add_common(found: argparse.ArgumentParser) -> None:
 
 
 def new_file(path: str) -> Path:
-    """The file that --json names, refused before anything is measured if it cannot be written."""
-    found = Path(path)
-    if found.is_dir() or not os.access(found.parent, os.W_OK):
+    """The file that --json names, refused before anything is measured if it cannot be written.
+
+    Writing replaces what is there (`records.write_json`), so that a device or a pipe would be gone,
+    and a link that was not followed too.
+    """
+    found = Path(os.path.realpath(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise argparse.ArgumentTypeError(f"expected a new file or a regular one, got {path!r}")
+    if not (found.parent.is_dir() and os.access(found.parent, os.W_OK)):
         raise argparse.ArgumentTypeError(f"expected a file in a folder to write in, got {path!r}")
     return found
 

@@ -386,7 +386,6 @@ class TestCommandLine:
     def test_what_cannot_be_written_or_read_is_said_before_measuring(self, tmp_path, capsys):
         for option, path, message in (
             ("--json", tmp_path / "no folder" / "x.json", "a folder to write in"),
-            ("--json", tmp_path, "a folder to write in"),
             ("--compare", tmp_path / "nothing.json", "No such file"),
             ("--compare", ROOT / "README.md", "README.md"),
         ):
