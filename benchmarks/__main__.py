@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks SUITE ...`, from the repository root."""
 
+import signal
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -45,8 +46,17 @@ def complaint() -> str | None:
     return None
 
 
-def main() -> int:
-    arguments = sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    """Run; the exit code, after Ctrl-C a shell's for that."""
+    try:
+        return command(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def command(arguments: list[str]) -> int:
+    """Choose what to run, and run it; the exit code."""
     if arguments[:1] == ["gpu"]:
         from benchmarks.gpu import cli as gpu_cli
 
@@ -63,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -107,9 +107,9 @@ def parse(text: str) -> list[Case]:
 
 
 def _parse_one(name: str) -> Case:
-    parts = [re.fullmatch(r"([IHBTLVR])([\d.]+)", part) for part in name.split("-")]
-    sizes = {part[1]: part[2] for part in parts if part}
-    if not all(parts) or not {"H", "B", "T"} <= set(sizes):
+    parts = [re.fullmatch(r"([IHBTLV])(\d+)|(R)(\d*\.?\d+)", part) for part in name.split("-")]
+    sizes = {part[1] or part[3]: part[2] or part[4] for part in parts if part}
+    if len(sizes) < len(parts) or not {"H", "B", "T"} <= set(sizes):
         raise ValueError(
             f"shapes: expected one of {', '.join(PRESETS)} or a shape like H64-B1-T256, "
             f"got {name!r}"

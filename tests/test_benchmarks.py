@@ -51,9 +51,21 @@ class TestCases:
         for case in [*cases.TABLE, *cases.RL, cases.Case(3, 5, 2, 9)]:
             assert cases.parse(str(case)) == [case]
 
-    @pytest.mark.parametrize("text", ["nope", "H64-B1", "H64-B1-T0", "H64-B1-T2-R1", ""])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "nope",
+            "H64-B1",
+            "H64-B1-T0",
+            "H64-B1-T2-R1",
+            "H8.5-B1-T4",
+            "H8-B1-T4-R0.1.2",
+            "H8-H9-B1-T4",
+            "",
+        ],
+    )
     def test_others_are_refused(self, text):
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match=r"^(shapes|sizes|resets): expected"):
             cases.parse(text)
 
 

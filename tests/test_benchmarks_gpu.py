@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,12 @@ class TestGpuProgram:
         plan = a_plan(tmp_path, row_limit_s=0.2)
         plan = replace(plan, row_limit_s=20 / supervisor.PEERS_TIMES)
         assert supervisor.watch(subprocess.Popen(command), plan, time.time() + 60) is None
+
+    def test_a_row_that_ends_between_two_looks(self, tmp_path, monkeypatch):
+        """The file was there a moment ago."""
+        monkeypatch.setattr(Path, "exists", lambda self: True)
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.3)"])
+        assert supervisor.watch(process, a_plan(tmp_path), time.time() + 60) is None
 
     def test_retry_forgets_failures_only(self, tmp_path):
         machine = {"cpu": "x", "versions": {}, "commit": None, "gpu": None}

@@ -112,7 +112,10 @@ def watch(process: subprocess.Popen[bytes], plan: Plan, until: float) -> str | N
     while process.poll() is None:
         time.sleep(0.1)
         now = time.time()
-        current = running.read_text() if running.exists() else ""
+        try:
+            current = running.read_text()
+        except FileNotFoundError:  # between two rows
+            current = ""
         if current != name:
             name, since = current, now
         limit = plan.row_limit_s * (PEERS_TIMES if name.startswith(PEERS) else 1)
