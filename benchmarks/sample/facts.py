@@ -9,7 +9,6 @@ show that it works.
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import interrupts, timing
-from benchmarks.machine import OtherLoad
+from benchmarks.machine import OtherLoad, processors
 from benchmarks.markdown import details
 from gru_fast import _C, GRU, GRULanguageModel, Sampler, Stream, packed, reference_sampling
 from gru_fast.corpus import read_text, split_lines
@@ -153,7 +152,7 @@ def threads(quick: bool) -> list[Figure]:
             scale.append(2 * alone / together(both))
         found.append({
             "name": f"threads.{name}", "value": float(np.median(scale)), "unit": "x one thread",
-            "H": H, "cpus": os.cpu_count(), "other_cpu": load.share(),
+            "H": H, "cpus": processors(), "other_cpu": load.share(),
         })  # fmt: skip
     return found
 
@@ -284,7 +283,7 @@ def trained(quick: bool) -> tuple[GRULanguageModel, Lines]:
 
 def narrow(quick: bool) -> list[Figure]:
     """Nats per character that narrow weights cost on held-out names."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(processors())
     model, data = trained(quick)
     rows = [data.rows(i[None])[0] for i in data.held_out]
     exact, found = lines_loss(model, rows), []

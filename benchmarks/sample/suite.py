@@ -10,11 +10,12 @@ import torch
 from benchmarks import machine, probe, timing
 from benchmarks.bound import bandwidth_of
 from benchmarks.cases import Case
+from benchmarks.errors import describe_error
 from benchmarks.providers_onnx import SPINS_S
 from benchmarks.records import Record
 from benchmarks.report import threads as threads_of
 from benchmarks.report import warnings
-from benchmarks.runner import describe_error, note_claims, note_times
+from benchmarks.runner import note_claims, note_times
 from benchmarks.sample.gate import Gate, sharpened
 from benchmarks.sample.providers import BASELINE, STEADY, providers
 from gru_fast import GRULanguageModel
