@@ -248,7 +248,8 @@ def train(
 ) -> Report:
     """Train until the last step, going on from the checkpoint if that file exists.
 
-    It seeds torch's default generators at every step.
+    It seeds torch's default generators at every step. The model is in eval mode afterwards, also
+    after an error or an interrupt in a step.
 
     Args:
         model: The model, on the device of the data.
@@ -277,37 +278,39 @@ def train(
         report.held_out.append((0, data.held_out_loss(model)))
     every = max(1, options.steps // 20)
     saved, seconds, seen = time.monotonic(), 0.0, 0
-    model.train()
     stopped = False
-    while step < options.steps and not stopped:
-        step += 1
-        began = time.perf_counter()
-        torch.manual_seed(_seed(options.seed, step))
-        for group in optimiser.param_groups:
-            group["lr"] = options.lr * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2
-        loss, hidden, tokens = data.loss(model, step, hidden)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-        report.losses.append(loss.item())
-        _check_finite("loss", report.losses[-1], step, options)
-        _check_finite("gradient's norm", norm.item(), step, options)
-        optimiser.step()
-        seconds += time.perf_counter() - began
-        seen += tokens
-        report.tokens_per_second = seen / seconds
-        report.finished = step == options.steps
-        if step % every == 0 or report.finished:
-            report.held_out.append((step, data.held_out_loss(model)))
-            _check_finite("held-out loss", report.held_out[-1][1], step, options)
-        stopped = should_stop()
-        due = time.monotonic() - saved >= save_every or report.finished or stopped
-        if checkpoint is not None and due:
-            _save(checkpoint, model, optimiser, step, hidden, report)
-            saved = time.monotonic()
-        on_step(step, report)
+    model.train()
+    try:
+        while step < options.steps and not stopped:
+            step += 1
+            began = time.perf_counter()
+            torch.manual_seed(_seed(options.seed, step))
+            for group in optimiser.param_groups:
+                group["lr"] = options.lr * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2
+            loss, hidden, tokens = data.loss(model, step, hidden)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            report.losses.append(loss.item())
+            _check_finite("loss", report.losses[-1], step, options)
+            _check_finite("gradient's norm", norm.item(), step, options)
+            optimiser.step()
+            seconds += time.perf_counter() - began
+            seen += tokens
+            report.tokens_per_second = seen / seconds
+            report.finished = step == options.steps
+            if step % every == 0 or report.finished:
+                report.held_out.append((step, data.held_out_loss(model)))
+                _check_finite("held-out loss", report.held_out[-1][1], step, options)
+            stopped = should_stop()
+            due = time.monotonic() - saved >= save_every or report.finished or stopped
+            if checkpoint is not None and due:
+                _save(checkpoint, model, optimiser, step, hidden, report)
+                saved = time.monotonic()
+            on_step(step, report)
+    finally:
+        model.eval()
     report.finished = step >= options.steps
-    model.eval()
     return report
 
 

@@ -262,6 +262,7 @@ def test_a_loss_that_is_not_finite_stops_it():
 
     with pytest.raises(InputError, match="the loss is inf at step 1; use a learning rate below"):
         train(model, Data(), options)
+    assert not model.training
     with torch.no_grad():
         model.head.bias.zero_()
     Data.held_out = float("nan")
