@@ -49,6 +49,12 @@ def test_blocks_run(page, tmp_path, monkeypatch):
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
 
 
+def test_the_readmes_samplers_need_no_other_block():
+    text = (ROOT / "README.md").read_text("utf-8")
+    (block,) = [block for block in BLOCK.findall(text) if "Stream(" in block]
+    exec(block, {})
+
+
 def anchors(page):
     """The names of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
