@@ -9,6 +9,7 @@ from gru_fast import gpu_sampling, packed, sampling
 from gru_fast.explain import Explanation
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference import GATES
+from gru_fast.sampled_model import check_language_model
 from gru_fast.token_ids import TokenIds, padded
 
 __all__ = ["explain_generate"]
@@ -40,12 +41,12 @@ def explain_generate(
         ValueError: An id is outside its range.
         TypeError: Ids that are not integers, or `model` is no language model.
     """
-    sampling.check_language_model(model)
+    check_language_model(model)
     prompts, lengths = padded(input_ids, model.vocab_size, model.head.weight.device)
     N, P, S = len(prompts) * num_return_sequences, prompts.shape[1], max_new_tokens
     gru, weight = model.gru, model.head.weight
     loop = sampling.choose_loop(model)
-    on_cpu = packed.why_not(gru, model.head)
+    on_cpu = packed.why_not_model(model)
     why_not = {} if on_cpu is None else {"cpu": on_cpu}
     on_gpu = gpu_sampling.why_not(model)
     if on_gpu is not None:

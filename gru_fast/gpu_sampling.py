@@ -8,30 +8,25 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gru_fast import backends
 from gru_fast.autocast import without_autocast
-from gru_fast.packed import TokenModel
+from gru_fast.sampled_model import LanguageModel, why_not_layers
 
 __all__ = ["chosen_form", "generate", "why_not", "why_not_form", "why_not_forms"]
 
 
-def why_not(model: TokenModel) -> str | None:
+def why_not(model: LanguageModel) -> str | None:
     """Why the Triton kernels cannot generate from a model; None if they can."""
     gru, head = model.gru, model.head
     if _device_type(model) != "cuda":
         return f"the model is on {head.weight.device}, not on cuda"
     if not backends.HAS_TRITON:
         return "triton is not installed: pip install triton"
-    if gru.bidirectional:
-        return "bidirectional layers need the whole sequence before its first output"
-    if gru.num_heads > 1:
-        return f"its recurrent weights are dense, and the layers have num_heads={gru.num_heads}"
-    if gru.learn_h0:
-        return "it starts from zeros, and the layers have learn_h0=True"
-    if type(head) is not nn.Linear:
-        return f"the head is a {type(head).__name__}, not an nn.Linear"
+    reason = model.why_not_weights_alone() or why_not_layers(gru, head)
+    if reason is not None:
+        return reason
     tensors = [*gru._flat_weights, *head.parameters()]
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
@@ -42,12 +37,12 @@ def why_not(model: TokenModel) -> str | None:
     return None
 
 
-def _device_type(model: TokenModel) -> str:
+def _device_type(model: LanguageModel) -> str:
     return model.head.weight.device.type
 
 
 @torch.no_grad()
-def _weights(model: TokenModel) -> Any:
+def _weights(model: LanguageModel) -> Any:
     kernels = import_module("gru_fast.kernels")
     gru, head = model.gru, model.head
     per = 4 if gru.bias else 2
@@ -58,27 +53,27 @@ def _weights(model: TokenModel) -> Any:
     return kernels.weights_of(gru.cell, table, layers, head.weight, head.bias)
 
 
-def chosen_form(model: TokenModel, N: int) -> str:
+def chosen_form(model: LanguageModel, N: int) -> str:
     """The form of the kernel that generates N sequences: a name of `gru_fast.kernels.FORMS`."""
     name: str = import_module("gru_fast.kernels").chosen_form(*_call(model, N))
     return name
 
 
-def why_not_forms(model: TokenModel, N: int) -> dict[str, str]:
+def why_not_forms(model: LanguageModel, N: int) -> dict[str, str]:
     """The forms that cannot generate N sequences, each with the reason."""
     forms = import_module("gru_fast.kernels").FORMS
     reasons = {form: why_not_form(form, model, N) for form in forms}
     return {form: reason for form, reason in reasons.items() if reason is not None}
 
 
-def why_not_form(form: str, model: TokenModel, N: int) -> str | None:
+def why_not_form(form: str, model: LanguageModel, N: int) -> str | None:
     """Why a form cannot generate N sequences; None if it can."""
     kernels = import_module("gru_fast.kernels")
     reason: str | None = kernels.why_not_form(form, *_call(model, N))
     return reason
 
 
-def _call(model: TokenModel, N: int) -> tuple[Any, ...]:
+def _call(model: LanguageModel, N: int) -> tuple[Any, ...]:
     gru, weight = model.gru, model.head.weight
     sizes = (N, gru.hidden_size, gru.num_layers, model.vocab_size)
     return weight.device, weight.dtype, *sizes, gru.cell
@@ -86,7 +81,7 @@ def _call(model: TokenModel, N: int) -> tuple[Any, ...]:
 
 @torch.no_grad()
 def generate(
-    model: TokenModel,
+    model: LanguageModel,
     prompts: Tensor,
     prompt_lengths: Tensor,
     *,

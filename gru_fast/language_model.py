@@ -17,6 +17,7 @@ from gru_fast import functional, sampling
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int, check_probability, refuse_tracing
+from gru_fast.sampled_model import has_own, is_plain, why_not_weights
 from gru_fast.sampling import GenerateOutput, Streamer
 from gru_fast.token_ids import PADDING, TokenIds
 
@@ -46,7 +47,8 @@ class GRULanguageModel(nn.Module):
 
     Attributes:
         embedding: `nn.Embedding` (V, E), or None.
-        gru: `gru_fast.GRU`, which holds the weights of the layers; its `forward` is not used.
+        gru: `gru_fast.GRU`, which holds the weights of the layers. Where it or the embedding has
+            hooks or another `forward`, both are called; otherwise their weights are read.
         head: `nn.Linear` from H to V.
         config: The arguments above but device and dtype: `GRULanguageModel(**model.config)`.
 
@@ -146,10 +148,19 @@ class GRULanguageModel(nn.Module):
         Row v is embedding[v] @ weight_ih^T + bias_ih (without the embedding for one-hot inputs);
         the last row, for x<1> = 0, is bias_ih alone.
         """
-        weight, bias = self._input_weights()
-        rows = weight.T if self.embedding is None else self.embedding.weight @ weight.T
+        (weight, bias), embedding = self._input_weights(), self.embedding
+        rows = weight.T if embedding is None else embedding.weight @ weight.T
         table = F.pad(rows, (0, 0, 0, 1))
         return table if bias is None else table + bias
+
+    def why_not_weights_alone(self) -> str | None:
+        """Why `run` is more than `token_table` and the weights of `gru`; None if it is not."""
+        if has_own(self, GRULanguageModel, "run"):
+            return f"the {type(self).__name__} has a run of its own"
+        embedding = self.embedding
+        if embedding is None:
+            return None
+        return why_not_weights("embedding", embedding, nn.Embedding)
 
     def _input_weights(self) -> tuple[Tensor, Tensor | None]:
         weights = self.gru._flat_weights
@@ -157,19 +168,42 @@ class GRULanguageModel(nn.Module):
 
     def _input_gates(self, inputs: Tensor, table: Tensor | None) -> Tensor:
         """(T, B, N*H) for (T, B) input ids."""
-        if table is None and self.embedding is not None and inputs.numel() < self.vocab_size:
+        if (
+            table is None
+            and self.embedding is not None
+            and inputs.numel() < self.vocab_size
+            and not has_own(self, GRULanguageModel, "token_table")
+        ):
             return F.linear(self._features(inputs), *self._input_weights())
         # The gradient of F.embedding is added up in the order of the tokens: no atomics.
         return F.embedding(inputs, self.token_table() if table is None else table)
 
-    def _features(self, inputs: Tensor) -> Tensor:
+    def _features(self, inputs: Tensor, called: bool = False) -> Tensor:
         """What input ids stand for, (..., E) or one-hot (..., V): zeros for `start`."""
-        if self.embedding is None:
-            tokens = torch.arange(self.vocab_size, device=inputs.device)
-            return (inputs[..., None] == tokens).to(self.head.weight.dtype)
-        zero = inputs == self.start
-        x = F.embedding(inputs.masked_fill(zero, 0), self.embedding.weight)
+        embedding, V = self.embedding, self.vocab_size
+        if embedding is None:
+            dtype = self.gru._flat_weights[0].dtype
+            if called:  # no operator after it would refuse an id outside its range
+                return F.embedding(inputs, torch.eye(V + 1, V, dtype=dtype, device=inputs.device))
+            return (inputs[..., None] == torch.arange(V, device=inputs.device)).to(dtype)
+        zero = inputs == V
+        ids = inputs.masked_fill(zero, 0)
+        x: Tensor = embedding(ids) if called else F.embedding(ids, embedding.weight)
         return x.masked_fill(zero[..., None], 0.0)
+
+    def _call_layers(
+        self, inputs: Tensor, hidden: Tensor | None, lengths: Tensor | None, dropout: float
+    ) -> tuple[Tensor, Tensor]:
+        """`run` by calls of `embedding` and `gru`, for hooks and other ways to go forward."""
+        gru = self.gru
+        given = {} if lengths is None else {"lengths": lengths}
+        # The model's dropout is not an option of `gru`: scoring is without it in any mode.
+        before, gru.dropout = gru.dropout, dropout
+        try:
+            output, h_n = gru(self._features(inputs.T, called=True), hidden, **given)
+        finally:
+            gru.dropout = before
+        return F.dropout(output, dropout) if dropout else output, h_n
 
     def run(
         self,
@@ -186,7 +220,7 @@ class GRULanguageModel(nn.Module):
             inputs: (B, T) int64, 0 <= id < V, or `start` for the zero vector.
             hidden: (L, B, H) state before the first step; None means zeros.
             lengths: (B,), as in `gru_fast.GRU`.
-            table: `token_table()`, where it is at hand.
+            table: `token_table()`, where it is at hand; not used where the layers are called.
             dropout: Probability of the dropout after every layer.
 
         Returns:
@@ -199,19 +233,21 @@ class GRULanguageModel(nn.Module):
         refuse_tracing("GRULanguageModel")
         if inputs.dim() != 2:
             raise RuntimeError(f"inputs: expected 2 dimensions (B, T), got {inputs.dim()}")
-        gru = self.gru
-        weights = gru._flat_weights
+        gru, embedding = self.gru, self.embedding
         L, H, per = gru.num_layers, gru.hidden_size, 4 if gru.bias else 2
+        if hidden is not None and hidden.shape != (L, inputs.shape[0], H):
+            raise RuntimeError(
+                f"hidden: expected shape {(L, inputs.shape[0], H)}, got {tuple(hidden.shape)}"
+            )
+        if not (is_plain(gru, GRU) and (embedding is None or is_plain(embedding, nn.Embedding))):
+            return self._call_layers(inputs, hidden, lengths, dropout)
+        weights = gru._flat_weights
         # ONNX's GRU projects its input itself: given gates, it would multiply them by an identity.
         exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
         features = exporting and weights[0].shape[1] <= weights[0].shape[0]
         entering = self._features(inputs.T) if features else self._input_gates(inputs.T, table)
         if hidden is None:
             hidden = entering.new_zeros(L, inputs.shape[0], H)
-        elif hidden.shape != (L, inputs.shape[0], H):
-            raise RuntimeError(
-                f"hidden: expected shape {(L, inputs.shape[0], H)}, got {tuple(hidden.shape)}"
-            )
         if features:
             output, h_n = functional.gru(
                 entering, hidden[:1], weights[:per], bias=gru.bias, lengths=lengths, cell=gru.cell
@@ -229,16 +265,16 @@ class GRULanguageModel(nn.Module):
             )
         if dropout:
             output = F.dropout(output, dropout)
-        if L == 1:
-            return output, h_n
-        output, above = functional.gru(
-            output, hidden[1:], weights[per:], num_layers=L - 1, bias=gru.bias, dropout=dropout,
-            training=True, cell=gru.cell, backend=gru.backend, recompute=gru.recompute,
-            lengths=lengths,
-        )  # fmt: skip
-        if dropout:
-            output = F.dropout(output, dropout)
-        return output, torch.cat([h_n, above])
+        if L > 1:
+            output, above = functional.gru(
+                output, hidden[1:], weights[per:], num_layers=L - 1, bias=gru.bias,
+                dropout=dropout, training=True, cell=gru.cell, backend=gru.backend,
+                recompute=gru.recompute, lengths=lengths,
+            )  # fmt: skip
+            if dropout:
+                output = F.dropout(output, dropout)
+            h_n = torch.cat([h_n, above])
+        return output, h_n
 
     def forward(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits of the token that follows each input.
@@ -335,7 +371,8 @@ class GRULanguageModel(nn.Module):
         """Draw tokens until EOS or the limit; dropout is off, no gradient is recorded.
 
         A seed means the same tokens for ever: token number t of row i depends on the seed, i and
-        its position in the row (the prompt counts) only.
+        its position in the row (the prompt counts) only. Tokens come from `run` and `head`; hooks
+        of the model itself, and another `forward` of it, are not for this.
 
         Args:
             input_ids: Prompts: a (P,) or (N, P) integer tensor with PADDING (-100) on the right, a
@@ -369,8 +406,9 @@ class GRULanguageModel(nn.Module):
         """Log-probabilities of the tokens under teacher forcing; dropout is off, no gradient.
 
         `score(out.sequences, prompt_lengths=out.prompt_lengths)` is `out.log_probs` for every
-        `out = generate(..., return_dict_in_generate=True)`: within 1e-5 in float32. A model of
-        bfloat16 or float16 rounds here, where the native loop does not: some thousandths apart.
+        `out = generate(..., return_dict_in_generate=True)`: in float32 within 1e-5, or 1e-6 of
+        the largest logit where that is more. A model of bfloat16 or float16
+        rounds here, where the native loop does not: some thousandths apart.
 
         Args:
             sequences: As `input_ids` of `generate`.

@@ -15,7 +15,8 @@ from torch import Tensor
 from gru_fast import packed, sampling
 from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int
-from gru_fast.sampling import GenerateOutput, LanguageModel, check_language_model
+from gru_fast.sampled_model import LanguageModel, check_language_model
+from gru_fast.sampling import GenerateOutput
 
 if TYPE_CHECKING:
     from gru_fast._C import PackedStack

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gru_fast import gpu_sampling, packed, reference_sampling
-from gru_fast.gru import GRU
+from gru_fast import gpu_sampling, native_sampling, packed, reference_sampling
+from gru_fast.sampled_model import LanguageModel
 from gru_fast.token_ids import PADDING, TokenIds, checked_integer, padded
 
 __all__ = [
@@ -35,46 +35,6 @@ _UNIFORMS_AT_ONCE = 64
 # The draw divides by the temperature in float32.
 _SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 _MOST_TOKENS = 2**48
-
-
-class LanguageModel(Protocol):
-    """What sampling needs of a model.
-
-    Attributes:
-        vocab_size: V; tokens are 0 ... V - 1.
-        gru: The weights of the recurrence; layer 0 is entered through the token table.
-        head: (L last layer's H) -> V.
-        start: The input id that stands for the zero vector x<1>, which is V.
-    """
-
-    vocab_size: int
-    gru: GRU
-    head: nn.Linear
-
-    @property
-    def start(self) -> int:
-        """V."""
-
-    def token_table(self) -> Tensor:
-        """(V + 1, N*H): what each input id adds to the gates of layer 0; the last row is x<1>."""
-
-    def run(
-        self,
-        inputs: Tensor,
-        hidden: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        table: Tensor | None = None,
-        dropout: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        """Feed (B, T) input ids: output (T, B, H) of the last layer, and h_n (L, B, H)."""
-
-
-def check_language_model(model: object, also: str = "") -> None:
-    """Raise a TypeError unless generation knows such a model; `also` ends what is expected."""
-    if not all(hasattr(model, name) for name in ("gru", "head", "token_table")):
-        given = f"{type(model).__module__}.{type(model).__qualname__}"
-        raise TypeError(f"model should be a GRULanguageModel{also}, got: {given}")
 
 
 class Streamer(Protocol):
@@ -246,7 +206,7 @@ def generate(
 def choose_loop(model: LanguageModel) -> Loop:
     """The function that runs a call of `generate`; all have the interface of `generate_loop`."""
     backend = model.gru.backend
-    if backend in ("auto", "cpu") and packed.why_not(model.gru, model.head) is None:
+    if backend in ("auto", "cpu") and packed.why_not_model(model) is None:
         return native_loop
     if backend in ("auto", "triton") and gpu_sampling.why_not(model) is None:
         return triton_loop
@@ -307,7 +267,7 @@ def native_loop(
         threads: At most so many of torch's; 0: all of them.
     """
     steps, eos = options.max_new_tokens, options.eos_token_id
-    tokens, log_probs, hidden = packed.generate(
+    tokens, log_probs, hidden = native_sampling.generate(
         packed.pack_model(model) if stack is None else stack,
         [row[:n] for row, n in zip(prompts.numpy(), prompt_lengths.tolist(), strict=True)],
         model.start,
@@ -358,15 +318,19 @@ def generate_loop(
     steps = options.max_new_tokens
     rows = torch.arange(N, device=prompts.device)
     fed = N * (prompts.shape[1] + 1 + steps)
-    table = model.token_table() if fed >= model.vocab_size else None
+    table = None
+    if fed >= model.vocab_size and model.why_not_weights_alone() is None:
+        table = model.token_table()
     start = prompts.new_full((N, 1), model.start)
     inputs = torch.cat([start, prompts.clamp(min=0)], 1)
-    hidden = model.run(inputs, lengths=prompt_lengths + 1, table=table)[1]
+    output, hidden = model.run(inputs, lengths=prompt_lengths + 1, table=table)
+    last = output[prompt_lengths, rows]
     alive = torch.ones(N, dtype=torch.bool, device=prompts.device)
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     for t in range(steps):
-        logits = model.head(hidden[-1])
+        # Not hidden[-1], the same of plain layers: a hook or another `run` may change the output.
+        logits = model.head(last)
         if options.do_sample:
             k = t % _UNIFORMS_AT_ONCE
             if k == 0:
@@ -391,7 +355,8 @@ def generate_loop(
             on_tokens(tokens[-1].clone())
         if t + 1 == steps or not alive.any():
             break
-        after = model.run(drawn[:, None], hidden, table=table)[1]
+        output, after = model.run(drawn[:, None], hidden, table=table)
+        last = output[0]
         if options.eos_token_id is not None:
             after = torch.where(alive[:, None], after, hidden)
         hidden = after

@@ -225,7 +225,7 @@ def test_amd_devices_are_offered_launches_only():
 def on_cuda(monkeypatch):
     """Models count as being on CUDA; nothing is launched."""
     monkeypatch.setattr(gpu_sampling, "_device_type", lambda model: "cuda")
-    monkeypatch.setattr(sampling.packed, "why_not", lambda *_: "weights are on cuda:0")
+    monkeypatch.setattr(sampling.packed, "why_not_model", lambda *_: "weights are on cuda:0")
 
 
 class TestRouting:

@@ -23,9 +23,9 @@ LAYERS = [
     ["cli", "commands", "__main__"],
     ["training", "checkpoint", "corpus", "trace", "beside_torch", "explain_generate"],
     ["onnx"],
-    ["language_model", "sampling", "sampler", "tokenizers", "token_ids"],
-    ["gpu_sampling"],
-    ["packed"],
+    ["language_model", "sampling", "sampler", "tokenizers"],
+    ["gpu_sampling", "native_sampling"],
+    ["packed", "sampled_model", "token_ids"],
     [
         "gru",
         "cell",
