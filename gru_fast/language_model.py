@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru_fast import functional, sampling
+from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int, check_probability, refuse_tracing
 from gru_fast.sampled_model import has_own, is_plain, why_not_weights
 from gru_fast.sampling import GenerateOutput, Streamer
+from gru_fast.stack import matching
 from gru_fast.token_ids import PADDING, TokenIds
 
 __all__ = ["GRULanguageModel"]
@@ -149,9 +151,10 @@ class GRULanguageModel(nn.Module):
         the last row, for x<1> = 0, is bias_ih alone.
         """
         (weight, bias), embedding = self._input_weights(), self.embedding
-        rows = weight.T if embedding is None else embedding.weight @ weight.T
-        table = F.pad(rows, (0, 0, 0, 1))
-        return table if bias is None else table + bias
+        with without_autocast("cpu"):
+            rows = weight.T if embedding is None else embedding.weight @ weight.T
+            table = F.pad(rows, (0, 0, 0, 1))
+            return table if bias is None else table + bias
 
     def why_not_weights_alone(self) -> str | None:
         """Why `run` is more than `token_table` and the weights of `gru`; None if it is not."""
@@ -174,7 +177,8 @@ class GRULanguageModel(nn.Module):
             and inputs.numel() < self.vocab_size
             and not has_own(self, GRULanguageModel, "token_table")
         ):
-            return F.linear(self._features(inputs), *self._input_weights())
+            with without_autocast("cpu"):
+                return F.linear(self._features(inputs), *self._input_weights())
         # The gradient of F.embedding is added up in the order of the tokens: no atomics.
         return F.embedding(inputs, self.token_table() if table is None else table)
 
@@ -248,6 +252,9 @@ class GRULanguageModel(nn.Module):
         entering = self._features(inputs.T) if features else self._input_gates(inputs.T, table)
         if hidden is None:
             hidden = entering.new_zeros(L, inputs.shape[0], H)
+        dtype = hidden.dtype
+        if dtype != weights[0].dtype and hidden.is_cpu:
+            entering, hidden = matching(entering, hidden, weights[0])
         if features:
             output, h_n = functional.gru(
                 entering, hidden[:1], weights[:per], bias=gru.bias, lengths=lengths, cell=gru.cell
@@ -274,6 +281,8 @@ class GRULanguageModel(nn.Module):
             if dropout:
                 output = F.dropout(output, dropout)
             h_n = torch.cat([h_n, above])
+        if output.dtype != dtype and output.is_cpu:
+            return output.to(dtype), h_n.to(dtype)
         return output, h_n
 
     def forward(self, inputs: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -407,7 +416,7 @@ class GRULanguageModel(nn.Module):
 
         `score(out.sequences, prompt_lengths=out.prompt_lengths)` is `out.log_probs` for every
         `out = generate(..., return_dict_in_generate=True)`: in float32 within 1e-5, or 1e-6 of
-        the largest logit where that is more. A model of bfloat16 or float16
+        the largest logit where that is more. A model of bfloat16 or float16, or under autocast,
         rounds here, where the native loop does not: some thousandths apart.
 
         Args:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from gru_fast import ops
-from gru_fast.autocast import without_autocast
 from gru_fast.gru import GRU
 from gru_fast.sampled_model import LanguageModel, why_not_layers
 
@@ -97,7 +96,7 @@ def stream(stack: PackedStack) -> Stream:
 def pack_model(model: LanguageModel, weights: str = "float32") -> PackedStack:
     """`pack` for a language model."""
     _refuse(model.why_not_weights_alone())
-    with torch.no_grad(), without_autocast("cpu"):
+    with torch.no_grad():
         return pack(model.gru, weights, table=model.token_table(), head=model.head)
 
 
