@@ -101,6 +101,16 @@ def test_more_threads_are_at_least_as_good():
     assert two.at_least(one) == probe.Peaks({"float32": 10.0}, {1: 5.0, 2: 9.0})
 
 
+def test_the_best_of_some_rounds_counts(monkeypatch):
+    """Two threads were on one core in all rounds but one."""
+    rates = {1: iter([3.0, 4.0, 3.5, 3.0]), 2: iter([4.0, 3.9, 7.5, 4.0])}
+    monkeypatch.setattr(
+        probe, "measure", lambda n, seconds: probe.Peaks({"float32": next(rates[n])}, {1: 1.0})
+    )
+    found = probe.measure_all([2, 1])
+    assert {n: peaks.flops["float32"] for n, peaks in found.items()} == {1: 4.0, 2: 7.5}
+
+
 def test_the_probe_measures_this_machine():
     peaks = probe.measure(1, seconds=1e-4)
     assert peaks.flops["float32"] > 0 and peaks.flops["float64"] > 0

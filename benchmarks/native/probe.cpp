@@ -115,7 +115,7 @@ double run_on(int threads, const Body& body) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-constexpr int kRuns = 40;
+constexpr int kRuns = 10;
 
 // The best of so many runs of about `seconds` each: work(t, n) does n units of work on thread t.
 // Short ones, so that some fall between two interruptions by other processes.
