@@ -103,7 +103,7 @@ def test_a_forked_process_runs_what_its_parent_ran():
 
 
 AT_THE_END = """
-import threading, time, torch, gru_fast
+import threading, time, numpy, torch, gru_fast
 torch.set_num_threads(2)
 started = threading.Event()
 def loop():
@@ -115,18 +115,20 @@ threading.Thread(target=loop, daemon=True).start()
 started.wait()
 time.sleep(0.05)
 """
+# Without operations of PyTorch's, which have such a thread abort the process.
 CALLS = {
     "generate": """
-sampler = gru_fast.Sampler(gru_fast.GRULanguageModel(65, 64, 256))
-call = lambda: sampler.generate(max_new_tokens=1000, seed=1)
+stack = gru_fast.Sampler(gru_fast.GRULanguageModel(65, 64, 256))._stack
+zero, begin = numpy.zeros(1, int), numpy.array([0, 1])
+call = lambda: stack.generate(
+    inputs=numpy.array([65], numpy.int32), input_begin=begin, position=zero, stream=zero,
+    limit=zero + 1000, eos=[], seed=1, do_sample=True, temperature=1.0, top_k=None, top_p=None,
+    min_p=None, h0=None, log_probs=False, threads=2,
+)
 """,
     "push": """
-stream, x = gru_fast.Stream(gru_fast.GRU(32, 256)), torch.randn(2000, 32)
+stream, x = gru_fast.Stream(gru_fast.GRU(32, 256))._native, numpy.zeros((2000, 32), numpy.float32)
 call = lambda: stream.push(x)
-""",
-    "layer": """
-rnn, x = gru_fast.GRU(32, 256), torch.randn(400, 2, 32)
-call = torch.no_grad()(lambda: rnn(x))
 """,
 }
 
