@@ -5,6 +5,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,25 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Each number of threads in turn."""
     with torch_threads(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def names_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Names for the command line to train on."""
+    from cli_calls import write_names
+
+    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
+
+
+@pytest.fixture(scope="session")
+def names_run(names_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that `gru-fast train` wrote from them; only to be read."""
+    from cli_calls import TINY, call
+
+    out = tmp_path_factory.mktemp("runs") / "names"
+    with torch_threads(1):
+        call("train", names_file, "--lines", *TINY, "--out", out)
+    return out
 
 
 @pytest.fixture

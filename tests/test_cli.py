@@ -13,36 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli_calls import CONSONANTS, TINY, VOWELS, call, copied, refused, write_names
+from cli_calls import CONSONANTS, TINY, VOWELS, call, copied, refused
 from gru_fast import GRULanguageModel
 from gru_fast.checkpoint import load_run
 from gru_fast.tokenizers import CharacterTokenizer
 from gru_fast.trace import gate_values, plot_gates
-from torch_threads import torch_threads
 
-
-@pytest.fixture(autouse=True)
-def threads():
-    with torch_threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
-
-
-@pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "names"
-    call("train", corpus, "--lines", *TINY, "--out", out)
-    return out
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("cell", ["reset_after", "reset_before", "no_reset"])
-def test_train_and_sample_lines(cell, corpus, tmp_path):
+def test_train_and_sample_lines(cell, names_file, tmp_path):
     trained = call(
-        "train", corpus, "--lines", *TINY, "--cell", cell, "--out", tmp_path / "run",
+        "train", names_file, "--lines", *TINY, "--cell", cell, "--out", tmp_path / "run",
         "--beside-torch",
     )  # fmt: skip
     assert trained.stdout == ""
@@ -58,9 +41,9 @@ def test_train_and_sample_lines(cell, corpus, tmp_path):
     assert len(names) == 200 and set("".join(names)) <= set(CONSONANTS + VOWELS)
     pattern = sum(bool(re.fullmatch(f"([{CONSONANTS}][{VOWELS}])+", n)) for n in names)
     assert pattern > 100, "what was learnt is not what is sampled"
-    known = set(corpus.read_text().split())
+    known = set(names_file.read_text().split())
     share = sum(bool(n) and n not in known for n in names) / 200
-    assert f"{share:.0%} of 200 sampled lines are not in {corpus}" in result.stderr
+    assert f"{share:.0%} of 200 sampled lines are not in {names_file}" in result.stderr
     assert len(re.findall("sampling (64|1) at a time", result.stderr)) == 2
 
 
@@ -85,21 +68,21 @@ def test_running_text_and_words(tmp_path):
     )  # words, embedding and layers are the run's
 
 
-def test_score_of_lines_is_the_mean_over_all_tokens(run, tmp_path):
+def test_score_of_lines_is_the_mean_over_all_tokens(names_run, tmp_path):
     file = tmp_path / "f.txt"
     file.write_text("bada\r\n\n ke \nbada\n")
-    loaded = load_run(run)
+    loaded = load_run(names_run)
     rows = [[*loaded.tokenizer.encode(w), 0] for w in ("bada", "ke", "bada")]
     expected = -sum(loaded.model.score([row]).sum().item() for row in rows) / 13
-    scored = call("score", run, file).stdout
+    scored = call("score", names_run, file).stdout
     assert scored.endswith("13 characters\n")
     nats, perplexity = (float(n) for n in re.findall(r"\d+\.\d+", scored))
     assert nats == pytest.approx(expected, abs=1e-4)
     assert perplexity == pytest.approx(math.exp(expected), rel=1e-3)
 
 
-def test_trace_shows_truth_and_draws(run):
-    lines = call("trace", run, "bada", "--seed", 2).stdout.splitlines()
+def test_trace_shows_truth_and_draws(names_run):
+    lines = call("trace", names_run, "bada", "--seed", 2).stdout.splitlines()
     assert "TRUE" in lines[0] and "DRAWN" in lines[0]
     left, right = zip(*(line.split("  |  ") if "  |  " in line else (line, "") for line in lines),
                       strict=True)  # fmt: skip
@@ -109,28 +92,30 @@ def test_trace_shows_truth_and_draws(run):
     assert [c[-1].split()[0] for c in cells] == [*"bada", "EOS"]
     drawn = [re.split(r" {2,}", row.strip()) for row in right[2:] if row.strip()]
     assert [c[1] for c in drawn[1:]] == [c[-1].split()[0] for c in drawn[:-1]]
-    sample = call("sample", run, "--seed", 2).stdout.strip()
+    sample = call("sample", names_run, "--seed", 2).stdout.strip()
     shown = "".join(c[-1].split()[0] for c in drawn if not c[-1].startswith("EOS"))
     assert sample.startswith(shown) and shown
 
 
-def test_trace_shows_the_probabilities_of_the_draws(run):
+def test_trace_shows_the_probabilities_of_the_draws(names_run):
     """The tempered ones where tokens are drawn; where none are, those that the loss is made of."""
-    model = load_run(run).model
+    model = load_run(names_run).model
     logits = model(torch.tensor([[model.start]]))[0][0, 0]
-    row = call("trace", run, "bada", "--temperature", 0.5).stdout.splitlines()[2]
+    row = call("trace", names_run, "bada", "--temperature", 0.5).stdout.splitlines()[2]
     for side, temperature in zip(row.split("  |  "), (1, 0.5), strict=True):
         likeliest = float(re.search(r"\d\.\d\d", side)[0])
         expected = (logits / temperature).softmax(-1).max().item()
         assert likeliest == pytest.approx(expected, abs=0.0051)
 
 
-def test_gates_are_drawn(run, tmp_path):
+def test_gates_are_drawn(names_run, tmp_path):
     pytest.importorskip("matplotlib")
-    call("gates", run, "bada", "--out", tmp_path / "g.png")
+    call("gates", names_run, "bada", "--out", tmp_path / "g.png")
     assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
-    assert "expected a path of an image" in refused("gates", run, "b", "--out", tmp_path / "g.x")
-    message = refused("gates", run, "#", "--out", tmp_path / "g.png")
+    assert "expected a path of an image" in refused(
+        "gates", names_run, "b", "--out", tmp_path / "g.x"
+    )
+    message = refused("gates", names_run, "#", "--out", tmp_path / "g.png")
     assert "'#'" in message and "expected a path of an image" not in message
 
 
@@ -172,14 +157,14 @@ def test_what_is_plotted_of_the_gates():
         torch.testing.assert_close(shown, values[:, values.mean(0).argsort()].T)
 
 
-def test_defaults_of_a_training(corpus, tmp_path):
+def test_defaults_of_a_training(names_file, tmp_path):
     for kind, batch in (("--lines", 128), ("--text", 32)):
         out = tmp_path / kind
         options = [kind, "--hidden", 4, "--steps", 1, "--max-length", 6, "--out", out]
-        told = call("train", corpus, *options).stderr
+        told = call("train", names_file, *options).stderr
         assert json.loads((out / "config.json").read_text())["training"]["batch"] == batch
         if kind == "--lines":
-            cut = sum(len(name) >= 6 for name in set(corpus.read_text().split()))
+            cut = sum(len(name) >= 6 for name in set(names_file.read_text().split()))
             assert 0 < cut < 300 and f", {cut} cut at 6 characters\n" in told
 
 
@@ -219,63 +204,68 @@ def test_bad_corpora(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_prompts_and_options(run):
+def test_bad_prompts_and_options(names_run):
     message = "gru-fast: characters that the vocabulary of 10 does not have: 'x', 'Q'; leave them"
-    for arguments in (["sample", run, "--prompt", "xQ"], ["trace", run, "xQ"]):
+    for arguments in (["sample", names_run, "--prompt", "xQ"], ["trace", names_run, "xQ"]):
         assert refused(*arguments).startswith(message)
-    assert "not in the range" in refused("sample", run, "--temperature", 0)
-    assert "No such option" in refused("sample", run, "--what")
+    assert "not in the range" in refused("sample", names_run, "--temperature", 0)
+    assert "No such option" in refused("sample", names_run, "--what")
     for option in ("--temperature", "--top-p", "--min-p"):
-        assert "is not a finite number" in refused("sample", run, option, "nan")
+        assert "is not a finite number" in refused("sample", names_run, option, "nan")
     for command, option, value in (
         ("train", "--lr", "nan"), ("train", "--clip", "inf"), ("train", "--dropout", "nan"),
         ("trace", "--temperature", "inf"),
     ):  # fmt: skip
-        assert "is not a finite number" in refused(command, run, option, value)
-    assert "not in the range" in refused("train", run, "--seed", 2**64)
+        assert "is not a finite number" in refused(command, names_run, option, value)
+    assert "not in the range" in refused("train", names_run, "--seed", 2**64)
 
 
-def test_values_beyond_what_can_be_computed(run):
-    for command in (["sample", run, "--length", 2**45], ["sample", run, "--num", 2**45]):
+def test_values_beyond_what_can_be_computed(names_run):
+    for command in (
+        ["sample", names_run, "--length", 2**45],
+        ["sample", names_run, "--num", 2**45],
+    ):
         assert refused(*command).startswith("gru-fast: not enough memory: ")
-    assert "max_new_tokens: expected >= 0 and < 2**48" in refused("sample", run, "--length", 2**64)
-    assert "temperature: expected a float32" in refused("sample", run, "--temperature", 1e39)
-    for command in (["sample", run], ["trace", run, "bada"]):
+    assert "max_new_tokens: expected >= 0 and < 2**48" in refused(
+        "sample", names_run, "--length", 2**64
+    )
+    assert "temperature: expected a float32" in refused("sample", names_run, "--temperature", 1e39)
+    for command in (["sample", names_run], ["trace", names_run, "bada"]):
         assert "logits / temperature 1e-44: expected" in refused(*command, "--temperature", 1e-44)
-    every = call("sample", run, "--seed", 1).stdout
-    assert call("sample", run, "--seed", 1, "--top-k", 2**64).stdout == every
+    every = call("sample", names_run, "--seed", 1).stdout
+    assert call("sample", names_run, "--seed", 1, "--top-k", 2**64).stdout == every
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
-def test_a_full_disk_behind_stdout(run):
+def test_a_full_disk_behind_stdout(names_run):
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [sys.executable, "-m", "gru_fast", "sample", str(run)],
+            [sys.executable, "-m", "gru_fast", "sample", str(names_run)],
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "gru-fast: No space left on device"
 
 
-def test_folders_of_any_name(corpus, tmp_path, monkeypatch):
+def test_folders_of_any_name(names_file, tmp_path, monkeypatch):
     """Bytes that are not UTF-8, and more of them than a name may have."""
     monkeypatch.chdir(tmp_path)
     odd = os.fsdecode(b"\xe9.txt")
-    (tmp_path / odd).write_bytes(corpus.read_bytes())
+    (tmp_path / odd).write_bytes(names_file.read_bytes())
     tiny = ["--lines", "--hidden", 4, "--steps", 2]
     call("train", odd, *tiny, "--out", os.fsdecode(b"\xe9"))
     call("train", "--out", os.fsdecode(b"\xe9"), "--resume", "--steps", 3)
     call("sample", os.fsdecode(b"\xe9"), "--novel")
     long = "x" * 300
     assert "File name too long; cannot make that folder" in refused(
-        "train", corpus, *tiny, "--out", long
+        "train", names_file, *tiny, "--out", long
     )
     assert "is not a folder" in refused("sample", long)
 
 
-def test_a_run_that_cannot_be_written_is_begun_again(corpus, tmp_path, monkeypatch):
+def test_a_run_that_cannot_be_written_is_begun_again(names_file, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    command = ["train", corpus, "--lines", "--hidden", 4, "--steps", 2, "--out", out]
+    command = ["train", names_file, "--lines", "--hidden", 4, "--steps", 2, "--out", out]
 
     def no_space(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -296,22 +286,22 @@ def test_a_run_that_cannot_be_written_is_begun_again(corpus, tmp_path, monkeypat
     )
 
 
-def test_weights_that_are_not_finite_are_not_kept(corpus, tmp_path):
+def test_weights_that_are_not_finite_are_not_kept(names_file, tmp_path):
     """The gradient of step 2 overflows: step 1 stays what can be sampled."""
     out = tmp_path / "run"
     tiny = ["--lines", "--hidden", 4, "--embedding", 4, "--steps", 2, "--save-every", 0]
-    assert refused("train", corpus, *tiny, "--lr", 1e30, "--out", out) == (
+    assert refused("train", names_file, *tiny, "--lr", 1e30, "--out", out) == (
         "gru-fast: the gradient's norm is inf at step 2; use a learning rate below 1e+30"
     )
     tensors = load_file(out / "checkpoint.safetensors")
     assert len(tensors["losses"]) == 1 and all(t.isfinite().all() for t in tensors.values())
-    assert "not in the range" in refused("train", corpus, *tiny, "--lr", 1e31, "--out", out)
+    assert "not in the range" in refused("train", names_file, *tiny, "--lr", 1e31, "--out", out)
 
 
 @pytest.mark.parametrize("file", ["config.json", "vocabulary.json", "checkpoint.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "other"])
-def test_broken_runs(file, damage, run, tmp_path):
-    folder = copied(run, tmp_path / "run")
+def test_broken_runs(file, damage, names_run, tmp_path):
+    folder = copied(names_run, tmp_path / "run")
     path = folder / file
     content = path.read_bytes()
     if damage == "missing":
@@ -331,18 +321,18 @@ def test_broken_runs(file, damage, run, tmp_path):
     assert "is not a folder" in refused("sample", tmp_path / "none")
 
 
-def test_a_seed_means_the_same_model(corpus, tmp_path):
+def test_a_seed_means_the_same_model(names_file, tmp_path):
     few = ["--lines", "--hidden", 4, "--embedding", 4, "--steps", 1]
     made = []
     for count, seed in enumerate((5, 5, 6)):
         torch.manual_seed(count)
-        call("train", corpus, *few, "--seed", seed, "--out", tmp_path / str(count))
+        call("train", names_file, *few, "--seed", seed, "--out", tmp_path / str(count))
         made.append((tmp_path / str(count) / "checkpoint.safetensors").read_bytes())
     assert made[0] == made[1] != made[2]
 
 
-def test_a_run_of_another_format(run, tmp_path):
-    path = copied(run, tmp_path / "run") / "config.json"
+def test_a_run_of_another_format(names_run, tmp_path):
+    path = copied(names_run, tmp_path / "run") / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 7}))
     assert refused("sample", path.parent) == f"gru-fast: {path}: expected format 1, got 7"
 

@@ -13,29 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from cli_calls import TINY, call, copied, refused, write_names
-from torch_threads import torch_threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    with torch_threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
-
-
-@pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "names"
-    call("train", corpus, "--lines", *TINY, "--out", out)
-    return out
-
-
-def test_killed_and_resumed_training_has_the_same_bits(corpus, tmp_path):
-    arguments = ["train", str(corpus), "--lines", *TINY, "--dropout", "0.2", "--steps", "300",
+def test_killed_and_resumed_training_has_the_same_bits(names_file, tmp_path):
+    arguments = ["train", str(names_file), "--lines", *TINY, "--dropout", "0.2", "--steps", "300",
                  "--out"]  # fmt: skip
     command = [sys.executable, "-m", "gru_fast", "--threads", "1"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -69,30 +52,30 @@ def steps(folder: Path) -> int:
     return len(load_file(path)["losses"]) if path.exists() else 0
 
 
-def test_resume_needs_the_same_command(run, corpus, tmp_path):
-    same = ["train", corpus, "--lines", *TINY, "--out", run]
+def test_resume_needs_the_same_command(names_run, names_file, tmp_path):
+    same = ["train", names_file, "--lines", *TINY, "--out", names_run]
     assert "is there already; --resume goes on" in refused(*same)
     assert "Missing argument 'CORPUS'" in refused("train", "--out", tmp_path / "run")
     assert "training lr = 0.02, now it is 0.5" in refused(*same, "--lr", 0.5, "--resume")
     assert "model cell = reset_after, now" in refused(*same, "--cell", "no_reset", "--resume")
     other = write_names(tmp_path / "names.txt")
     other.write_text(other.read_text() + "bobo\n")
-    message = refused("train", other, "--lines", *TINY, "--out", run, "--resume")
+    message = refused("train", other, "--lines", *TINY, "--out", names_run, "--resume")
     assert "corpus" in message
     assert "config.json: No such file" in refused(*same[:-1], tmp_path, "--resume")
     assert "has 60 of 60 steps; a larger --steps goes on" in call(*same, "--resume").stderr
 
 
-def test_a_run_that_has_ended_goes_on_with_more_steps(run, corpus, tmp_path):
-    longer, again = copied(run, tmp_path / "longer"), copied(run, tmp_path / "again")
+def test_a_run_that_has_ended_goes_on_with_more_steps(names_run, names_file, tmp_path):
+    longer, again = copied(names_run, tmp_path / "longer"), copied(names_run, tmp_path / "again")
     moved = tmp_path / "moved.txt"
-    moved.write_bytes(corpus.read_bytes())
+    moved.write_bytes(names_file.read_bytes())
     told = call("train", "--out", longer, "--resume", "--steps", 90).stderr
     assert "has 60 of 90 steps, before it was 60" in told and "held-out loss" in told
     assert " 60/90 [" in told and " 0/90 [" not in told, "steps of before counted as made now"
     same = ["train", moved, "--lines", *TINY, "--steps", 90, "--out", again, "--resume"]
     call(*same)
-    before, *after = (load_file(d / "checkpoint.safetensors") for d in (run, longer, again))
+    before, *after = (load_file(d / "checkpoint.safetensors") for d in (names_run, longer, again))
     assert torch.equal(after[0]["losses"][:60], before["losses"])
     assert len(after[0]["losses"]) == 90 and after[0]["held_out"][-1][0] == 90
     assert after[0]["losses"][-20:].mean() < before["losses"][-20:].mean()
@@ -108,11 +91,11 @@ def test_a_run_that_has_ended_goes_on_with_more_steps(run, corpus, tmp_path):
     assert json.loads((again / "config.json").read_text()) == config
 
 
-def test_a_run_goes_on_where_it_was_begun(corpus, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_was_begun(names_file, tmp_path, monkeypatch):
     out, begun_before, devices = tmp_path / "run", tmp_path / "before", []
     monkeypatch.setattr("gru_fast.cli._check_device", devices.append)
     few = ["--lines", "--hidden", 4, "--embedding", 4]
-    call("train", corpus, *few, "--device", "cpu:0", "--steps", 1, "--out", out)
+    call("train", names_file, *few, "--device", "cpu:0", "--steps", 1, "--out", out)
     told = call("train", "--resume", "--out", out, "--steps", 2).stderr
     assert devices == ["cpu:0", "cpu:0"] and "from here" not in told
     told = call("train", "--resume", "--out", out, "--steps", 3, "--device", "cpu").stderr
@@ -133,8 +116,8 @@ def test_a_run_goes_on_where_it_was_begun(corpus, tmp_path, monkeypatch):
     ("part", "name", "value"),
     [("model", "hidden_size", "x"), ("training", "lr", None), ("corpus", "mode", 3)],
 )
-def test_options_of_a_run_are_checked_as_if_they_were_given(part, name, value, run, tmp_path):
-    broken = copied(run, tmp_path / "run")
+def test_options_of_a_run_are_checked_as_if_they_were_given(part, name, value, names_run, tmp_path):
+    broken = copied(names_run, tmp_path / "run")
     config = json.loads((broken / "config.json").read_text())
     config[part][name] = value
     (broken / "config.json").write_text(json.dumps(config))

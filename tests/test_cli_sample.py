@@ -5,66 +5,51 @@ import re
 
 import pytest
 
-from cli_calls import TINY, call, refused, write_names
+from cli_calls import call, refused, write_names
 from gru_fast import GRULanguageModel
-from torch_threads import torch_threads
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    with torch_threads(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_names(tmp_path_factory.mktemp("corpus") / "names.txt")
-
-
-@pytest.fixture(scope="module")
-def run(corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "names"
-    call("train", corpus, "--lines", *TINY, "--out", out)
-    return out
-
-
-def test_sampling_options(run, corpus):
-    first = call("sample", run, "--num", 5, "--seed", 7)
-    assert call("sample", run, "--num", 5, "--seed", 7).stdout == first.stdout
-    assert call("sample", run, "--num", 5, "--seed", 8).stdout != first.stdout
-    assert call("sample", run, "--num", 3, "--seed", 7).stdout == "".join(
+def test_sampling_options(names_run, names_file):
+    first = call("sample", names_run, "--num", 5, "--seed", 7)
+    assert call("sample", names_run, "--num", 5, "--seed", 7).stdout == first.stdout
+    assert call("sample", names_run, "--num", 5, "--seed", 8).stdout != first.stdout
+    assert call("sample", names_run, "--num", 3, "--seed", 7).stdout == "".join(
         first.stdout.splitlines(keepends=True)[:3]
     )
-    prompted = call("sample", run, "--num", 5, "--prompt", "ba", "--temperature", 0.5, "--top-p",
-                    0.9, "--min-p", 0.01, "--top-k", 4, "--length", 3)  # fmt: skip
+    prompted = call("sample", names_run, "--num", 5, "--prompt", "ba", "--temperature", 0.5,
+                    "--top-p", 0.9, "--min-p", 0.01, "--top-k", 4, "--length", 3)  # fmt: skip
     assert all(re.fullmatch("ba[a-z]{0,3}", line) for line in prompted.stdout.splitlines())
-    greedy = call("sample", run, "--num", 2, "--greedy").stdout.splitlines()
+    greedy = call("sample", names_run, "--num", 2, "--greedy").stdout.splitlines()
     assert greedy[0] == greedy[1]
-    known = set(corpus.read_text().split())
-    novel = call("sample", run, "--num", 20, "--novel", "--seed", 1)
+    known = set(names_file.read_text().split())
+    novel = call("sample", names_run, "--num", 20, "--novel", "--seed", 1)
     lines = novel.stdout.splitlines()
     assert len(lines) == 20 and not known & set(lines) and "of 1,000 sampled" in novel.stderr
 
 
 @pytest.mark.parametrize(("length", "enough"), [(100, True), (3, False)])
-def test_novel_lines_are_the_first_of_a_seed_that_end(length, enough, run, corpus, monkeypatch):
+def test_novel_lines_are_the_first_of_a_seed_that_end(
+    length, enough, names_run, names_file, monkeypatch
+):
     """Among the 320 that are drawn at most too few are shorter than 3; a cut one is no line."""
     monkeypatch.setattr("gru_fast.cli._NOVELTY_ROWS", 20)
-    every = call("sample", run, "--num", 320, "--seed", 1).stdout.split("\n")[:-1]
-    known = set(corpus.read_text().split())
+    every = call("sample", names_run, "--num", 320, "--seed", 1).stdout.split("\n")[:-1]
+    known = set(names_file.read_text().split())
     novel = [name for name in every if name and name not in known and len(name) < length]
-    result = call("sample", run, "--num", 20, "--novel", "--seed", 1, "--length", length)
+    result = call("sample", names_run, "--num", 20, "--novel", "--seed", 1, "--length", length)
     assert result.stdout.split("\n")[:-1] == novel[:20]
     if enough:
         assert "of 80 sampled lines are not in" in result.stderr and "only" not in result.stderr
     else:
         cut = sum(len(name) >= length for name in every)
-        share = f"{len(novel) / 320:.0%} of 320 sampled lines are not in {corpus}"
+        share = f"{len(novel) / 320:.0%} of 320 sampled lines are not in {names_file}"
         assert f"{share}; {cut} were cut at 3 characters\n" in result.stderr
         assert result.stderr.endswith(f"only {len(novel)} of 20 novel lines were found\n")
 
 
-def test_tokens_that_are_drawn_at_most(run, tmp_path, monkeypatch):
+def test_tokens_that_are_drawn_at_most(names_run, tmp_path, monkeypatch):
     (tmp_path / "text").write_text("ab" * 20)
     call("train", tmp_path / "text", "--text", "--hidden", 4, "--steps", 1, "--out", tmp_path / "r")
     asked = []
@@ -75,7 +60,7 @@ def test_tokens_that_are_drawn_at_most(run, tmp_path, monkeypatch):
         return original(model, *arguments, max_new_tokens=max_new_tokens, **options)
 
     monkeypatch.setattr(GRULanguageModel, "generate", generate)
-    for arguments in ((run,), (tmp_path / "r",), (tmp_path / "r", "--length", 7)):
+    for arguments in ((names_run,), (tmp_path / "r",), (tmp_path / "r", "--length", 7)):
         call("sample", *arguments)
     assert asked == [100, 500, 7]
 
