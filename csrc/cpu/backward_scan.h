@@ -23,11 +23,7 @@ class BackwardScan {
 
   BackwardScan(const Backward<Real>& f, const Chunk<Real>& chunk, Layout& layout, int threads,
                int member)
-      : f_(f),
-        p_(f.in),
-        c_(chunk),
-        carry_(f, c_.units, layout, threads),
-        last_product_(Carry<Real>::is_asked_before_first(f) ? 0 : 1) {
+      : f_(f), p_(f.in), c_(chunk), carry_(f, c_.units, layout, threads) {
     // Where all of it stays in the cache it is no use, nor where a step is too much to hold.
     constexpr int64_t kKept = 1 << 20, kStep = 1 << 18;
     const int64_t step_bytes = p_.B * p_.G * c_.slots * p_.H * static_cast<int64_t>(sizeof(Real));
@@ -39,7 +35,7 @@ class BackwardScan {
       made.take(p_.G, p_.T - first_product <= 1, layout, threads, member);
       return made;
     };
-    panels_ = panels(0, p_.cell == Cell::kResetAfter ? 3 : 2, last_product_);
+    panels_ = panels(0, p_.cell == Cell::kResetAfter ? 3 : 2, carry_.first_product());
     if (p_.cell == Cell::kResetBefore) candidate_panels_ = panels(2, 1, 0);
   }
 
@@ -63,7 +59,7 @@ class BackwardScan {
           through_candidate(g, step);
         if (share_.waits) team.barrier(member);
       }
-      if (step < last_product_) break;
+      if (step < carry_.first_product()) break;
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_state(g, step);
     }
   }
@@ -143,7 +139,6 @@ class BackwardScan {
   const Problem<Real>& p_;
   const Chunk<Real>& c_;
   Carry<Real> carry_;
-  const int64_t last_product_;  // the step of the last product that is asked for
   ColumnPanels<Real> panels_{}, candidate_panels_{};
   bool prefetches_;
   Share share_{};

@@ -33,11 +33,10 @@ class Carry {
     return sums_ + (g * apart_.group + first_ + row) * units_ + tile * W;
   }
 
-  // Whether anybody asks for what reaches the states before the first step. If not, the product
-  // that carries it there has no reader.
-  template <class Call>
-  static bool is_asked_before_first(const Call& f) {
-    return f.grad_h0 != nullptr || f.grad_reset_state != nullptr || f.grad_h_scale != nullptr;
+  // The first step whose product has a reader: that of step 0 reaches what the first step starts
+  // from, which nobody may ask for.
+  int64_t first_product() const {
+    return grad_h0_ != nullptr || grad_reset_state_ != nullptr || grad_h_scale_ != nullptr ? 0 : 1;
   }
 
   // Starts from grad_h_n, in what belongs to one member.

@@ -23,9 +23,8 @@ class NormBackwardScan {
         p_(f.in),
         c_(chunk),
         carry_(f, c_.units, layout, threads),
-        last_product_(Carry<Real>::is_asked_before_first(f) ? 0 : 1),
         panels_{p_.weight_hh, p_.H, c_.units, p_.H, 3, {0, 1, 2}, 3, nullptr, nullptr} {
-    panels_.take(p_.G, p_.T - last_product_ <= 1, layout, threads, member);
+    panels_.take(p_.G, p_.T - carry_.first_product() <= 1, layout, threads, member);
   }
 
   // Packs W_hh by columns and starts the carry from grad_h_n.
@@ -46,7 +45,7 @@ class NormBackwardScan {
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) {
         for (int64_t b = batch_.begin; b < batch_.end; ++b) through_norm(g, step, b);
       }
-      if (step < last_product_) break;
+      if (step < carry_.first_product()) break;
       if (share_.waits) team.barrier(member);
       for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g) through_state(g, step);
     }
@@ -147,7 +146,6 @@ class NormBackwardScan {
   const Problem<Real>& p_;
   const NormChunk<Real>& c_;
   Carry<Real> carry_;
-  const int64_t last_product_;  // the step of the last product that is asked for
   ColumnPanels<Real> panels_;
   Share share_{};
   Range batch_{};
