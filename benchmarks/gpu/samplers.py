@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.cases import DTYPES, Case
 from benchmarks.providers_cuda import captured
 from benchmarks.sample.gate import TOKENS, Draw, Gate, sharpened
-from benchmarks.sample.providers import drawing
+from benchmarks.sample.providers import cell_of, drawing
 from gru_fast import GRULanguageModel, Sampler, sampling
 
 BASELINE = "nn.GRU.sampler"
@@ -119,13 +119,7 @@ def by_layer(model: GRULanguageModel, case: Case) -> Callable[[], Tensor]:
 
 
 def _step(model: GRULanguageModel, case: Case) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    like = {"device": model.head.weight.device, "dtype": model.head.weight.dtype}
-    cells = []
-    for layer in range(case.L):
-        cell = nn.GRUCell(case.I if layer == 0 else case.H, case.H, **like)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        cell.load_state_dict({n: getattr(model.gru, f"{n}_l{layer}") for n in names})
-        cells.append(cell)
+    cells = [cell_of(model.gru, layer) for layer in range(case.L)]
     assert model.embedding is not None
     embed = model.embedding
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.providers_onnx import onnx_rows
+from benchmarks.providers_torch import CELL_WEIGHTS
 from benchmarks.sample.gate import SEED, Draw
-from gru_fast import GRULanguageModel, Sampler, sampling
+from gru_fast import GRU, GRULanguageModel, Sampler, sampling
 from gru_fast.packed import WEIGHTS
 
 BASELINE = "nn.GRU.loop"
@@ -57,13 +58,20 @@ def nn_gru_loop(model: GRULanguageModel, B: int) -> Draw:
     return draw
 
 
+def cell_of(gru: GRU, layer: int) -> nn.GRUCell:
+    """torch's cell with the weights of a layer, where these are."""
+    weights = {name: getattr(gru, f"{name}_l{layer}") for name in CELL_WEIGHTS}
+    weight = weights["weight_ih"]
+    like = {"device": weight.device, "dtype": weight.dtype}
+    cell = nn.GRUCell(weight.shape[1], gru.hidden_size, **like)
+    cell.load_state_dict(weights)
+    return cell
+
+
 def nn_gru_cell_loop(model: GRULanguageModel, B: int) -> Draw:
     """The same with nn.GRUCell, which has less to do around a single step."""
     H, gru = model.gru.hidden_size, model.gru
-    cell = nn.GRUCell(H, H)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    cell.load_state_dict({name: getattr(gru, f"{name}_l0") for name in names})
-    embedding, head = model.embedding, model.head
+    cell, embedding, head = cell_of(gru, 0), model.embedding, model.head
     assert embedding is not None and gru.num_layers == 1
 
     @torch.inference_mode()
