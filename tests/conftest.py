@@ -142,6 +142,13 @@ def names_run(names_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """Calls as in inference."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """A single thread, whatever the machine has."""
     with torch_threads(1):

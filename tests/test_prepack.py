@@ -6,7 +6,6 @@ import gc
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,10 +23,7 @@ from prepack_stepper import H, I, Stepper
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def users(weight: Tensor) -> int:

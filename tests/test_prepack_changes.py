@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`prepacked` while weights change: what is packed again, and what nobody counts."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +13,7 @@ from prepack_stepper import H, I, Stepper
 pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 CHANGES = {
