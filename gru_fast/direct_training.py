@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gru_fast import direct, ops
+from gru_fast import direct, ops, ops_rules
 from gru_fast.ops_past import is_unobserved
 
 
@@ -35,7 +35,7 @@ class GRULayer(torch.autograd.Function):
         """
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.is_cell = cell, len(results) == 2
-        output = results[0].data if ctx.is_cell else ops.unwatched(results[0])
+        output = results[0].data if ctx.is_cell else ops_rules.unwatched(results[0])
         ctx.save_for_backward(*tensors, output, results[-1])
         return results
 

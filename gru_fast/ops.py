@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,16 @@ import torch
 from torch import Tensor
 
 from gru_fast import ops_vmap, reference
-from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_backward, check_layer, check_length_values, check_scan
 from gru_fast.ops_past import are_plain_cuda, is_not_compiled, is_unobserved
+from gru_fast.ops_rules import (
+    as_kernel,
+    autocast_cuda,
+    differentiate,
+    eager,
+    fake_gradients,
+    unwatched,
+)
 from gru_fast.ops_vmap import DIFFERENTIABLE
 from gru_fast.reference import SLOTS
 
@@ -109,15 +117,6 @@ def _fake_forward(
     )
 
 
-def _fake_gradients(
-    inputs: Sequence[Tensor | None], output_mask: Sequence[bool], like: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(
-        like.new_empty(t.shape if t is not None and wanted else (0,))
-        for t, wanted in zip(inputs, output_mask, strict=True)
-    )
-
-
 def _layer_fake(*args: Any) -> tuple[Tensor, ...]:
     check_layer(*args[:12])
     return _fake_forward(args[0], args[1], args[10], args[12])
@@ -130,12 +129,12 @@ def _scan_fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _layer_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check_layer_backward(*args)
-    return _fake_gradients([args[3 + i] for i in DIFFERENTIABLE["layer"]], args[18], args[4])
+    return fake_gradients([args[3 + i] for i in DIFFERENTIABLE["layer"]], args[18], args[4])
 
 
 def _scan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     _check_scan_backward(*args)
-    return _fake_gradients([args[3 + i] for i in DIFFERENTIABLE["scan"]], args[16], args[4])
+    return fake_gradients([args[3 + i] for i in DIFFERENTIABLE["scan"]], args[16], args[4])
 
 
 for _name, _fake in (
@@ -161,31 +160,6 @@ def _warn_once() -> None:
         )
 
 
-def owned(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What a kernel may return: contiguous tensors of its own.
-
-    To autograd they must be no views either: it forbids to change such an output in place.
-    """
-    # The reference hands out one empty tensor for every gradient that is not wanted.
-    whole = (out.contiguous() if out.numel() else out.clone() for out in outputs)
-    view: Any = torch.ops.aten._unsafe_view
-    return tuple(view(out, out.shape) if out._is_view() else out for out in whole)
-
-
-def _as_kernel(
-    function: Callable[..., tuple[Tensor, ...]], check: Callable[..., None], first: int
-) -> Callable[..., tuple[Tensor, ...]]:
-    """A reference function as a kernel: checked, autocast off, outputs its own."""
-
-    def kernel(*args: Any) -> tuple[Tensor, ...]:
-        check(*args)
-        with without_autocast(args[first].device.type):
-            outputs = function(*args)
-        return owned(outputs)
-
-    return kernel
-
-
 _CHECKS: dict[str, Callable[..., None]] = {
     "layer": lambda *args: check_layer(*args[:12]),
     "scan": lambda *args: check_scan(*args[:10]),
@@ -197,7 +171,7 @@ _PLACES = {"layer": (0, 6), "scan": (0, 4), "layer_backward": (3, 9), "scan_back
 
 
 def _reference_kernel(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    return _as_kernel(getattr(reference, name), _CHECKS[name], _PLACES[name][0])
+    return as_kernel(getattr(reference, name), _CHECKS[name], _PLACES[name][0])
 
 
 def _cpu_fallback(name: str) -> Callable[..., tuple[Tensor, ...]]:
@@ -208,7 +182,7 @@ def _cpu_fallback(name: str) -> Callable[..., tuple[Tensor, ...]]:
         _CHECKS[name](*args)
         check_length_values(args[lengths], args[first].shape[0])
 
-    return _as_kernel(getattr(reference, name), check, first)
+    return as_kernel(getattr(reference, name), check, first)
 
 
 def _cuda_kernel(name: str, checked: bool = True) -> Callable[..., tuple[Tensor, ...]]:
@@ -271,18 +245,6 @@ def layer_of_fitting(*args: Any) -> tuple[Tensor, ...]:
         return _fitting_layer(*args)
 
 
-def unwatched(output: Tensor) -> Tensor:
-    """The output of a forward op as it is saved: that of a single step may be changed in place.
-
-    Backward reads the outputs before the last step only, as the states that were multiplied. So
-    for one step autograd need not watch it, and `h = cell(x, h); h[done] = 0` is as legal as with
-    `torch.nn.GRUCell`.
-    """
-    T = output.shape[0]
-    one = isinstance(T, int) and T == 1 and not torch._C._are_functorch_transforms_active()
-    return output.data if one else output
-
-
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Keep for `gradient_rule` what a forward op had and gave."""
     ctx.set_materialize_grads(False)
@@ -334,54 +296,19 @@ def double_backward_rule(
     """Differentiate a backward op through the reference, which is right to any order."""
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad
-        result: list[Tensor | None] = [None] * len(needed)
-        tensors = ctx.saved_tensors
-        active = [i for i, t in enumerate(tensors) if t is not None and needed[i]]
-        live = [k for k, g in enumerate(grads) if g is not None and ctx.output_mask[k]]
-        if not active or not live:
-            return tuple(result)
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return function(*tensors, ctx.cell, ctx.reverse, ctx.recompute, ctx.output_mask)
 
-        def restricted(*inputs: Tensor) -> tuple[Tensor, ...]:
-            arguments = list(tensors)
-            for i, t in zip(active, inputs, strict=True):
-                arguments[i] = t
-            out = function(*arguments, ctx.cell, ctx.reverse, ctx.recompute, ctx.output_mask)
-            return tuple(out[k] for k in live)
-
-        with without_autocast(tensors[active[0]].device.type):
-            pullback = torch.func.vjp(restricted, *[tensors[i] for i in active])[1]
-            for i, g in zip(active, pullback(tuple(grads[k] for k in live)), strict=True):
-                result[i] = g
-        return tuple(result)
+        return differentiate(gradients, ctx, grads, ctx.output_mask)
 
     return backward
-
-
-class _Eager(torch.autograd.Function):
-    """What `register_autograd` does, less its bookkeeping, for calls that nothing transforms."""
-
-    op: Any
-
-    @classmethod
-    def forward(cls, ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        """The op, with what backward needs saved."""
-        output = without_grad(cls.op, *args)
-        save(ctx, args, output)
-        return output
-
-
-def _eager(op: Any, backward: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
-    methods = {"op": op, "backward": staticmethod(backward)}
-    function: Any = type(f"{op.name()}.eager", (_Eager,), methods)
-    return function.apply  # type: ignore[no-any-return]
 
 
 _layer_gradient = gradient_rule(layer_backward, "layer")
 _scan_gradient = gradient_rule(scan_backward, "scan")
 
-eager_layer = _eager(layer, _layer_gradient)
-eager_scan = _eager(scan, _scan_gradient)
+eager_layer = eager(f"{layer.name()}.eager", partial(without_grad, layer), save, _layer_gradient)
+eager_scan = eager(f"{scan.name()}.eager", partial(without_grad, scan), save, _scan_gradient)
 
 torch.library.register_autograd("gru_fast::layer", _layer_gradient, setup_context=save, lib=_lib)
 torch.library.register_autograd("gru_fast::scan", _scan_gradient, setup_context=save, lib=_lib)
@@ -394,25 +321,8 @@ for _name in ("layer_backward", "scan_backward"):
     )
 
 
-def _autocast_cuda(op: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """Cast as matrix products are cast; on the CPU nothing is registered and float32 stays."""
-
-    def cast(*args: Any) -> tuple[Tensor, ...]:
-        dtype = torch.get_autocast_dtype("cuda")
-        with torch.autocast("cuda", enabled=False):
-            return op(
-                *[
-                    a.to(dtype)
-                    if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
-                    else a
-                    for a in args
-                ]
-            )
-
-    return cast
-
-
+# On the CPU nothing is registered, and float32 stays.
 for _name, _op in (("layer", layer), ("scan", scan)):
-    _lib.impl(_name, _autocast_cuda(_op), "AutocastCUDA")
+    _lib.impl(_name, autocast_cuda(_op), "AutocastCUDA")
 
 ops_vmap.register(_lib)

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gru_fast import autocast, ops, ops_vmap, reference_norm
+from gru_fast import ops, ops_vmap, reference_norm
 from gru_fast.checks import check_length_values, check_norm_backward, check_norm_scan
+from gru_fast.ops_rules import (
+    as_kernel,
+    autocast_cuda,
+    differentiate,
+    eager,
+    fake_gradients,
+    unwatched,
+)
 from gru_fast.reference_norm import NORM_SLOTS
 
 _ARGUMENTS = (
@@ -72,10 +81,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
     _check_backward(*args)
     inputs, output_mask = args[2:11], args[17]
-    return tuple(
-        args[3].new_empty(inputs[i].shape if inputs[i] is not None and output_mask[k] else (0,))
-        for i, k in _GRADS.items()
-    )
+    return fake_gradients([inputs[i] for i in _GRADS], output_mask, args[3])
 
 
 torch.library.register_fake("gru_fast::norm_scan", _fake, lib=_lib)
@@ -85,18 +91,12 @@ torch.library.register_fake("gru_fast::norm_scan_backward", _fake_backward, lib=
 def _reference_kernel(
     name: str, check: Callable[..., None], first: int
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The reference as a kernel: checked, autocast off, outputs its own."""
-    function = getattr(reference_norm, name)
-
-    def kernel(*args: Any) -> tuple[Tensor, ...]:
+    def check_all(*args: Any) -> None:
         check(*args)
         if args[first].is_cpu:
             check_length_values(args[first + 5], args[first].shape[0])
-        with autocast.without_autocast(args[first].device.type):
-            outputs = function(*args)
-        return ops.owned(outputs)
 
-    return kernel
+    return as_kernel(getattr(reference_norm, name), check_all, first)
 
 
 def _cuda_kernel(
@@ -136,7 +136,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     ctx.mode = inputs[_INPUTS:]
     ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(*inputs[:_INPUTS], ops.unwatched(output[0]), output[2], output[3])
+    ctx.save_for_backward(*inputs[:_INPUTS], unwatched(output[0]), output[2], output[3])
 
 
 def _backward(
@@ -165,28 +165,12 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad
-    result: list[Tensor | None] = [None] * len(needed)
-    tensors = ctx.saved_tensors
-    active = [i for i, t in enumerate(tensors) if t is not None and needed[i]]
-    live = [k for k, g in enumerate(grads) if g is not None and ctx.output_mask[k]]
-    if not active or not live:
-        return tuple(result)
+    def gradients(*tensors: Any) -> tuple[Tensor, ...]:
+        nothing = tensors[2].new_empty(0)
+        given: Any = (*tensors, nothing, nothing, ctx.eps, ctx.reverse, True, ctx.output_mask)
+        return reference_norm.norm_scan_backward(*given)
 
-    def restricted(*inputs: Tensor) -> tuple[Tensor, ...]:
-        arguments = list(tensors)
-        for i, t in zip(active, inputs, strict=True):
-            arguments[i] = t
-        nothing = inputs[0].new_empty(0)
-        arguments += [nothing, nothing, ctx.eps, ctx.reverse, True, ctx.output_mask]
-        out = reference_norm.norm_scan_backward(*arguments)
-        return tuple(out[k] for k in live)
-
-    with autocast.without_autocast(tensors[active[0]].device.type):
-        pullback = torch.func.vjp(restricted, *[tensors[i] for i in active])[1]
-        for i, g in zip(active, pullback(tuple(grads[k] for k in live)), strict=True):
-            result[i] = g
-    return tuple(result)
+    return differentiate(gradients, ctx, grads, ctx.output_mask)
 
 
 torch.library.register_autograd("gru_fast::norm_scan", _backward, setup_context=_save, lib=_lib)
@@ -195,38 +179,12 @@ torch.library.register_autograd(
 )
 
 
-class _Eager(torch.autograd.Function):
-    """What `register_autograd` does, less its bookkeeping, for calls that nothing transforms."""
+eager_norm_scan = eager(
+    f"{norm_scan.name()}.eager", partial(ops.without_grad, norm_scan), _save, _backward
+)
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        """The op, with what backward needs saved."""
-        output = ops.without_grad(norm_scan, *args)
-        _save(ctx, args, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-eager_norm_scan: Any = _Eager.apply
-
-
-def _autocast(*args: Any) -> tuple[Tensor, ...]:
-    """Cast as matrix products are cast; on the CPU nothing is registered and float32 stays."""
-    dtype = torch.get_autocast_dtype("cuda")
-    with torch.autocast("cuda", enabled=False):
-        outputs: tuple[Tensor, ...] = norm_scan(
-            *[
-                a.to(dtype)
-                if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
-                else a
-                for a in args
-            ]
-        )
-    return outputs
-
-
-_lib.impl("norm_scan", _autocast, "AutocastCUDA")
+# On the CPU nothing is registered, and float32 stays.
+_lib.impl("norm_scan", autocast_cuda(norm_scan), "AutocastCUDA")
 
 # Where the axis B is, of what differs per sequence.
 _BATCH_AXIS = {0: 1, 1: 1, 5: 0, 6: 1, 7: 1, 8: 0}
