@@ -1,17 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands of `gru-fast` have in common: types of options, and errors as one line."""
+"""What the commands of `gru-fast` have in common: options, and errors as one line."""
 
 from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from gru_fast.errors import InputError
 
-__all__ = ["Commands", "Count", "Finite"]
+__all__ = [
+    "SEED",
+    "Commands",
+    "Count",
+    "Finite",
+    "beside_option",
+    "refusing_values",
+    "run_argument",
+    "say",
+]
 
 
 class Count(click.IntRange):
@@ -63,3 +74,24 @@ class Commands(click.Group):
             message = f"not enough memory: {message}"
         click.echo(f"gru-fast: {message}", err=True)
         ctx.exit(2)
+
+
+SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
+run_argument = click.argument("run", type=click.Path())
+beside_option = click.option(
+    "--beside-torch", is_flag=True, help="Then time the same network on torch.nn.GRU: one line."
+)
+
+
+def say(text: str) -> None:
+    """Tell on stderr: stdout has results only."""
+    click.echo(text, err=True)
+
+
+@contextmanager
+def refusing_values() -> Iterator[None]:
+    """Make an `InputError` of what the draw says about options, or logits, that it cannot use."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(str(error)) from None

@@ -78,7 +78,7 @@ def test_the_exit_code_of_a_second_interrupt(corpus, tmp_path, monkeypatch):
         assert should_stop()
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("gru_fast.cli.train", interrupted)
+    monkeypatch.setattr("gru_fast.cli_train.train", interrupted)
     # A shell has what it runs in the background ignore the signal.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

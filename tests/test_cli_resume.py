@@ -93,7 +93,7 @@ def test_a_run_that_has_ended_goes_on_with_more_steps(names_run, names_file, tmp
 
 def test_a_run_goes_on_where_it_was_begun(names_file, tmp_path, monkeypatch):
     out, begun_before, devices = tmp_path / "run", tmp_path / "before", []
-    monkeypatch.setattr("gru_fast.cli._check_device", devices.append)
+    monkeypatch.setattr("gru_fast.cli_train._check_device", devices.append)
     few = ["--lines", "--hidden", 4, "--embedding", 4]
     call("train", names_file, *few, "--device", "cpu:0", "--steps", 1, "--out", out)
     told = call("train", "--resume", "--out", out, "--steps", 2).stderr

@@ -34,7 +34,7 @@ def test_novel_lines_are_the_first_of_a_seed_that_end(
     length, enough, names_run, names_file, monkeypatch
 ):
     """Among the 320 that are drawn at most too few are shorter than 3; a cut one is no line."""
-    monkeypatch.setattr("gru_fast.cli._NOVELTY_ROWS", 20)
+    monkeypatch.setattr("gru_fast.cli_sample._NOVELTY_ROWS", 20)
     every = call("sample", names_run, "--num", 320, "--seed", 1).stdout.split("\n")[:-1]
     known = set(names_file.read_text().split())
     novel = [name for name in every if name and name not in known and len(name) < length]

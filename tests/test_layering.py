@@ -20,7 +20,7 @@ CSRC = sorted([*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")])
 # From the top down; a module imports from its own layer or below, never in a circle.
 LAYERS = [
     ["__init__"],
-    ["cli", "commands", "__main__"],
+    ["cli", "cli_*", "commands", "__main__"],
     ["training", "checkpoint", "corpus", "trace", "beside_torch", "explain_generate"],
     ["onnx"],
     ["language_model", "sampling", "sampler", "tokenizers"],
