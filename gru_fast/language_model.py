@@ -150,8 +150,13 @@ class GRULanguageModel(nn.Module):
         Row v is embedding[v] @ weight_ih^T + bias_ih (without the embedding for one-hot inputs);
         the last row, for x<1> = 0, is bias_ih alone.
         """
-        (weight, bias), embedding = self._input_weights(), self.embedding
+        return self._table_of(self.gru._flat_weights)
+
+    def _table_of(self, weights: list[Tensor]) -> Tensor:
+        """`token_table` of `gru`'s weights."""
+        weight, bias = self._entering(weights)
         with without_autocast("cpu"):
+            embedding = self.embedding
             rows = weight.T if embedding is None else embedding.weight @ weight.T
             table = F.pad(rows, (0, 0, 0, 1))
             return table if bias is None else table + bias
@@ -165,22 +170,18 @@ class GRULanguageModel(nn.Module):
             return None
         return why_not_weights("embedding", embedding, nn.Embedding)
 
-    def _input_weights(self) -> tuple[Tensor, Tensor | None]:
-        weights = self.gru._flat_weights
+    def _entering(self, weights: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         return weights[0], weights[2] if self.gru.bias else None
 
-    def _input_gates(self, inputs: Tensor, table: Tensor | None) -> Tensor:
-        """(T, B, N*H) for (T, B) input ids."""
-        if (
-            table is None
-            and self.embedding is not None
-            and inputs.numel() < self.vocab_size
-            and not has_own(self, GRULanguageModel, "token_table")
-        ):
+    def _input_gates(self, inputs: Tensor, table: Tensor | None, weights: list[Tensor]) -> Tensor:
+        """(T, B, N*H) for (T, B) input ids, by `gru`'s weights."""
+        if table is None and has_own(self, GRULanguageModel, "token_table"):
+            table = self.token_table()
+        if table is None and self.embedding is not None and inputs.numel() < self.vocab_size:
             with without_autocast("cpu"):
-                return F.linear(self._features(inputs), *self._input_weights())
+                return F.linear(self._features(inputs), *self._entering(weights))
         # The gradient of F.embedding is added up in the order of the tokens: no atomics.
-        return F.embedding(inputs, self.token_table() if table is None else table)
+        return F.embedding(inputs, self._table_of(weights) if table is None else table)
 
     def _features(self, inputs: Tensor, called: bool = False) -> Tensor:
         """What input ids stand for, (..., E) or one-hot (..., V): zeros for `start`."""
@@ -249,7 +250,10 @@ class GRULanguageModel(nn.Module):
         # ONNX's GRU projects its input itself: given gates, it would multiply them by an identity.
         exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
         features = exporting and weights[0].shape[1] <= weights[0].shape[0]
-        entering = self._features(inputs.T) if features else self._input_gates(inputs.T, table)
+        if features:
+            entering = self._features(inputs.T)
+        else:
+            entering = self._input_gates(inputs.T, table, weights)
         if hidden is None:
             hidden = entering.new_zeros(L, inputs.shape[0], H)
         dtype = hidden.dtype

@@ -280,3 +280,27 @@ def test_a_stream_of_a_gru_with_hooks_is_refused() -> None:
     prune.remove(gru, "weight_hh_l0")
     x = torch.randn(6, 4)
     torch.testing.assert_close(Stream(gru).push(x), gru(x)[0].detach())
+
+
+class Counted(nn.Module):
+    calls = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls += 1
+        return weight * 1.0
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[1, 2]], [[1, 2, 3, 4, 5, 6, 1, 2]]],
+    ids=["fewer than the vocabulary", "more"],
+)
+@pytest.mark.parametrize("embedding_size", [None, 5])
+def test_a_call_evaluates_a_parametrization_once(
+    embedding_size: int | None, ids: list[list[int]]
+) -> None:
+    model, counted = language_model(embedding_size), Counted()
+    parametrize.register_parametrization(model.gru, "weight_ih_l0", counted)
+    counted.calls = 0
+    model(torch.tensor(ids))
+    assert counted.calls == 1
