@@ -15,6 +15,7 @@ PEERS := .venv/.peers
 OLD_TRITON := $(if $(filter Linux,$(shell uname -s)),.venv/triton-3.6.0)
 TRITON_TESTS := $(wildcard tests/test_triton_*.py)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+OTHER_C := $(wildcard tests/cpp/* benchmarks/native/*.cpp examples/*.c)
 
 .PHONY: help demo test test-all lint format bench peers gpu-peers wheel clean
 
@@ -65,12 +66,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(wildcard tests/cpp/*)
+	$(BIN)/clang-format --dry-run -Werror $(CSRC) $(OTHER_C)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CSRC) $(wildcard tests/cpp/*)
+	$(BIN)/clang-format -i $(CSRC) $(OTHER_C)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
