@@ -81,8 +81,9 @@ def revert(
 ) -> ConvertReport:
     """Turn every `gru_fast.GRU` and `gru_fast.GRUCell` in a model into torch's, in place.
 
-    Modules whose `cell` torch does not have, or with several heads, are skipped, and those of a
-    `GRULanguageModel`, which cannot do without. Arguments, result and errors are `convert`'s.
+    Modules with a `cell`, `recurrent_dropout`, `learn_h0` or heads that torch does not have are
+    skipped, and those of a `GRULanguageModel`, which cannot do without. Arguments, result and
+    errors are `convert`'s.
     """
     return _swap(model, include, exclude, _TO_TORCH)
 

@@ -27,7 +27,7 @@ __all__ = ["LayerNormGRU"]
 
 
 class LayerNormGRU(Recurrent):
-    """Multi-layer GRU whose gate products are layer-normalised, with the interface of `GRU`.
+    """Multi-layer GRU whose gate products are layer-normalised; its interface is `GRU`'s.
 
     For every step of every layer, with LN(v) = (v - mean(v)) / sqrt(var(v) + eps) over all 3H
     values of v together:

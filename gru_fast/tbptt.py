@@ -62,8 +62,8 @@ def tbptt(
         A `Chunk` for each `steps` time steps.
 
     Raises:
-        ValueError: `steps` is less than 1, or `module` is bidirectional: its reverse direction
-            begins at the end.
+        ValueError: `steps` is less than 1, `input` has fewer than two dimensions, or `module` is
+            bidirectional: its reverse direction begins at the end.
         TypeError: `module` cannot be called, or its state is not a Tensor, as that of an LSTM;
             `steps` is not an int; `input`, `hx`, `lengths`, `reset_mask` or `reset_state` is not a
             Tensor.
