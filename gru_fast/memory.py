@@ -13,10 +13,12 @@ from gru_fast.reference import GATES, SLOTS
 
 __all__ = ["MemoryEstimate", "memory_estimate"]
 
-# Of the CPU kernels: chunk.h, forward.h, panels.h.
+# Of the CPU kernels: chunk.h, forward.h, panels.h, arena.cpp.
 _CHUNK_ROWS = 256
-_PROJECT_ROWS = 64
+_PROJECT_ROWS, _PROJECT_ROWS_OF_ONE = 64, 128
 _UNITS = 16
+_KEPT_BYTES = 64 << 20
+"""The largest scratch block that a thread keeps for its next call."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class _Sizes:
         steps = min(-(-_CHUNK_ROWS // B), T) if B else 0
         self.rows = steps * B  # of a chunk of the backward pass
         self.padded = -(-self.H // _UNITS) * _UNITS
+        self.kept = _KEPT_BYTES // module._flat_weights[0].element_size()
 
     def width(self, k: int) -> int:
         return self.D * self.H if k else self.I
@@ -102,16 +105,23 @@ class _Sizes:
         """Copies of the weights: bidirectional layers work on both directions side by side."""
         return self.weights(k) if self.D == 2 else 0
 
-    def panels(self, k: int) -> int:
-        """The packed weights of a layer."""
-        return self.D * self.N * self.padded * (self.width(k) + self.H)
+    def packed(self, columns: int) -> int:
+        """A weight of a layer in the kernels' own layout."""
+        return self.D * self.N * self.padded * columns
 
     def forward_scratch(self, k: int) -> int:
-        rows = max(self.B, min(self.T * self.B, _PROJECT_ROWS))
-        return self.panels(k) + self.D * self.padded * (2 * self.B + self.N * rows)
+        most = _PROJECT_ROWS_OF_ONE if self.B == 1 else _PROJECT_ROWS
+        rows = max(self.B, min(self.T * self.B, most))
+        # Weights that are used once are read as they lie; threads that share out rows pack them.
+        once = self.T * self.B <= most and (self.B == 1 or torch.get_num_threads() == 1)
+        packed = self.packed(self.H) if self.T > 1 else 0
+        packed += 0 if self.T <= 1 or once else self.packed(self.width(k))
+        return packed + self.D * self.padded * (2 * self.B + self.N * rows)
 
     def backward_scratch(self, k: int, recompute: bool, grad_x: bool) -> int:
-        packed = self.panels(k) if grad_x else self.D * self.N * self.padded * self.H
+        packed = self.packed(self.H) if self.T > 2 else 0
+        if grad_x and self.rows < self.T * self.B:
+            packed += self.packed(self.width(k))
         D, units = self.D * self.rows * self.S * self.padded, self.padded
         operands = self.rows * (self.width(k) + units)
         rebuilt = 0
@@ -137,13 +147,14 @@ class _Sizes:
         dropped = 2 * self.output if self.module.dropout and self.module.training else 0
         saved = [layer + stacked[k] + (dropped if k + 1 < self.L else 0) for k in range(self.L)]
         states = 2 * self.states
+        forward = max(self.forward_scratch(k) for k in range(self.L))
+        kept = forward if forward <= self.kept else 0
         peak, grads = 0, 0
         for k in reversed(range(self.L)):
             grad_x = bool(k) or input_grad
             grads += self.weights(k) + stacked[k]
             moment = sum(saved[: k + 1]) + states + grads + self.output
             moment += self.T * self.B * self.width(k) if grad_x else 0
-            peak = max(peak, moment + self.backward_scratch(k, recompute, grad_x))
+            peak = max(peak, moment + max(kept, self.backward_scratch(k, recompute, grad_x)))
             grads -= stacked[k]
-        forward = sum(saved) + states + max(self.forward_scratch(k) for k in range(self.L))
-        return sum(saved) + states, max(peak, forward)
+        return sum(saved) + states, max(peak, sum(saved) + states + forward)

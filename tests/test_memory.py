@@ -24,6 +24,11 @@ MEASURED = [
     (400, 16, 128, {"num_layers": 3, "cell": "reset_before"}, "train"),
     (64, 32, 256, {"bidirectional": True, "cell": "no_reset"}, "train"),
     (256, 64, 128, {"num_layers": 2, "dropout": 0.5}, "train"),
+    (1, 1, 2048, {}, "infer"),
+    (100, 1, 1024, {}, "infer"),
+    (1, 64, 1024, {"num_layers": 2}, "train"),
+    (4, 8, 1024, {"num_layers": 2}, "train"),
+    (200, 1, 1024, {"num_layers": 2}, "train"),
 ]
 
 # A child for each call, so that none finds memory that another has left.
