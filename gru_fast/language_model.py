@@ -18,7 +18,7 @@ from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 from gru_fast.recurrent import check_int, check_probability, refuse_tracing
-from gru_fast.sampled_model import has_own, is_plain, why_not_weights
+from gru_fast.sampled_model import has_own, is_read, why_not_weights
 from gru_fast.sampling import GenerateOutput, Streamer
 from gru_fast.stack import matching
 from gru_fast.token_ids import PADDING, TokenIds
@@ -50,7 +50,9 @@ class GRULanguageModel(nn.Module):
     Attributes:
         embedding: `nn.Embedding` (V, E), or None.
         gru: `gru_fast.GRU`, which holds the weights of the layers. Where it or the embedding has
-            hooks or another `forward`, both are called; otherwise their weights are read.
+            hooks, another `forward` or options that this class does not set (`learn_h0`,
+            `num_heads`; `max_norm`, `padding_idx`, `sparse`), both are called; otherwise their
+            weights are read. It has one direction, and in training no `recurrent_dropout`.
         head: `nn.Linear` from H to V.
         config: The arguments above but device and dtype: `GRULanguageModel(**model.config)`.
 
@@ -168,6 +170,8 @@ class GRULanguageModel(nn.Module):
         embedding = self.embedding
         if embedding is None:
             return None
+        if getattr(embedding, "max_norm", None) is not None:
+            return "the embedding has max_norm, which only a call of it keeps to"
         return why_not_weights("embedding", embedding, nn.Embedding)
 
     def _entering(self, weights: list[Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -202,12 +206,20 @@ class GRULanguageModel(nn.Module):
         """`run` by calls of `embedding` and `gru`, for hooks and other ways to go forward."""
         gru = self.gru
         given = {} if lengths is None else {"lengths": lengths}
+        x = self._features(inputs if gru.batch_first else inputs.T, called=True)
         # The model's dropout is not an option of `gru`: scoring is without it in any mode.
-        before, gru.dropout = gru.dropout, dropout
+        wanted = {"dropout": dropout, "recurrent_dropout": 0.0}
+        before = {name: getattr(gru, name, value) for name, value in wanted.items()}
+        changed = [name for name in wanted if wanted[name] != before[name]]
+        for name in changed:
+            setattr(gru, name, wanted[name])
         try:
-            output, h_n = gru(self._features(inputs.T, called=True), hidden, **given)
+            output, h_n = gru(x, hidden, **given)
         finally:
-            gru.dropout = before
+            for name in changed:
+                setattr(gru, name, before[name])
+        if gru.batch_first:
+            output = output.transpose(0, 1)
         return F.dropout(output, dropout) if dropout else output, h_n
 
     def run(
@@ -232,7 +244,8 @@ class GRULanguageModel(nn.Module):
             The last layer's output, (T, B, H), and h_n (L, B, H).
 
         Raises:
-            RuntimeError: Shapes that do not fit, or a named backend that cannot take the call.
+            RuntimeError: Shapes that do not fit, a named backend that cannot take the call, or a
+                `gru` with two directions.
             IndexError: An id is outside its range (on the CPU).
         """
         refuse_tracing("GRULanguageModel")
@@ -244,7 +257,9 @@ class GRULanguageModel(nn.Module):
             raise RuntimeError(
                 f"hidden: expected shape {(L, inputs.shape[0], H)}, got {tuple(hidden.shape)}"
             )
-        if not (is_plain(gru, GRU) and (embedding is None or is_plain(embedding, nn.Embedding))):
+        if gru.bidirectional:
+            raise RuntimeError("gru: expected one direction, got bidirectional=True")
+        if not is_read(gru, embedding):
             return self._call_layers(inputs, hidden, lengths, dropout)
         weights = gru._flat_weights
         # ONNX's GRU projects its input itself: given gates, it would multiply them by an identity.
@@ -300,9 +315,14 @@ class GRULanguageModel(nn.Module):
             logits (B, T, V), and the state (L, B, H) after the last step.
 
         Raises:
-            RuntimeError: Shapes that do not fit, or a named backend that cannot take the call.
+            RuntimeError: As `run`; or `gru` has `recurrent_dropout`, in training mode.
             IndexError: An id is outside its range (on the CPU).
         """
+        if self.training and getattr(self.gru, "recurrent_dropout", False):
+            raise RuntimeError(
+                "gru: expected recurrent_dropout=0 in training mode, got "
+                f"recurrent_dropout={self.gru.recurrent_dropout}"
+            )
         output, h_n = self.run(inputs, hidden, dropout=self.dropout if self.training else 0.0)
         return self.head(output).transpose(0, 1), h_n
 

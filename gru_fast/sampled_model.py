@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ __all__ = [
     "check_language_model",
     "has_own",
     "is_plain",
+    "is_read",
     "why_not_layers",
     "why_not_weights",
 ]
@@ -83,6 +84,23 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
         or module._backward_hooks
         or "forward" in module.__dict__
         or type(module).forward is not cls.forward
+    )
+
+
+def is_read(gru: Any, embedding: Any) -> bool:
+    """Whether the weights of these layers are all that their calls compute with.
+
+    Otherwise a language model calls them: they have hooks, or options that it does not have.
+    """
+    if not is_plain(gru, GRU) or gru.learn_h0 or gru.num_heads > 1:
+        return False
+    if embedding is None:
+        return True
+    return is_plain(embedding, nn.Embedding) and not (
+        embedding.max_norm is not None
+        or embedding.padding_idx is not None
+        or embedding.scale_grad_by_freq
+        or embedding.sparse
     )
 
 

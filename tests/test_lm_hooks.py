@@ -304,3 +304,60 @@ def test_a_call_evaluates_a_parametrization_once(
     counted.calls = 0
     model(torch.tensor(ids))
     assert counted.calls == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"learn_h0": True}, {"num_heads": 2}, {"batch_first": True}], ids=str
+)
+def test_options_of_another_gru_count(options: dict[str, Any]) -> None:
+    model = language_model(None)
+    model.gru = GRU(V, H, 2, **options)
+    if model.gru.learn_h0:
+        torch.nn.init.normal_(model.gru.h0)
+    inputs = model.teacher_forcing(TOKENS)
+    one_hot = torch.eye(V + 1, V)[inputs]
+    own = model.gru(one_hot if model.gru.batch_first else one_hot.transpose(0, 1))[0]
+    output = model.run(inputs)[0]
+    torch.testing.assert_close(output, own.transpose(0, 1) if model.gru.batch_first else own)
+    model.loss(TOKENS.clamp(min=0)).backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.gru.parameters())
+    out = model.generate(max_new_tokens=20, seed=1, return_dict_in_generate=True)
+    torch.testing.assert_close(model.score(out.sequences), out.log_probs, rtol=0, atol=1e-5)
+    model.gru.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model.run(inputs)[0], output)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_norm": 0.1}, {"padding_idx": 3}, {"scale_grad_by_freq": True}, {"sparse": True}],
+    ids=str,
+)
+def test_options_of_another_embedding_count(options: dict[str, Any]) -> None:
+    model, tokens = language_model(5), TOKENS.clamp(min=0)
+    model.embedding = nn.Embedding(V, 5, **options)
+    called = language_model(5)
+    called.embedding = nn.Embedding(V, 5, **options)
+    called.load_state_dict(model.state_dict())
+    called.embedding.register_forward_hook(lambda *_: None)
+    for module in (model, called):
+        module.loss(tokens).backward()
+    for ours, theirs in zip(model.parameters(), called.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and ours.grad.is_sparse == theirs.grad.is_sparse
+        torch.testing.assert_close(ours.grad.to_dense(), theirs.grad.to_dense())
+    out = model.generate(max_new_tokens=20, seed=1, return_dict_in_generate=True)
+    torch.testing.assert_close(model.score(out.sequences), out.log_probs, rtol=0, atol=1e-5)
+
+
+def test_options_of_another_gru_that_have_no_meaning_here() -> None:
+    model = language_model(None)
+    model.gru = GRU(V, H, 2, recurrent_dropout=0.5)
+    with pytest.raises(RuntimeError, match=r"recurrent_dropout=0 in training mode, got.*=0\.5"):
+        model.loss(TOKENS)
+    scores = model.score(TOKENS)
+    assert torch.equal(model.eval().score(TOKENS), scores)
+    model.gru.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(model.train().score(TOKENS), scores)
+    assert model.gru.recurrent_dropout == 0.5
+    model.gru = GRU(V, H // 2, bidirectional=True)
+    with pytest.raises(RuntimeError, match="gru: expected one direction, got bidirectional=True"):
+        model(TOKENS.clamp(min=0))
