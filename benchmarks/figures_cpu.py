@@ -47,7 +47,9 @@ def layers(results: Results) -> str:
     cells = [(sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen]
     table = pivot("I = H, B, T", cells)
     if any(", far" in text for _, _, text in cells):
-        table += "\n\nfar: meanwhile the virtual machine's two cores had no third-level cache in common."
+        table += (
+            "\n\nfar: meanwhile the virtual machine's two cores had no third-level cache in common."
+        )
     return table
 
 
