@@ -15,7 +15,6 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from . import problem
 from .generate_tables import FORMS, Model, choose, config_of, unfit
 from .generation import (
     ALIVE,
@@ -29,8 +28,8 @@ from .generation import (
     model_of,
     new_rows,
 )
-from .problem import on_device
-from .tiling import Device, Sizes, device_of
+from .problem import call_on, on_device
+from .tiling import Device, device_of
 
 OnTokens = Callable[[Tensor], None]
 
@@ -164,9 +163,8 @@ def why_not_form(
 def _call(
     device: torch.device, dtype: torch.dtype, B: int, H: int, L: int, V: int, cell: str
 ) -> tuple[Device, Model]:
-    stand_in = torch.empty((), dtype=dtype, device=device)
-    sizes = Sizes(1, B, 1, H, cell, dtype, problem.dot_precision(stand_in))
-    return device_of(stand_in), Model(sizes, L, V)
+    found, sizes = call_on(device, dtype, (1, B, 1, H), cell)
+    return found, Model(sizes, L, V)
 
 
 @cache

@@ -7,12 +7,12 @@ None of them has run on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 
 import torch
 
-from .problem import Problem, dot_precision
+from .problem import Problem, call_on
 from .tables import (
     AMPERE,
     AMPERE_ONLY,
@@ -71,6 +71,7 @@ def offered(device: Device, direction: str) -> tuple[Row, ...]:
     return offered_of(ROWS, device, direction)
 
 
+@lru_cache(4096)
 def config(device: Device, sizes: Sizes, direction: str) -> Config | None:
     """The tiles for a call, or None where the kernel does not fit."""
     fitting = [row for row in offered(device, direction) if row.holds(sizes)]
@@ -101,8 +102,7 @@ def why_not(device: torch.device, dtype: torch.dtype, H: int, plain: bool) -> st
         H: Hidden size.
         plain: As in `Sizes`.
     """
-    stand_in = torch.empty((), dtype=dtype, device=device)
-    sizes = Sizes(2, 1, 1, H, "reset_after", dtype, dot_precision(stand_in), plain)
-    found = device_of(stand_in)
+    one_row = (2, 1, 1, int(H))  # a size that is traced has no hash
+    found, sizes = call_on(device, dtype, one_row, "reset_after", plain)
     configs = [config(found, sizes, way) for way in ("forward", "backward")]
     return unfit(found, sizes) if None in configs else None

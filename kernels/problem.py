@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .tiling import device_of
+from .tiling import Device, Sizes, device_of
 
 GATES = {"reset_after": 3, "reset_before": 3, "no_reset": 2}
 """Gate rows per hidden unit, N."""
@@ -213,6 +213,27 @@ def dot_precision(tensor: Tensor) -> str:
     if tensor.is_cuda and device_of(tensor).arch < 80:
         return "ieee"
     return "tf32" if _SWITCH.fp32_precision == "tf32" else "tf32x3"
+
+
+class _StandIn(NamedTuple):
+    """What is asked of a tensor to know where it is, and how products of it round."""
+
+    device: torch.device
+    dtype: torch.dtype
+    is_cuda: bool
+
+
+def call_on(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: tuple[int, int, int, int],
+    cell: str,
+    plain: bool = True,
+) -> tuple[Device, Sizes]:
+    """What the tables go by, for a call of T, B, G, H that has no tensors yet."""
+    stand_in: Any = _StandIn(device, dtype, device.type == "cuda")
+    precision = dot_precision(stand_in)
+    return device_of(stand_in), Sizes(*sizes, cell, dtype, precision, plain)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

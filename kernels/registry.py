@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from . import tables
 from .measured import nearest
-from .problem import Chunk, Problem, dot_precision
+from .problem import Chunk, Problem, call_on
 from .tiling import Config, Device, Sizes, device_of, sizes_of
 
 
@@ -73,22 +73,6 @@ def choose(device: Device, sizes: Sizes, direction: str, suite: str) -> tuple[Ke
     raise AssertionError("step takes every call")
 
 
-class _StandIn(NamedTuple):
-    """What is asked of a tensor to know where it is, and how products of it round."""
-
-    device: torch.device
-    dtype: torch.dtype
-    is_cuda: bool
-
-
-def _call(
-    device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int, int], cell: str
-) -> tuple[Device, Sizes]:
-    stand_in: Any = _StandIn(device, dtype, device.type == "cuda")
-    precision = dot_precision(stand_in)
-    return device_of(stand_in), Sizes(*sizes, cell, dtype, precision)
-
-
 def why_cudnn(
     device: torch.device,
     dtype: torch.dtype,
@@ -105,7 +89,7 @@ def why_cudnn(
         cell: The kind of cell.
         suite: As in `choose`.
     """
-    found, call = _call(device, dtype, sizes, cell)
+    found, call = call_on(device, dtype, sizes, cell)
     point = nearest(found, call, suite)
     if point is None:
         return f"nothing near this size is measured on {found.name}"
@@ -132,8 +116,7 @@ def chosen(
         suite: As in `choose`.
         plain: As in `Sizes`.
     """
-    found, call = _call(device, dtype, sizes, cell)
-    call = call._replace(plain=plain)
+    found, call = call_on(device, dtype, sizes, cell, plain)
     kernel, _ = choose(found, call, "forward", suite)
     return kernel.name, nearest(found, call, suite) is not None
 
@@ -156,8 +139,7 @@ def why_not(
         cell: The kind of cell.
         plain: As in `Sizes`.
     """
-    found, call = _call(device, dtype, sizes, cell)
-    call = call._replace(plain=plain)
+    found, call = call_on(device, dtype, sizes, cell, plain)
     configs = [KERNELS[kernel].config(found, call, way) for way in ("forward", "backward")]
     return tables.unfit(found, call) if None in configs else None
 

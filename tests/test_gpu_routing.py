@@ -28,8 +28,8 @@ def name(device: Device, call: Sizes, direction="forward", suite="train") -> str
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA tensors, which hold no data here, are on an H100."""
-    monkeypatch.setattr(registry, "device_of", lambda tensor: HOPPER)
-    monkeypatch.setattr(registry, "dot_precision", lambda tensor: "tf32")
+    monkeypatch.setattr(problem, "device_of", lambda tensor: HOPPER)
+    monkeypatch.setattr(problem, "dot_precision", lambda tensor: "tf32")
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from itertools import product
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gpu_devices import DEVICES, KIB, sizes
 from gru_fast import kernels
-from gru_fast.kernels import norm_tables
+from gru_fast.kernels import norm_tables, problem
 from gru_fast.kernels.tiling import Device
 
 NORM_MOST = {
@@ -50,14 +51,22 @@ def test_by_memory():
 
 
 def test_said(monkeypatch):
-    """What `explain` quotes, and what the operator goes by."""
-    monkeypatch.setattr(norm_tables, "device_of", lambda tensor: DEVICES[2])
-    monkeypatch.setattr(norm_tables, "dot_precision", lambda tensor: "tf32")
-    where = torch.device("cpu")
+    """What `explain` quotes, and what the operator goes by; asked without a tensor."""
+    monkeypatch.setattr(problem, "device_of", lambda tensor: DEVICES[2])
+    monkeypatch.setattr(problem, "dot_precision", lambda tensor: "tf32")
+    where = torch.device("cuda")
     assert kernels.norm_why_not(where, torch.bfloat16, 64, False) is None
     assert kernels.norm_why_not(where, torch.bfloat16, 128, True) == (
         "no compiled tiles for H=128 in 16 on sm_86 (99 KiB of shared memory, 82 processors)"
     )
+
+
+def test_asked_while_sizes_are_traced():
+    def asked(x):
+        assert kernels.norm_why_not(x.device, x.dtype, x.shape[1], True) is None
+        return x.clone()
+
+    make_fx(asked, tracing_mode="symbolic")(torch.empty(5, 16))
 
 
 def test_every_row_is_reached():
