@@ -77,11 +77,6 @@ class Weights:
     def V(self) -> int:
         return self.head.shape[0]
 
-    @property
-    def numbers(self) -> str:
-        """What is multiplied, as `Sizes.numbers`."""
-        return "16" if self.table.itemsize == 2 else self.precision
-
     def arguments(self) -> dict[str, Any]:
         """By the name of the parameter of a kernel."""
         return {
