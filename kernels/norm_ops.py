@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import norm_tables, products, rebuild
+from .chunks import GateGradients, chunks_of, runs_of, state_sums
 from .norm_problem import NormChunk, NormProblem
-from .ops import _chunks, _copy, _runs
 from .problem import on_device, problem_of
 
 
@@ -102,34 +102,25 @@ def norm_scan_backward(
     T, B, G, H = scan.T, scan.B, scan.G, scan.H
     need_x, need_h0, need_w, need_gain, need_b, need_start, need_scale = output_mask
     need_b = need_b and bias_hh is not None
-    need_start = need_start and reset_state is not None
-    need_scale = need_scale and h_scale is not None
-
-    def zeros() -> Tensor:
-        return torch.zeros_like(scan.h0, dtype=torch.float32)
-
-    grad_state = zeros() if grad_h_n is None else _copy(grad_h_n)
-    grad_start = zeros() if need_start else None
-    grad_scale = zeros() if need_scale else None
-    grad_gates = gates_x.new_empty((T, B, G, 3 * H) if need_x else (0,))
+    output = output.contiguous()
+    grad_output = None if grad_output is None else grad_output.contiguous()
+    grad_state, grad_start, grad_scale = state_sums(scan, grad_h_n, need_start, need_scale)
+    grad_gates = GateGradients(scan, need_x)
     weight, gain, bias = products.Total(), products.Total(), products.Total()
     with on_device(gates_x), products.matmul_precision(scan.precision, gates_x):
-        for steps in _chunks(scan, recompute) if T > 0 and B > 0 else ():
+        for steps in chunks_of(scan, recompute) if T > 0 and B > 0 else ():
             entering = None
             if recompute:
-                slots, inverse, entering = _rebuild(problem, output.contiguous(), steps)
+                slots, inverse, entering = _rebuild(problem, output, steps)
             else:
                 slots, inverse = workspace.contiguous(), rstd.contiguous()
             rows, grad_u = (h0.new_empty(steps[1] - steps[0], B, G, 3 * H) for _ in range(2))
             chunk = NormChunk(
-                problem, None if grad_output is None else grad_output.contiguous(),
-                output.contiguous(), slots, inverse, steps, rows, h0.new_empty(*rows.shape[:3], H),
-                grad_u, grad_state, grad_start, grad_scale,
+                problem, grad_output, output, slots, inverse, steps, rows,
+                h0.new_empty(*rows.shape[:3], H), grad_u, grad_state, grad_start, grad_scale,
             )  # fmt: skip
             norm_tables.launcher("backward")(chunk, norm_tables.take(scan, "backward"))
-            if need_x:
-                for groups, times in _runs(scan, steps):
-                    grad_gates[times, :, groups] = rows[:, :, groups]
+            grad_gates.add(rows, steps)
             for needed, total, factor in (
                 (need_gain, gain, slots[..., : 3 * H]),
                 (need_b, bias, None),
@@ -141,14 +132,12 @@ def norm_scan_backward(
                     total.add(torch.cat([part.sum((0, 1)) for part in parts], 1))
             if need_w:
                 if entering is None:
-                    entering, _ = rebuild.launch_entering_states(
-                        scan, output.contiguous(), None, steps
-                    )
+                    entering, _ = rebuild.launch_entering_states(scan, output, None, steps)
                 weight.add(products.weight_gradients((grad_u, entering)))
     state = grad_state if need_h0 else None
     grad_h0, *rest = products.state_gradients(h0, state, grad_start, grad_scale)
     return (
-        grad_gates,
+        grad_gates.value,
         grad_h0,
         weight.gradient(scan.weight_hh if need_w else None, h0),
         gain.gradient(problem.gamma_hh if need_gain else None, h0),
@@ -172,7 +161,7 @@ def _rebuild(
     if scan.bias_hh is not None:
         k = k + scan.bias_hh.float()
     slots = scan.h0.new_empty(*u.shape[:3], 6 * H)
-    for groups, times in _runs(scan, steps):
+    for groups, times in runs_of(scan, steps):
         a, own = scan.gates_x[times, :, groups].float(), k[:, :, groups]
         r, z = torch.sigmoid(a[..., : 2 * H] + own[..., : 2 * H]).chunk(2, -1)
         n = torch.tanh(a[..., 2 * H :] + r * own[..., 2 * H :])

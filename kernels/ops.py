@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from . import products, rebuild
+from .chunks import GateGradients, chunks_of, runs_of, state_sums
 from .problem import Chunk, Problem, dot_precision, on_device, problem_of
 from .registry import take
-
-CHUNKS = 4
-"""Parts in which a long sequence is rebuilt: of what is saved, one part is alive at once."""
-
-CHUNK_ELEMENTS = 2**20, 2**28
-"""Least and most values of a rebuilt workspace: a chunk costs launches, a large one memory."""
 
 Gates = Callable[[int, int], Tensor]
 
@@ -114,28 +109,14 @@ def scan_backward(
     problem = problem_of(
         gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale, cell, reverse
     )
-    grad_gates = [gates_x.new_empty(0)]
-
-    def on_chunk(rows: Tensor, _: Tensor | None, steps: tuple[int, int]) -> None:
-        if not output_mask[0]:
-            return
-        if rows.shape[0] == problem.T:
-            grad_gates[0] = rows
-            return
-        if steps[1] == problem.T:
-            grad_gates[0] = torch.empty_like(gates_x, memory_format=torch.contiguous_format)
-        for groups, times in _runs(problem, steps):
-            grad_gates[0][times, :, groups] = rows[:, :, groups]
-
+    grad_gates = GateGradients(problem, output_mask[0])
     with on_device(gates_x), products.matmul_precision(problem.precision, gates_x):
         rest = _backward(
             problem, grad_output, grad_h_n, grad_workspace, output, workspace,
-            (lambda begin, end: problem.gates_x) if recompute else None, on_chunk, False,
-            output_mask[1:], kernel,
+            (lambda begin, end: problem.gates_x) if recompute else None,
+            lambda rows, _, steps: grad_gates.add(rows, steps), False, output_mask[1:], kernel,
         )  # fmt: skip
-    if output_mask[0] and gates_x.numel() == 0:
-        grad_gates[0] = torch.empty_like(gates_x, memory_format=torch.contiguous_format)
-    return (grad_gates[0], *rest)
+    return (grad_gates.value, *rest)
 
 
 def layer_backward(
@@ -182,7 +163,7 @@ def layer_backward(
                 weight_ih[groups],
                 None if bias_ih is None else bias_ih[groups],
             )
-            for groups, times in _runs(problem, (begin, end))
+            for groups, times in runs_of(problem, (begin, end))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
@@ -192,7 +173,7 @@ def layer_backward(
             assert sums is not None
             bias.add(sums)
         weights = []
-        for groups, times in _runs(problem, steps):
+        for groups, times in runs_of(problem, steps):
             part = rows[:, :, groups]
             if need_x:
                 value = products.input_gradient(part, weight_ih[groups], shared)
@@ -223,18 +204,6 @@ def layer_backward(
     return grad_x, grad_h0, grad_ih, grad_hh, grad_b_ih, grad_b_hh, grad_start, grad_scale
 
 
-def _runs(problem: Problem, steps: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Groups that a chunk meets at the same times, and those times."""
-    begin, end = steps
-    T = problem.T
-    if end - begin == T:
-        return [(slice(0, problem.G), slice(0, T))]
-    return [
-        (groups, slice(T - end, T - begin) if backwards else slice(begin, end))
-        for groups, backwards in products.direction_runs(problem.reverse)
-    ]
-
-
 def _backward(
     problem: Problem,
     grad_output: Tensor | None,
@@ -256,22 +225,14 @@ def _backward(
     T, B, G, H, h0 = problem.T, problem.B, problem.G, problem.H, problem.h0
     need_h0, need_w, need_b, need_start, need_scale = output_mask
     need_b = need_b and problem.bias_hh is not None
-    need_start = need_start and problem.reset_state is not None
-    need_scale = need_scale and problem.h_scale is not None
-
-    def zeros() -> Tensor:
-        return torch.zeros_like(h0, dtype=torch.float32)
-
-    grad_state = zeros() if grad_h_n is None else _copy(grad_h_n)
-    grad_start = zeros() if need_start else None
-    grad_scale = zeros() if need_scale else None
+    grad_state, grad_start, grad_scale = state_sums(problem, grad_h_n, need_start, need_scale)
     weight, bias = products.Total(), products.Total()
     if T > 0 and B > 0:
         chosen, config = take(kernel, problem, "backward", "train")
         output = output.contiguous()
         grad_output = None if grad_output is None else grad_output.contiguous()
         grad_workspace = None if grad_workspace is None else grad_workspace.contiguous()
-        for steps in _chunks(problem, gates is not None):
+        for steps in chunks_of(problem, gates is not None):
             entering = gated = None
             if gates is None:
                 slots = workspace.contiguous()
@@ -314,23 +275,6 @@ def _backward(
         bias.gradient(problem.bias_hh if need_b else None, h0),
         *rest,
     )
-
-
-def _copy(gradient: Tensor) -> Tensor:
-    """A contiguous float32 copy."""
-    contiguous = torch.contiguous_format
-    return gradient.to(torch.float32, copy=True, memory_format=contiguous)
-
-
-def _chunks(problem: Problem, rebuilt: bool) -> list[tuple[int, int]]:
-    """Chunks of scan steps, the last first."""
-    T = problem.T
-    if not rebuilt:
-        return [(0, T)]
-    elements = problem.B * problem.G * problem.H * 4
-    least, most = (-(-count // elements) for count in CHUNK_ELEMENTS)
-    length = min(T, max(1, least, min(-(-T // CHUNKS), most)))
-    return [(max(0, end - length), end) for end in range(T, 0, -length)]
 
 
 def _rebuild(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cases import CELLS, FEATURES, Case, layer_inputs
 from gru_fast import kernels, reference
-from gru_fast.kernels import grid, ops, problem, registry, tiling
+from gru_fast.kernels import chunks, grid, ops, problem, registry, tiling
 from gru_fast.kernels.tile import load_weight
 from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
@@ -125,7 +125,7 @@ class TestParity:
         compare(kernel, case, torch.bfloat16)
 
     def test_recompute_in_chunks(self, kernel, cell, monkeypatch):
-        monkeypatch.setattr(ops, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
         case = Case(cell, "everything", (True, False), T=5, B=3, H=7)
         compare(kernel, case, recompute=True)
 
@@ -155,7 +155,7 @@ def test_grid_with_more_tiles_than_fit(monkeypatch):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_cta_scan_in_chunks(recompute, monkeypatch):
-    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
     found: list[list[list[Tensor]]] = [[], [], []]
     for draw in range(3):
         case = Case(features="everything", reverse=(True, False), T=5, B=3, H=7)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cases import Case, LayerInputs, layer_inputs
 from gru_fast import kernels, reference
-from gru_fast.kernels import ops, problem, products, tiling
+from gru_fast.kernels import chunks, ops, problem, products, tiling
 from gru_fast.kernels.tile import sigmoid, tanh
 from op_calls import scan_arguments, turned
 from triton_support import interpreter
@@ -38,7 +38,7 @@ def exact_products(poisoned_memory: None, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `recompute`, chunks of two steps of three rows, two groups and seven units."""
-    monkeypatch.setattr(ops, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
 
 
 @triton.jit
@@ -192,15 +192,15 @@ class TestChunks:
     def test_a_quarter_of_the_sequence_is_rebuilt_at_a_time(self, monkeypatch):
         """Of a workspace of four values for each of two units, 80 in all."""
         call = SimpleNamespace(T=10, B=1, G=1, H=2)
-        chunks = {
+        parts = {
             (1, 10**6): [(7, 10), (4, 7), (1, 4), (0, 1)],
             (33, 10**6): [(5, 10), (0, 5)],
             (1, 16): [(8, 10), (6, 8), (4, 6), (2, 4), (0, 2)],
         }
-        for limits, expected in chunks.items():
-            monkeypatch.setattr(ops, "CHUNK_ELEMENTS", limits)
-            assert ops._chunks(call, True) == expected
-        assert ops._chunks(call, False) == [(0, 10)]
+        for limits, expected in parts.items():
+            monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", limits)
+            assert chunks.chunks_of(call, True) == expected
+        assert chunks.chunks_of(call, False) == [(0, 10)]
 
     @pytest.mark.parametrize("recompute, suite", [(True, "infer"), (False, "train")])
     def test_what_saves_nothing_is_measured_as_inference(self, recompute, suite, monkeypatch):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cases import FEATURES, Case
 from gru_fast import reference_norm
-from gru_fast.kernels import norm_ops, norm_tables, ops, problem
+from gru_fast.kernels import chunks, norm_ops, norm_tables, problem
 from gru_fast.kernels.tiling import Config, Device, Sizes
 from helpers import assert_parity
 from norm_cases import RESULTS, backward_arguments, cast, norm_arguments, outcome
@@ -65,7 +65,7 @@ class TestParity:
         compare(Case(T=3, B=5, H=16), draws=3)
 
     def test_recompute_in_chunks(self, monkeypatch):
-        monkeypatch.setattr(ops, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
+        monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", (1, 2 * 3 * 2 * 7 * 4))
         case = Case("reset_after", "everything", (True, False), T=5, B=3, H=7)
         compare(case, recompute=True, draws=3)
 
