@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`layer` and `scan` as functions: the op where it is right, the reference composed elsewhere.
 
-Nothing here looks at sizes to choose an implementation, so a change of T or B does not recompile.
+An eager call on CUDA looks at its sizes to choose between cuDNN and Triton. Nothing else does, so a
+change of T or B does not recompile.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def _is_grouped(
     )
 
 
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether a gradient of any of the tensors may be asked for."""
     if not torch.is_grad_enabled():
         return False
     return torch._C._are_functorch_transforms_active() or any(
@@ -112,7 +114,7 @@ def _under_gradient() -> bool:
     )
 
 
-def _is_plain(steps: Tensor) -> bool:
+def is_plain(steps: Tensor) -> bool:
     """Whether nothing but autograd itself looks at the call: no compiler, transform or mode."""
     return not (
         torch.compiler.is_compiling()
@@ -123,7 +125,7 @@ def _is_plain(steps: Tensor) -> bool:
     )
 
 
-def _as_autocast(
+def as_autocast(
     function: Callable[..., tuple[Any, ...]], tensors: Sequence[Tensor | None], *rest: Any
 ) -> tuple[Any, ...]:
     """A function under autocast's rules for the ops: tensors are cast on CUDA, not on the CPU."""
@@ -217,7 +219,7 @@ def _layer(
 ) -> Any:
     x, h0, weight_ih, weight_hh, bias_ih, bias_hh, *optional = tensors
     lengths, reset_mask, reset_state, h_scale = optional
-    training = _needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale)
+    training = needs_grad(x, h0, weight_ih, weight_hh, bias_ih, bias_hh, reset_state, h_scale)
     route = "ops"
     if not _takes_ops(x, backend):
         route = _route(
@@ -236,16 +238,16 @@ def _layer(
         check: Callable[..., None] = check_layer
         check(*tensors, cell, reverse)
         if route == "cudnn":
-            return _as_autocast(cudnn.layer, tensors[:6], training)
-        return _as_autocast(reference.layer, tensors, cell, reverse, not gates)
+            return as_autocast(cudnn.layer, tensors[:6], training)
+        return as_autocast(reference.layer, tensors, cell, reverse, not gates)
     if _under_gradient():
         from gru_fast import ops_functions
 
         saves_nothing = (recompute or not training) and not gates
-        return _as_autocast(ops_functions.layer, tensors, cell, reverse, saves_nothing)
+        return as_autocast(ops_functions.layer, tensors, cell, reverse, saves_nothing)
     if not training:
         return ops.without_grad(ops.layer, *tensors, cell, reverse, not gates)
-    op = ops.eager_layer if _is_plain(x) else ops.layer
+    op = ops.eager_layer if is_plain(x) else ops.layer
     return op(*tensors, cell, reverse, recompute)
 
 
@@ -288,7 +290,7 @@ def scan(
         ValueError: as `layer`.
     """
     tensors = (gates_x, h0, weight_hh, bias_hh, lengths, reset_mask, reset_state, h_scale)
-    training = _needs_grad(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale)
+    training = needs_grad(gates_x, h0, weight_hh, bias_hh, reset_state, h_scale)
     route = "ops"
     if not _takes_ops(gates_x, backend):
         route = _route(
@@ -304,15 +306,15 @@ def scan(
         )
     if route == "reference":
         check_scan(*tensors, cell, reverse)
-        return _as_autocast(reference.scan, tensors, cell, reverse, True)[:2]
+        return as_autocast(reference.scan, tensors, cell, reverse, True)[:2]
     if _under_gradient():
         from gru_fast import ops_functions
 
         saves_nothing = recompute or not training
-        return _as_autocast(ops_functions.scan, tensors, cell, reverse, saves_nothing)[:2]
+        return as_autocast(ops_functions.scan, tensors, cell, reverse, saves_nothing)[:2]
     if not training:
         output, h_n, _ = ops.without_grad(ops.scan, *tensors, cell, reverse, True)
     else:
-        op = ops.eager_scan if _is_plain(gates_x) else ops.scan
+        op = ops.eager_scan if is_plain(gates_x) else ops.scan
         output, h_n, _ = op(*tensors, cell, reverse, recompute)
     return output, h_n

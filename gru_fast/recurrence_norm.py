@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gru_fast import backends, ops, ops_norm, reference_norm
 from gru_fast.checks import check_norm_scan
-from gru_fast.recurrence import FORWARD, _as_autocast, _is_plain, _needs_grad
+from gru_fast.recurrence import FORWARD, as_autocast, is_plain, needs_grad
 from gru_fast.reference import without_padding
 
 
@@ -76,7 +76,7 @@ def norm_layer(
         x, h0, weight_ih, weight_hh, gamma_ih, gamma_hh, bias_ih, bias_hh, lengths, reset_mask,
         reset_state, h_scale,
     )  # fmt: skip
-    return _as_autocast(_layer, tensors, eps, reverse, recompute, backend)
+    return as_autocast(_layer, tensors, eps, reverse, recompute, backend)
 
 
 def _layer(
@@ -111,10 +111,10 @@ def _layer(
     if backends.select_norm(backend, x.device.type, x.dtype, **facts) == "reference":
         check_norm_scan(*tensors, eps, reverse)
         output, h_n, _, _ = reference_norm.norm_scan(*tensors, eps, reverse, True)
-    elif not _needs_grad(gates_x, h0, weight_hh, gamma_hh, bias_hh, reset_state, h_scale):
+    elif not needs_grad(gates_x, h0, weight_hh, gamma_hh, bias_hh, reset_state, h_scale):
         output, h_n, _, _ = ops.without_grad(ops_norm.norm_scan, *tensors, eps, reverse, True)
     else:
-        op = ops_norm.eager_norm_scan if _is_plain(gates_x) else ops_norm.norm_scan
+        op = ops_norm.eager_norm_scan if is_plain(gates_x) else ops_norm.norm_scan
         output, h_n, _, _ = op(*tensors, eps, reverse, recompute)
     return output, h_n
 

@@ -65,7 +65,7 @@ SLOTS = {"reset_after": 4, "reset_before": 3, "no_reset": 2}
 """Values per hidden unit that the workspace holds, S."""
 
 
-def _scan_order(a: Tensor, reverse: Sequence[bool]) -> Tensor:
+def scan_order(a: Tensor, reverse: Sequence[bool]) -> Tensor:
     """(T, G, ...) with the time axis of every reverse group flipped; its own inverse."""
     if not any(reverse):
         return a
@@ -81,7 +81,7 @@ def _valid_steps(lengths: Tensor | None, T: int) -> Tensor | None:
     return torch.arange(T, device=lengths.device)[:, None] < lengths
 
 
-def _masks(
+def masks(
     lengths: Tensor | None, reset_mask: Tensor | None, T: int, reverse: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The masks valid and reset, each (T, G, B, 1) in scan order, or None."""
@@ -91,19 +91,19 @@ def _masks(
         forward = reset_mask if valid is None else reset_mask & valid
         following = torch.cat([forward[1:], torch.zeros_like(forward[:1])])
         per_group = torch.stack([following if r else forward for r in reverse], 1)
-        reset = _scan_order(per_group, reverse)[..., None]
+        reset = scan_order(per_group, reverse)[..., None]
     if valid is not None:
-        valid = _scan_order(torch.stack([valid] * len(reverse), 1), reverse)[..., None]
+        valid = scan_order(torch.stack([valid] * len(reverse), 1), reverse)[..., None]
     return valid, reset
 
 
-def _by_group(h_scale: Tensor | None, h0: Tensor) -> Tensor | None:
+def by_group(h_scale: Tensor | None, h0: Tensor) -> Tensor | None:
     """(G, B, H) from (B, G*H)."""
     G, B, H = h0.shape
     return None if h_scale is None else h_scale.reshape(B, G, H).transpose(0, 1)
 
 
-def _gates(
+def gates(
     a: Tensor, s: Tensor, weight_hh: Tensor, bias_hh: Tensor | None, cell: str
 ) -> tuple[Tensor, ...]:
     """Equations (2) to (5): the workspace slots from gates_x and s, both (..., G, B, *)."""
@@ -180,9 +180,9 @@ def scan(
     """
     T, B, G = gates_x.shape[:3]
     H = h0.shape[-1]
-    a = _scan_order(gates_x.transpose(1, 2), reverse)
-    valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, h0)
+    a = scan_order(gates_x.transpose(1, 2), reverse)
+    valid, reset = masks(lengths, reset_mask, T, reverse)
+    scale = by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
     state = h0
     outputs, saved = [], []
@@ -190,7 +190,7 @@ def scan(
         p = state if reset is None else torch.where(reset[t], start, state)
         s = p if scale is None else p * scale
         a_t = a[t] if valid is None else torch.where(valid[t], a[t], 0.0)
-        slots = _gates(a_t, s, weight_hh, bias_hh, cell)
+        slots = gates(a_t, s, weight_hh, bias_hh, cell)
         z, n = slots[-2:]
         h = (1 - z) * n + z * p
         if valid is None:
@@ -202,19 +202,19 @@ def scan(
         if not recompute:
             packed = torch.cat(slots, -1)
             saved.append(packed if valid is None else torch.where(valid[t], packed, 0.0))
-    output = _stack_time(outputs, gates_x, (B, G * H), reverse)
+    output = stack_time(outputs, gates_x, (B, G * H), reverse)
     if recompute:
         return output, state.clone(), gates_x.new_empty(0)
-    return output, state.clone(), _stack_time(saved, gates_x, (B, G, SLOTS[cell] * H), reverse)
+    return output, state.clone(), stack_time(saved, gates_x, (B, G, SLOTS[cell] * H), reverse)
 
 
-def _stack_time(
+def stack_time(
     steps: list[Tensor], like: Tensor, shape: tuple[int, ...], reverse: Sequence[bool]
 ) -> Tensor:
     """Steps of (G, B, K) in scan order to (T, *shape) in time order."""
     if not steps:
         return like.new_zeros(0, *shape) + 0 * like.sum()  # of which a gradient can be asked
-    return _scan_order(torch.stack(steps), reverse).transpose(1, 2).reshape(len(steps), *shape)
+    return scan_order(torch.stack(steps), reverse).transpose(1, 2).reshape(len(steps), *shape)
 
 
 def layer(
@@ -257,7 +257,7 @@ def layer(
     return scan(gates_x, h0, weight_hh, bias_hh, *optional, cell, reverse, recompute)
 
 
-def _previous_states(
+def previous_states(
     output: Tensor,
     h0: Tensor,
     valid: Tensor | None,
@@ -267,7 +267,7 @@ def _previous_states(
 ) -> Tensor:
     """The state before every step, (T, G, B, H) in scan order; 0 where the row is invalid."""
     shape = (*output.shape[:2], h0.shape[0], h0.shape[2])
-    h = _scan_order(output.reshape(shape).transpose(1, 2), reverse)
+    h = scan_order(output.reshape(shape).transpose(1, 2), reverse)
     p = torch.cat([h0[None], h[:-1]])[: h.shape[0]]
     if valid is not None:
         # A reverse scan starts from h0 at the first valid step that it meets.
@@ -305,26 +305,26 @@ def scan_backward(
     """
     T, B, G = gates_x.shape[:3]
     H = h0.shape[-1]
-    valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, h0)
+    valid, reset = masks(lengths, reset_mask, T, reverse)
+    scale = by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
 
-    p = _previous_states(output, h0, valid, reset, start, reverse)
+    p = previous_states(output, h0, valid, reset, start, reverse)
     s = p if scale is None else p * scale
     if recompute:
-        a = _scan_order(gates_x.transpose(1, 2), reverse)
+        a = scan_order(gates_x.transpose(1, 2), reverse)
         a = a if valid is None else torch.where(valid, a, 0.0)
-        slots = _gates(a, s, weight_hh, bias_hh, cell)
+        slots = gates(a, s, weight_hh, bias_hh, cell)
     else:
-        slots = _scan_order(workspace.transpose(1, 2), reverse).chunk(SLOTS[cell], -1)
+        slots = scan_order(workspace.transpose(1, 2), reverse).chunk(SLOTS[cell], -1)
     z, n = slots[-2:]
     r = slots[-3] if len(slots) > 2 else z
 
     grad_out = grad_ws = None
     if grad_output is not None:
-        grad_out = _scan_order(grad_output.reshape(T, B, G, H).transpose(1, 2), reverse)
+        grad_out = scan_order(grad_output.reshape(T, B, G, H).transpose(1, 2), reverse)
     if grad_workspace is not None and not recompute:
-        grad_ws = _scan_order(grad_workspace.transpose(1, 2), reverse)
+        grad_ws = scan_order(grad_workspace.transpose(1, 2), reverse)
 
     state = torch.zeros_like(h0) if grad_h_n is None else grad_h_n
     steps: list[tuple[Tensor, ...]] = []
@@ -370,7 +370,7 @@ def scan_backward(
 
     grad_gates_x = grad_w = grad_b = grad_start = grad_scale = empty
     if output_mask[0]:
-        grad_gates_x = _scan_order(rows, reverse).transpose(1, 2)
+        grad_gates_x = scan_order(rows, reverse).transpose(1, 2)
     if output_mask[2]:
         grad_w = torch.einsum("tgbk,tgbh->gkh", hidden_rows, s)
         if cell == "reset_before":

@@ -34,7 +34,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gru_fast.reference import _by_group, _masks, _previous_states, _scan_order, _stack_time
+from gru_fast.reference import by_group, masks, previous_states, scan_order, stack_time
 
 NORM_SLOTS = 6
 """Values per hidden unit that the workspace holds."""
@@ -94,9 +94,9 @@ def norm_scan(
     """
     T, B, G = gates_x.shape[:3]
     H = h0.shape[-1]
-    a = _scan_order(gates_x.transpose(1, 2), reverse)
-    valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, h0)
+    a = scan_order(gates_x.transpose(1, 2), reverse)
+    valid, reset = masks(lengths, reset_mask, T, reverse)
+    scale = by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
     state = h0
     outputs, saved, rstds = [], [], []
@@ -118,11 +118,11 @@ def norm_scan(
                 packed, rstd = (torch.where(valid[t], w, 0.0) for w in (packed, rstd))
             saved.append(packed)
             rstds.append(rstd)
-    output = _stack_time(outputs, gates_x, (B, G * H), reverse)
+    output = stack_time(outputs, gates_x, (B, G * H), reverse)
     if recompute:
         return output, state.clone(), gates_x.new_empty(0), gates_x.new_empty(0)
-    workspace = _stack_time(saved, gates_x, (B, G, NORM_SLOTS * H), reverse)
-    return output, state.clone(), workspace, _stack_time(rstds, gates_x, (B, G), reverse)
+    workspace = stack_time(saved, gates_x, (B, G, NORM_SLOTS * H), reverse)
+    return output, state.clone(), workspace, stack_time(rstds, gates_x, (B, G), reverse)
 
 
 def norm_scan_backward(
@@ -153,26 +153,26 @@ def norm_scan_backward(
     """
     T, B, G = gates_x.shape[:3]
     H = h0.shape[-1]
-    valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, h0)
+    valid, reset = masks(lengths, reset_mask, T, reverse)
+    scale = by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
 
-    p = _previous_states(output, h0, valid, reset, start, reverse)
+    p = previous_states(output, h0, valid, reset, start, reverse)
     s = p if scale is None else p * scale
     if recompute:
-        a = _scan_order(gates_x.transpose(1, 2), reverse)
+        a = scan_order(gates_x.transpose(1, 2), reverse)
         a = a if valid is None else torch.where(valid, a, 0.0)
         v, inverse, q, r, z, n = _norm_gates(a, s, weight_hh, gamma_hh, bias_hh, eps)
     else:
-        saved = _scan_order(workspace.transpose(1, 2), reverse)
+        saved = scan_order(workspace.transpose(1, 2), reverse)
         v, (r, z, n) = saved[..., : 3 * H], saved[..., 3 * H :].chunk(3, -1)
         q = v[..., 2 * H :] * gamma_hh[:, None, 2 * H :]
         q = q if bias_hh is None else q + bias_hh[:, None, 2 * H :]
-        inverse = _scan_order(rstd.transpose(1, 2), reverse)[..., None]
+        inverse = scan_order(rstd.transpose(1, 2), reverse)[..., None]
 
     grad_out = None
     if grad_output is not None:
-        grad_out = _scan_order(grad_output.reshape(T, B, G, H).transpose(1, 2), reverse)
+        grad_out = scan_order(grad_output.reshape(T, B, G, H).transpose(1, 2), reverse)
     state = torch.zeros_like(h0) if grad_h_n is None else grad_h_n
     steps: list[tuple[Tensor, ...]] = []
     for t in reversed(range(T)):
@@ -205,7 +205,7 @@ def norm_scan_backward(
 
     grad_gates_x = grad_w = grad_gamma = grad_b = grad_start = grad_scale = empty
     if output_mask[0]:
-        grad_gates_x = _scan_order(rows, reverse).transpose(1, 2)
+        grad_gates_x = scan_order(rows, reverse).transpose(1, 2)
     if output_mask[2]:
         grad_w = torch.einsum("tgbk,tgbh->gkh", du, s)
     if output_mask[3]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gru_fast.reference import SLOTS, _by_group, _gates, _masks, _previous_states, _scan_order
+from gru_fast.reference import SLOTS, by_group, gates, masks, previous_states, scan_order
 
 
 def recurrent_factors(
@@ -37,24 +37,24 @@ def recurrent_factors(
         reset_before, else s.
     """
     T, H = output.shape[0], h0.shape[-1]
-    valid, reset = _masks(lengths, reset_mask, T, reverse)
-    scale = _by_group(h_scale, h0)
+    valid, reset = masks(lengths, reset_mask, T, reverse)
+    scale = by_group(h_scale, h0)
     start = torch.zeros_like(h0) if reset_state is None else reset_state
-    p = _previous_states(output, h0, valid, reset, start, reverse)
+    p = previous_states(output, h0, valid, reset, start, reverse)
     s = p if scale is None else p * scale
-    rows = _scan_order(grad_gates_x.transpose(1, 2), reverse)
+    rows = scan_order(grad_gates_x.transpose(1, 2), reverse)
     candidate = s
     if cell != "no_reset":
         if recompute:
-            a = _scan_order(gates_x.transpose(1, 2), reverse)
+            a = scan_order(gates_x.transpose(1, 2), reverse)
             a = a if valid is None else torch.where(valid, a, 0.0)
-            r = _gates(a, s, weight_hh, bias_hh, cell)[-3]
+            r = gates(a, s, weight_hh, bias_hh, cell)[-3]
         else:
-            slots = _scan_order(workspace.transpose(1, 2), reverse)
+            slots = scan_order(workspace.transpose(1, 2), reverse)
             r = slots.chunk(SLOTS[cell], -1)[-3]
         if cell == "reset_before":
             candidate = r * s
         else:
             rows = torch.cat([rows[..., : 2 * H], rows[..., 2 * H :] * r], -1)
-    P, s, candidate = (_scan_order(v, reverse).transpose(1, 2) for v in (rows, s, candidate))
+    P, s, candidate = (scan_order(v, reverse).transpose(1, 2) for v in (rows, s, candidate))
     return P, s, candidate

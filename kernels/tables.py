@@ -143,9 +143,10 @@ def _step(device: Device, sizes: Sizes, direction: str) -> Config:
     return Config(16, 32, 64, 4, stages)
 
 
-def _cta(
+def cta(
     BLOCK_B: int, BLOCK_H: int, num_warps: int, num_stages: int = 1, maxnreg: int | None = None
 ) -> Config:
+    """Tiles of a kernel with all units in one program."""
     return Config(BLOCK_B, BLOCK_H, 0, num_warps, num_stages, maxnreg=maxnreg)
 
 
@@ -183,32 +184,32 @@ def _large(numbers: str, H: int, shared_kib: int) -> list[Row]:
 
 
 ROWS = (
-    Row("cta", "16", 32, 64, _cta(8, 32, 4), TURING),
-    Row("cta", "16", 32, 64, _cta(16, 32, 4), TURING),
-    Row("cta", "16", 64, 64, _cta(8, 64, 4, maxnreg=168), RTX_30_40, FORWARD),
-    Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING, FORWARD),
-    Row("cta", "16", 64, 64, _cta(8, 64, 4), TURING_TO_B200, BACKWARD),
-    Row("cta", "16", 64, 64, _cta(8, 64, 4, maxnreg=255), RTX_50, BACKWARD),
-    Row("cta", "16", 64, 64, _cta(16, 64, 4), AMPERE),
-    Row("cta", "16", 128, 163, _cta(8, 128, 4), HOPPER_ONLY, plain=True),
-    Row("cta", "16", 128, 163, _cta(8, 128, 8), AMPERE_TO_HOPPER),
-    Row("cta", "16", 128, 163, _cta(16, 128, 8), AMPERE),
-    Row("cta", "tf32", 32, 64, _cta(8, 32, 4), AMPERE, FORWARD),
-    Row("cta", "tf32", 32, 64, _cta(8, 32, 4, 3), AMPERE, BACKWARD),
-    Row("cta", "tf32", 32, 64, _cta(16, 32, 4), AMPERE),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4), AMPERE, FORWARD),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 3), AMPERE_TO_HOPPER, BACKWARD),
-    Row("cta", "tf32", 64, 99, _cta(8, 64, 4, 2), BLACKWELL, BACKWARD),
-    Row("cta", "tf32", 64, 99, _cta(16, 64, 8), AMPERE),
-    Row("cta", "tf32", 128, 227, _cta(8, 128, 8), AMPERE_TO_HOPPER),
-    Row("cta", "tf32", 128, 227, _cta(16, 128, 8), AMPERE_TO_HOPPER),
-    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE, FORWARD),
-    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4), AMPERE_TO_B200, BACKWARD),
-    Row("cta", "tf32x3", 32, 64, _cta(8, 32, 4, maxnreg=255), RTX_50, BACKWARD),
-    Row("cta", "tf32x3", 64, 163, _cta(8, 64, 8), AMPERE),
-    Row("cta", "ieee", 32, 64, _cta(8, 32, 4), TURING_ONLY),
-    Row("cta", "ieee", 32, 64, _cta(16, 32, 4), TURING_ONLY),
-    Row("cta", "ieee", 64, 64, _cta(8, 64, 8), TURING_ONLY),
+    Row("cta", "16", 32, 64, cta(8, 32, 4), TURING),
+    Row("cta", "16", 32, 64, cta(16, 32, 4), TURING),
+    Row("cta", "16", 64, 64, cta(8, 64, 4, maxnreg=168), RTX_30_40, FORWARD),
+    Row("cta", "16", 64, 64, cta(8, 64, 4), TURING, FORWARD),
+    Row("cta", "16", 64, 64, cta(8, 64, 4), TURING_TO_B200, BACKWARD),
+    Row("cta", "16", 64, 64, cta(8, 64, 4, maxnreg=255), RTX_50, BACKWARD),
+    Row("cta", "16", 64, 64, cta(16, 64, 4), AMPERE),
+    Row("cta", "16", 128, 163, cta(8, 128, 4), HOPPER_ONLY, plain=True),
+    Row("cta", "16", 128, 163, cta(8, 128, 8), AMPERE_TO_HOPPER),
+    Row("cta", "16", 128, 163, cta(16, 128, 8), AMPERE),
+    Row("cta", "tf32", 32, 64, cta(8, 32, 4), AMPERE, FORWARD),
+    Row("cta", "tf32", 32, 64, cta(8, 32, 4, 3), AMPERE, BACKWARD),
+    Row("cta", "tf32", 32, 64, cta(16, 32, 4), AMPERE),
+    Row("cta", "tf32", 64, 99, cta(8, 64, 4), AMPERE, FORWARD),
+    Row("cta", "tf32", 64, 99, cta(8, 64, 4, 3), AMPERE_TO_HOPPER, BACKWARD),
+    Row("cta", "tf32", 64, 99, cta(8, 64, 4, 2), BLACKWELL, BACKWARD),
+    Row("cta", "tf32", 64, 99, cta(16, 64, 8), AMPERE),
+    Row("cta", "tf32", 128, 227, cta(8, 128, 8), AMPERE_TO_HOPPER),
+    Row("cta", "tf32", 128, 227, cta(16, 128, 8), AMPERE_TO_HOPPER),
+    Row("cta", "tf32x3", 32, 64, cta(8, 32, 4), AMPERE, FORWARD),
+    Row("cta", "tf32x3", 32, 64, cta(8, 32, 4), AMPERE_TO_B200, BACKWARD),
+    Row("cta", "tf32x3", 32, 64, cta(8, 32, 4, maxnreg=255), RTX_50, BACKWARD),
+    Row("cta", "tf32x3", 64, 163, cta(8, 64, 8), AMPERE),
+    Row("cta", "ieee", 32, 64, cta(8, 32, 4), TURING_ONLY),
+    Row("cta", "ieee", 32, 64, cta(16, 32, 4), TURING_ONLY),
+    Row("cta", "ieee", 64, 64, cta(8, 64, 8), TURING_ONLY),
     Row("grid", "16", 256, 163, _resident(8, 64, 128, 4), HOPPER),
     Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY, FORWARD),
     Row("grid", "16", 256, 163, _streamed(32, 64, 64, 8, 4), HOPPER_ONLY, BACKWARD, plain=True),
