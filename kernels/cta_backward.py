@@ -9,7 +9,7 @@ values straight to where the layout of the products reads them.
 import triton
 import triton.language as tl
 
-from .problem import Chunk
+from .problem import Chunk, turned
 from .tile import (
     is_backwards,
     load_scale,
@@ -204,11 +204,11 @@ def backward_cta(
 
 def launch_backward_cta(chunk: Chunk, config: Config) -> None:
     """Run the scan steps of a chunk, from the last to the first."""
-    turned = chunk.turned_weight()
+    turned_weight = turned(chunk.problem.weight_hh)
     for first_group, groups, reverse_bits in chunk.problem.launches():
         backward_cta[(cdiv(chunk.problem.B, config.BLOCK_B), groups)](
             **chunk.arguments(),
-            turned_ptr=turned,
+            turned_ptr=turned_weight,
             first_group=first_group,
             reverse_bits=reverse_bits,
             STAGES=config.num_stages,

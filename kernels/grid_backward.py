@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .cta_backward import load_step
 from .grid import arrive, grid_launches, load_panels, load_rows, wait
-from .problem import Chunk
+from .problem import Chunk, turned
 from .tile import (
     is_backwards,
     load_scale,
@@ -224,11 +224,11 @@ def backward_grid(
 
 def launch_backward_grid(chunk: Chunk, config: Config) -> None:
     """Run the scan steps of a chunk, from the last to the first."""
-    turned = chunk.turned_weight()
+    turned_weight = turned(chunk.problem.weight_hh)
     for launch in grid_launches(chunk.problem, config):
         backward_grid[launch.grid](
             **chunk.arguments(),
-            turned_ptr=turned,
+            turned_ptr=turned_weight,
             counters_ptr=launch.counters,
             first_group=launch.first_group,
             reverse_bits=launch.reverse_bits,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Problem, turned
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ class NormChunk:
 
     def arguments(self) -> dict[str, Any]:
         """What the backward kernel takes, by the name of the parameter."""
-        weight = self.problem.scan.weight_hh
-        G, rows, H = weight.shape
         return self.problem.shared_arguments() | {
-            # A copy, because tensor cores take 32-bit operands only as they lie.
-            "turned_ptr": weight.view(G, rows // H, H, H).transpose(2, 3).contiguous(),
+            "turned_ptr": turned(self.problem.scan.weight_hh),
             "bias_ptr": self.problem.scan.bias_hh,
             "grad_output_ptr": self.grad_output,
             "output_ptr": self.output,

@@ -129,14 +129,6 @@ class Chunk:
     grad_start: Tensor | None
     grad_scale: Tensor | None
 
-    def turned_weight(self) -> Tensor:
-        """W_hh with each gate transposed, (G, N, H, H): what the gradient is multiplied by.
-
-        A copy, because tensor cores take 32-bit operands only as they lie.
-        """
-        G, rows, H = self.problem.weight_hh.shape
-        return self.problem.weight_hh.view(G, rows // H, H, H).transpose(2, 3).contiguous()
-
     def arguments(self) -> dict[str, Any]:
         """What every backward kernel takes, by the name of the parameter."""
         return self.problem.shared_arguments() | {
@@ -198,6 +190,15 @@ def problem_of(
         G,
         H,
     )
+
+
+def turned(weight_hh: Tensor) -> Tensor:
+    """W_hh (G, N*H, H) with each gate transposed, (G, N, H, H): what gradients are multiplied by.
+
+    A copy, because tensor cores take 32-bit operands only as they lie.
+    """
+    G, rows, H = weight_hh.shape
+    return weight_hh.view(G, rows // H, H, H).transpose(2, 3).contiguous()
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
