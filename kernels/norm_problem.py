@@ -27,17 +27,16 @@ class NormProblem:
 
     def shared_arguments(self) -> dict[str, Any]:
         """What forward and backward kernel both take, by the name of the parameter."""
-        arguments = self.scan.shared_arguments()
-        del arguments["CELL"]
-        return arguments | {"gamma_ptr": self.gamma_hh, "PRECISION": self.scan.precision}
+        return self._with_norm(self.scan.shared_arguments())
 
     def forward_arguments(self) -> dict[str, Any]:
         """What the forward kernel takes beside its outputs."""
-        return (
-            {k: v for k, v in self.scan.forward_arguments().items() if k != "CELL"}
-            | self.shared_arguments()
-            | {"eps": self.eps}
-        )
+        return self._with_norm(self.scan.forward_arguments()) | {"eps": self.eps}
+
+    def _with_norm(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the scan and what every kernel here adds; they are for one cell only."""
+        del arguments["CELL"]
+        return arguments | {"gamma_ptr": self.gamma_hh, "PRECISION": self.scan.precision}
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from .tables import (
     TURING,
     TURING_ONLY,
     Row,
+    config_among,
     cta,
     offered_of,
     unfit,
-    waves,
 )
 from .tiling import Config, Device, Sizes, device_of, sizes_of
 
@@ -74,10 +74,7 @@ def offered(device: Device, direction: str) -> tuple[Row, ...]:
 @lru_cache(4096)
 def config(device: Device, sizes: Sizes, direction: str) -> Config | None:
     """The tiles for a call, or None where the kernel does not fit."""
-    fitting = [row for row in offered(device, direction) if row.holds(sizes)]
-    nearest = min((row.H for row in fitting), default=0)
-    configs = [row.config for row in fitting if row.H == nearest]
-    return min(configs, key=lambda c: waves(c, device, sizes), default=None)
+    return config_among(offered(device, direction), device, sizes)
 
 
 def take(problem: Problem, direction: str) -> Config:

@@ -8,6 +8,7 @@ range: by limits, not by name. `scripts/gpu_resources.py` compiles all of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -112,24 +113,25 @@ def unfit(device: Device, sizes: Sizes) -> str:
     return f"no compiled tiles for H={sizes.H} in {sizes.numbers} on {device}"
 
 
-@lru_cache(4096)
-def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config | None:
-    """The tiles for a call, or None where the kernel does not fit.
-
-    Of the rows that hold for the smallest H, the first with the fewest waves.
-    """
-    if kernel == "step":
-        return _step(device, sizes, direction)
-    fitting = [
-        row
-        for row in offered(device, direction)
-        if row.kernel == kernel
-        and row.holds(sizes)
-        and -(-sizes.H // row.config.BLOCK_H) <= device.processors
-    ]
+def config_among(rows: Iterable[Row], device: Device, sizes: Sizes) -> Config | None:
+    """Of the rows that hold for the smallest H, the tiles of the first with the fewest waves."""
+    fitting = [row for row in rows if row.holds(sizes)]
     nearest = min((row.H for row in fitting), default=0)
     configs = [row.config for row in fitting if row.H == nearest]
     return min(configs, key=lambda c: waves(c, device, sizes), default=None)
+
+
+@lru_cache(4096)
+def config(kernel: str, device: Device, sizes: Sizes, direction: str) -> Config | None:
+    """The tiles for a call, or None where the kernel does not fit."""
+    if kernel == "step":
+        return _step(device, sizes, direction)
+    rows = (
+        row
+        for row in offered(device, direction)
+        if row.kernel == kernel and -(-sizes.H // row.config.BLOCK_H) <= device.processors
+    )
+    return config_among(rows, device, sizes)
 
 
 def _step(device: Device, sizes: Sizes, direction: str) -> Config:
