@@ -13,7 +13,7 @@ from .problem import Problem
 from .tile import (
     enter,
     is_backwards,
-    load_bias,
+    load_per_unit,
     load_scale,
     load_weight,
     next_state,
@@ -27,7 +27,7 @@ from .tiling import Config, cdiv
 
 
 @triton.jit
-def load_step(
+def load_gates_x(
     gates_x_ptr,  # (T, B, G, N*H)
     at,
     tile,
@@ -90,11 +90,11 @@ def forward_cta(
     weight_at = weight_ptr + g * (N * H * H)
     w_z = load_weight(weight_at + (N - 2) * H * H, units, units, H)
     w_n = load_weight(weight_at + (N - 1) * H * H, units, units, H)
-    b_z = load_bias(bias_ptr, g, N - 2, units, N, H)
-    b_n = load_bias(bias_ptr, g, N - 1, units, N, H)
+    b_z = load_per_unit(bias_ptr, g, N - 2, units, N, H)
+    b_n = load_per_unit(bias_ptr, g, N - 1, units, N, H)
     if CELL != "no_reset":
         w_r = load_weight(weight_at, units, units, H)
-        b_r = load_bias(bias_ptr, g, 0, units, N, H)
+        b_r = load_per_unit(bias_ptr, g, 0, units, N, H)
     scale = load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
 
     t = time_of(0, T, backwards)
@@ -104,14 +104,16 @@ def forward_cta(
         in_rows, inside, B, backwards,
     )  # fmt: skip
     live = inside & (t < length)[None, :]
-    a_r, a_z, a_n = load_step(gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H)
+    a_r, a_z, a_n = load_gates_x(
+        gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
+    )
     for step_ in range(T):
         step = step_ + T * 0
         t = time_of(step, T, backwards)
         t_next = time_of(step + 1, T, backwards)
         here = lane * 0 + t_next
         live = inside & (here >= 0)[None, :] & (here < length)[None, :]
-        next_r, next_z, next_n = load_step(
+        next_r, next_z, next_n = load_gates_x(
             gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
         )
 

@@ -13,7 +13,7 @@ from .draw import draw, random_bits
 from .generate_inputs import last_drawn, next_input, record, table_gates
 from .generate_tables import compiled_as
 from .generation import Generation, model_of
-from .tile import load_bias, load_weight, sigmoid, tanh
+from .tile import load_per_unit, load_weight, sigmoid, tanh
 from .tiling import Config, cdiv, device_of
 
 
@@ -47,17 +47,17 @@ def load_biases(
 ):
     """One layer's biases of r and of z, both sides in one, and of n on either side."""
     N: tl.constexpr = 2 if CELL == "no_reset" else 3
-    b_z = load_bias(bias_hh_ptr, layer, N - 2, units, N, H)
-    b_n = load_bias(bias_hh_ptr, layer, N - 1, units, N, H)
+    b_z = load_per_unit(bias_hh_ptr, layer, N - 2, units, N, H)
+    b_n = load_per_unit(bias_hh_ptr, layer, N - 1, units, N, H)
     b_r = b_z
     if CELL != "no_reset":
-        b_r = load_bias(bias_hh_ptr, layer, 0, units, N, H)
+        b_r = load_per_unit(bias_hh_ptr, layer, 0, units, N, H)
     c_n = 0.0
     if layer > 0:
-        c_n = load_bias(bias_ih_ptr, layer - 1, N - 1, units, N, H)
-        b_z += load_bias(bias_ih_ptr, layer - 1, N - 2, units, N, H)
+        c_n = load_per_unit(bias_ih_ptr, layer - 1, N - 1, units, N, H)
+        b_z += load_per_unit(bias_ih_ptr, layer - 1, N - 2, units, N, H)
         if CELL != "no_reset":
-            b_r += load_bias(bias_ih_ptr, layer - 1, 0, units, N, H)
+            b_r += load_per_unit(bias_ih_ptr, layer - 1, 0, units, N, H)
     return b_r, b_z, b_n, c_n
 
 

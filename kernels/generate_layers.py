@@ -14,7 +14,7 @@ from .draw import draw, random_bits
 from .generate_inputs import last_drawn, next_input, record, table_gates
 from .grid import load_rows, wait
 from .grid_forward import gate_products
-from .tile import load_bias, sigmoid, tanh
+from .tile import load_per_unit, sigmoid, tanh
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def run_layer(
             acc_r, acc_z, acc_n, panels_hh[0], panels_hh[1], panels_hh[2], weight_hh, operand_ptr,
             before + layer_at, units, lane, in_rows, PART, CELL, H, BLOCK_K, RESIDENT, PRECISION,
         )  # fmt: skip
-    b_n = load_bias(bias_hh_ptr, number, N - 1, units, N, H)
+    b_n = load_per_unit(bias_hh_ptr, number, N - 1, units, N, H)
     if FIRST:
         a_r, a_z, a_n = table_gates(table_ptr, token, units, inside, CELL, H)
         acc_r += a_r
@@ -96,20 +96,20 @@ def run_layer(
             after + layer_at - B.to(tl.int64) * H, units, lane, in_rows, PART, CELL, H, BLOCK_K,
             RESIDENT, PRECISION,
         )  # fmt: skip
-        acc_z += load_bias(bias_ih_ptr, number - 1, N - 2, units, N, H)
-        a_n += load_bias(bias_ih_ptr, number - 1, N - 1, units, N, H)
+        acc_z += load_per_unit(bias_ih_ptr, number - 1, N - 2, units, N, H)
+        a_n += load_per_unit(bias_ih_ptr, number - 1, N - 1, units, N, H)
         if CELL != "no_reset":
-            acc_r += load_bias(bias_ih_ptr, number - 1, 0, units, N, H)
+            acc_r += load_per_unit(bias_ih_ptr, number - 1, 0, units, N, H)
 
     p = tl.load(state_ptr + layer_at + tile, mask=inside, other=0.0)
     if PART == "candidate":
         z = tl.load(update_ptr + rows_at + tile, mask=inside, other=0.0)
         r = z
     else:
-        z = sigmoid(acc_z + load_bias(bias_hh_ptr, number, N - 2, units, N, H))
+        z = sigmoid(acc_z + load_per_unit(bias_hh_ptr, number, N - 2, units, N, H))
         r = z
         if CELL != "no_reset":
-            r = sigmoid(acc_r + load_bias(bias_hh_ptr, number, 0, units, N, H))
+            r = sigmoid(acc_r + load_per_unit(bias_hh_ptr, number, 0, units, N, H))
     if PART == "gates":
         tl.store(gated_ptr + rows_at + tile, (r * p).to(dtype), mask=inside)
         tl.store(update_ptr + rows_at + tile, z, mask=inside)

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cta_forward import load_step
+from .cta_forward import load_gates_x
 from .grid import arrive, grid_launches, load_panels, load_rows, wait
 from .problem import Problem
 from .tile import (
     enter,
     is_backwards,
-    load_bias,
+    load_per_unit,
     load_scale,
     load_weight,
     next_state,
@@ -165,10 +165,10 @@ def forward_grid(
     panels_r = panels_z
     if CELL != "no_reset":
         panels_r = load_panels(weight_at, units, H, BLOCK_K, RESIDENT)
-    b_z = load_bias(bias_ptr, g, N - 2, units, N, H)
-    b_n = load_bias(bias_ptr, g, N - 1, units, N, H)
+    b_z = load_per_unit(bias_ptr, g, N - 2, units, N, H)
+    b_n = load_per_unit(bias_ptr, g, N - 1, units, N, H)
     if CELL != "no_reset":
-        b_r = load_bias(bias_ptr, g, 0, units, N, H)
+        b_r = load_per_unit(bias_ptr, g, 0, units, N, H)
     scale = load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
 
     t = time_of(0, T, backwards)
@@ -182,7 +182,7 @@ def forward_grid(
     arrive(counter_ptr)
     if AHEAD:
         live = inside & (t < length)[None, :]
-        a_r, a_z, a_n = load_step(
+        a_r, a_z, a_n = load_gates_x(
             gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
         )
     for step_ in range(T):
@@ -192,12 +192,12 @@ def forward_grid(
         if AHEAD:
             here = lane * 0 + t_next
             live = inside & (here >= 0)[None, :] & (here < length)[None, :]
-            next_r, next_z, next_n = load_step(
+            next_r, next_z, next_n = load_gates_x(
                 gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, CELL, H
             )
         else:
             live = inside & (lane * 0 + t < length)[None, :]
-            a_r, a_z, a_n = load_step(
+            a_r, a_z, a_n = load_gates_x(
                 gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, CELL, H
             )
         acc_z = a_z.to(tl.float32) + b_z

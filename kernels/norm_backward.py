@@ -12,8 +12,8 @@ import triton.language as tl
 from .norm_problem import NormChunk
 from .tile import (
     is_backwards,
-    load_bias,
     load_gate,
+    load_per_unit,
     load_scale,
     load_weight,
     row_lengths,
@@ -76,10 +76,10 @@ def backward_norm(
     w_r = load_weight(weight_at, units, units, H)
     w_z = load_weight(weight_at + H * H, units, units, H)
     w_n = load_weight(weight_at + 2 * H * H, units, units, H)
-    gain_r = load_bias(gamma_ptr, g, 0, units, 3, H)
-    gain_z = load_bias(gamma_ptr, g, 1, units, 3, H)
-    gain_n = load_bias(gamma_ptr, g, 2, units, 3, H)
-    b_n = load_bias(bias_ptr, g, 2, units, 3, H)
+    gain_r = load_per_unit(gamma_ptr, g, 0, units, 3, H)
+    gain_z = load_per_unit(gamma_ptr, g, 1, units, 3, H)
+    gain_n = load_per_unit(gamma_ptr, g, 2, units, 3, H)
+    b_n = load_per_unit(bias_ptr, g, 2, units, 3, H)
     scale = load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
 
     dp = tl.load(grad_state_ptr + state_at, mask=inside, other=0.0)

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cta_forward import load_step
+from .cta_forward import load_gates_x
 from .norm_problem import NormProblem
 from .tile import (
     enter,
     is_backwards,
-    load_bias,
+    load_per_unit,
     load_scale,
     load_weight,
     next_state,
@@ -138,12 +138,12 @@ def forward_norm(
     w_r = load_weight(weight_at, units, units, H)
     w_z = load_weight(weight_at + H * H, units, units, H)
     w_n = load_weight(weight_at + 2 * H * H, units, units, H)
-    gain_r = load_bias(gamma_ptr, g, 0, units, 3, H)
-    gain_z = load_bias(gamma_ptr, g, 1, units, 3, H)
-    gain_n = load_bias(gamma_ptr, g, 2, units, 3, H)
-    b_r = load_bias(bias_ptr, g, 0, units, 3, H)
-    b_z = load_bias(bias_ptr, g, 1, units, 3, H)
-    b_n = load_bias(bias_ptr, g, 2, units, 3, H)
+    gain_r = load_per_unit(gamma_ptr, g, 0, units, 3, H)
+    gain_z = load_per_unit(gamma_ptr, g, 1, units, 3, H)
+    gain_n = load_per_unit(gamma_ptr, g, 2, units, 3, H)
+    b_r = load_per_unit(bias_ptr, g, 0, units, 3, H)
+    b_z = load_per_unit(bias_ptr, g, 1, units, 3, H)
+    b_n = load_per_unit(bias_ptr, g, 2, units, 3, H)
     scale = load_scale(h_scale_ptr, first_row, g, units, lane, inside, G, H)
 
     t = time_of(0, T, backwards)
@@ -153,7 +153,7 @@ def forward_norm(
         in_rows, inside, B, backwards,
     )  # fmt: skip
     live = inside & (t < length)[None, :]
-    a_r, a_z, a_n = load_step(
+    a_r, a_z, a_n = load_gates_x(
         gates_x_ptr, gates_at + t * stride_gates_t, gates_tile, live, "reset_after", H
     )
     for step_ in range(T):
@@ -162,7 +162,7 @@ def forward_norm(
         t_next = time_of(step + 1, T, backwards)
         here = lane * 0 + t_next
         live = inside & (here >= 0)[None, :] & (here < length)[None, :]
-        next_r, next_z, next_n = load_step(
+        next_r, next_z, next_n = load_gates_x(
             gates_x_ptr, gates_at + t_next * stride_gates_t, gates_tile, live, "reset_after", H
         )
 

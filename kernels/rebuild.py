@@ -14,8 +14,8 @@ from torch import Tensor
 from .problem import SLOTS, Problem
 from .tile import (
     is_backwards,
-    load_bias,
     load_gate,
+    load_per_unit,
     load_scale,
     row_lengths,
     save_gates,
@@ -137,19 +137,19 @@ def rebuild_gates(
     if PART != "candidate":
         a_z = load_gate(gates_x_ptr, x_at, x_tile, N - 2, live, H)
         u_z = load_gate(gates_h_ptr, h_at, h_tile, N - 2, live, H)
-        z = sigmoid(a_z + (u_z + load_bias(bias_ptr, g, N - 2, units, N, H)))
+        z = sigmoid(a_z + (u_z + load_per_unit(bias_ptr, g, N - 2, units, N, H)))
         r = z
         q = z
         n = z
         if CELL != "no_reset":
             a_r = load_gate(gates_x_ptr, x_at, x_tile, 0, live, H)
             u_r = load_gate(gates_h_ptr, h_at, h_tile, 0, live, H)
-            r = sigmoid(a_r + (u_r + load_bias(bias_ptr, g, 0, units, N, H)))
+            r = sigmoid(a_r + (u_r + load_per_unit(bias_ptr, g, 0, units, N, H)))
     if PART != "gates":
         SLOT: tl.constexpr = 0 if PART == "candidate" else N - 1
         a_n = load_gate(gates_x_ptr, x_at, x_tile, N - 1, live, H)
         u_n = load_gate(gates_h_ptr, h_at, h_tile, SLOT, live, H)
-        q = u_n + load_bias(bias_ptr, g, N - 1, units, N, H)
+        q = u_n + load_per_unit(bias_ptr, g, N - 1, units, N, H)
         if CELL == "reset_after":
             n = tanh(a_n + r * q)
         else:

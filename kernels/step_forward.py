@@ -17,8 +17,8 @@ from .problem import Problem
 from .tile import (
     enter,
     is_backwards,
-    load_bias,
     load_gate,
+    load_per_unit,
     load_scale,
     next_state,
     row_lengths,
@@ -168,11 +168,11 @@ def forward_step(
 
     if PART != "candidate":
         a_z = load_gate(gates_x_ptr, gates_at, gates_tile, N - 2, live, H)
-        z = sigmoid(a_z + acc_z + load_bias(bias_ptr, g, N - 2, units, N, H))
+        z = sigmoid(a_z + acc_z + load_per_unit(bias_ptr, g, N - 2, units, N, H))
         r = z
         if CELL != "no_reset":
             a_r = load_gate(gates_x_ptr, gates_at, gates_tile, 0, live, H)
-            r = sigmoid(a_r + acc_r + load_bias(bias_ptr, g, 0, units, N, H))
+            r = sigmoid(a_r + acc_r + load_per_unit(bias_ptr, g, 0, units, N, H))
     if PART == "gates":
         gated = (r * (p * scale)).to(gated_ptr.dtype.element_ty)
         tl.store(gated_ptr + state_at + state_tile, gated, mask=inside)
@@ -184,7 +184,7 @@ def forward_step(
         )  # fmt: skip
     else:
         a_n = load_gate(gates_x_ptr, gates_at, gates_tile, N - 1, live, H)
-        q = acc_n + load_bias(bias_ptr, g, N - 1, units, N, H)
+        q = acc_n + load_per_unit(bias_ptr, g, N - 1, units, N, H)
         if PART == "candidate":
             z = tl.load(update_ptr + state_at + state_tile, mask=inside, other=0.0)
             r = z

@@ -162,19 +162,19 @@ def load_scale(
 
 
 @triton.jit
-def load_bias(
-    bias_ptr,  # (G, N*H) or None
+def load_per_unit(
+    values_ptr,  # (G, N*H) or None
     g,
     gate: tl.constexpr,
     units,
     N: tl.constexpr,
     H: tl.constexpr,
 ):
-    """(units, 1), or 0 without a bias."""
-    if bias_ptr is None:
+    """Of a bias or gain: (units, 1), or 0 if there is none."""
+    if values_ptr is None:
         return 0.0
     else:
-        at = bias_ptr + g * (N * H) + gate * H + units
+        at = values_ptr + g * (N * H) + gate * H + units
         return tl.load(at, mask=units < H, other=0.0).to(tl.float32)[:, None]
 
 
