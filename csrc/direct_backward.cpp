@@ -23,10 +23,10 @@ struct Arguments {
 
 // A gradient of a result; false if it is there and not plain.
 template <class Real>
-bool read_gradient(PyObject* object, int64_t rows, int64_t H, const Real*& data) {
+bool read_gradient(PyObject* object, int64_t rows, int64_t H, bool again, const Real*& data) {
   if (object == Py_None) return true;
   Dense<Real> grad;
-  if (!read(object, grad) || grad.rows() != rows || grad.width() != H) return false;
+  if (!read(object, grad, again) || grad.rows() != rows || grad.width() != H) return false;
   data = grad.data;
   return true;
 }
@@ -59,6 +59,13 @@ struct Call {
     return hx.rows() == p.B;
   }
 
+  // False if a gradient of a result is not plain, or does not fit.
+  bool read_gradients(const Arguments& a, bool again) {
+    const Problem<Real>& p = f.in;
+    return read_gradient(a.grad_output, p.T * p.B, p.H, again, f.grad_output) &&
+           read_gradient(a.grad_h_n, p.B, p.H, again, f.grad_h_n);
+  }
+
   // False with a Python exception.
   bool allocate(const Arguments& a) {
     const Problem<Real>& p = f.in;
@@ -88,8 +95,7 @@ struct Call {
     }
     f.output = output.data;
     f.workspace = workspace.data;
-    if (!read_gradient(a.grad_output, p.T * p.B, p.H, f.grad_output)) return false;
-    if (!read_gradient(a.grad_h_n, p.B, p.H, f.grad_h_n)) return false;
+    if (!read_gradients(a, true)) return false;
     const int64_t rows = gate_count(p.cell) * p.H;
     const int64_t sizes[kInputs] = {p.T * p.B * p.I, p.B * p.H, rows * p.I, rows * p.H, rows, rows};
     Real** const to[kInputs] = {&f.grad_x,         &f.grad_h0,      &f.grad_weight_ih,
@@ -110,6 +116,8 @@ template <class Real>
 PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
   Call<Real> call;
   if (table == nullptr || !call.read_sizes(a, false)) return nullptr;
+  // Those of sum() and of batch_first have strides of their own: nothing is allocated for them.
+  if (!call.read_gradients(a, false)) return nullptr;
   if (!call.allocate(a)) return nullptr;
   if (!call.read_all(a)) Py_RETURN_NONE;
   Failure failure;

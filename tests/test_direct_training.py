@@ -400,6 +400,38 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         run(*good[:7], Undecided(), "gru", wanted)
 
 
+def test_nothing_is_allocated_for_a_gradient_that_is_not_plain() -> None:
+    weights = gru_fast.GRU(I, H)._flat_weights
+    x, h, output = torch.zeros(3, 2, I), torch.zeros(1, 2, H), torch.zeros(3, 2, H)
+    workspace = torch.zeros(3, 2, 1, 4 * H)
+    made: list[Any] = []
+
+    class Watches(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func in (Tensor.new_empty, torch.empty_like):
+                made.append(func)
+            return func(*args, **(kwargs or {}))
+
+    plain = (torch.ones_like(output), torch.ones_like(h))
+    strided = torch.ones(2, 3, H).transpose(0, 1)
+    spread = torch.ones(1, 1, 1).expand(3, 2, H)
+    for grads in (
+        (strided, None),
+        (spread, plain[1]),
+        (plain[0], torch.ones(1, 2, 1).expand(h.shape)),
+    ):
+        with Watches():
+            call = (*grads, x, h, weights, output, workspace, False, "reset_after", [True] * 6)
+            assert _C.run_direct_backward(*call) is None
+        assert made == []
+    with Watches():
+        call = (*plain, x, h, weights, output, workspace, False, "reset_after", [True] * 6)
+        assert _C.run_direct_backward(*call) is not None
+    assert len(made) == 6
+
+
 def test_what_grows_while_gradients_are_allocated_is_refused() -> None:
     weights = gru_fast.GRU(1, 1)._flat_weights
     h = torch.zeros(1, 1, 1)
