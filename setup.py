@@ -49,6 +49,7 @@ X86_KERNELS = {
 }
 NEON_DOT_KERNELS = {"sampler_neon_dot.cpp": ["-march=armv8.2-a+dotprod"]}
 KERNEL_FLAGS = {**X86_KERNELS, **NEON_DOT_KERNELS}
+FOR_C = {"gru_stream.cpp"}  # programs without Python compile it themselves
 PYBIND11 = {"module.cpp", "sampler.cpp", "signals.cpp", "stream.cpp"}
 DLPACK = {"exchange.cpp"}
 PYTHON = {"direct.cpp", "direct_backward.cpp", "prepack.cpp"}
@@ -168,7 +169,7 @@ def arguments() -> dict:
     if os.environ.get(SKIP, "0") not in ("", "0"):
         return {}
     built = {**(X86_KERNELS if X86 else {}), **(NEON_DOT_KERNELS if NEON_DOT else {})}
-    left_out = KERNEL_FLAGS.keys() - built.keys()
+    left_out = FOR_C | (KERNEL_FLAGS.keys() - built.keys())
     sources = [p for p in sorted(Path("csrc").rglob("*.cpp")) if p.name not in left_out]
     extension = Extension("gru_fast._C", [str(source) for source in sources], language="c++")
     # Without torch the build front end fetches it into its own environment, then runs us again.

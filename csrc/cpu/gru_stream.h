@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  * A stack of GRU layers that is stepped, for programs without Python and without torch.
  * Build: csrc/cpu/{gru_stream,sampler_isa,sampler_baseline,team}.cpp, C++20; with
- * -DGRU_FAST_X86=1, or -DGRU_FAST_NEON_DOT=1 on Linux for ARM, what setup.py takes of csrc/cpu/
- * there, with its flags. */
+ * -DGRU_FAST_X86=1, or -DGRU_FAST_NEON_DOT=1 on Linux for ARM, gru_stream.cpp and what setup.py
+ * takes of csrc/cpu/ there, with its flags. */
 #ifndef GRU_FAST_GRU_STREAM_H
 #define GRU_FAST_GRU_STREAM_H
 #include <stdint.h>
