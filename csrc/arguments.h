@@ -10,6 +10,8 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cell_names.h"
@@ -231,6 +233,44 @@ class Marshal {
   const ScalarType given_;
   std::vector<Tensor> kept_;
   std::vector<int64_t> order_, alive_before_;
+};
+
+// The gradients that an op returns, allocated one after the other; those that nobody wants have no
+// elements. The second is that of h0.
+template <class Real>
+class Gradients {
+ public:
+  // `empty`: no kernel writes them.
+  Gradients(const Marshal<Real>& marshal, const std::vector<bool>& wanted, bool empty)
+      : marshal_(marshal), wanted_(wanted), empty_(empty) {
+    results_.reserve(wanted.size());
+  }
+
+  // Points to the next one, or nowhere. `summed`: kernels add to it.
+  template <class Number>
+  void next(Number*& pointer, std::initializer_list<int64_t> shape, bool summed = false) {
+    const bool wanted = wanted_[results_.size()];
+    results_.push_back(wanted ? marshal_.template make<Number>(shape, summed || empty_)
+                              : marshal_.template make<Real>({0}));
+    pointer = wanted ? mutable_data_of<Number>(results_.back()) : nullptr;
+  }
+  // Where there is no step, that of h_n is that of h0.
+  void pass_on(const MaybeTensor& grad_h_n) {
+    if (wanted_[1] && grad_h_n.has_value()) torch::stable::copy_(results_[1], *grad_h_n);
+  }
+  // A tuple of N tensors in the call's dtype.
+  template <size_t N>
+  auto give_back() const {
+    return [this]<size_t... I>(std::index_sequence<I...>) {
+      return std::make_tuple(marshal_.give_back(results_[I])...);
+    }(std::make_index_sequence<N>{});
+  }
+
+ private:
+  const Marshal<Real>& marshal_;
+  const std::vector<bool>& wanted_;
+  const bool empty_;
+  std::vector<Tensor> results_;
 };
 
 // The arguments that all ops share. weight_ih and bias_ih are absent in scan, whose x is

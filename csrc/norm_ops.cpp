@@ -95,29 +95,21 @@ NormGrads run_backward(const Arguments& a, const Tensor& gamma, double eps, Back
   b.wanted[4] = b.wanted[4] && a.bias_hh.has_value();
   b.wanted[5] = b.wanted[5] && a.reset_state.has_value();
   b.wanted[6] = b.wanted[6] && a.h_scale.has_value();
-  std::vector<Tensor> results;
-  results.reserve(7);
-  auto grad = [&](Real*& pointer, std::initializer_list<int64_t> shape, bool summed) {
-    const bool wanted = b.wanted[results.size()];
-    results.push_back(wanted ? m.template make<Real>(shape, summed || empty)
-                             : m.template make<Real>({0}));
-    pointer = wanted ? results.back().template mutable_data_ptr<Real>() : nullptr;
-  };
-  grad(f.grad_gates_x, {p.T, p.B, p.G, rows}, false);
-  grad(f.grad_h0, {p.G, p.B, p.H}, false);
-  grad(f.grad_weight, {p.G, rows, p.H}, false);
-  grad(f.grad_gamma, {p.G, rows}, false);
-  grad(f.grad_bias, {p.G, rows}, false);
-  grad(f.grad_reset_state, {p.G, p.B, p.H}, true);
-  grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
-  if (!empty) {
+  Gradients<Real> grads(m, b.wanted, empty);
+  grads.next(f.grad_gates_x, {p.T, p.B, p.G, rows});
+  grads.next(f.grad_h0, {p.G, p.B, p.H});
+  grads.next(f.grad_weight, {p.G, rows, p.H});
+  grads.next(f.grad_gamma, {p.G, rows});
+  grads.next(f.grad_bias, {p.G, rows});
+  grads.next(f.grad_reset_state, {p.G, p.B, p.H}, true);
+  grads.next(f.grad_h_scale, {p.B, p.G * p.H}, true);
+  if (empty) {
+    grads.pass_on(b.grad_h_n);
+  } else {
     const NormTable<Real>& table = norm_table<Real>();
     run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
-  } else if (b.wanted[1] && b.grad_h_n.has_value()) {
-    torch::stable::copy_(results[1], *b.grad_h_n);
   }
-  for (Tensor& result : results) result = m.give_back(result);
-  return {results[0], results[1], results[2], results[3], results[4], results[5], results[6]};
+  return grads.template give_back<7>();
 }
 
 Arguments arguments_of(const Tensor& gates_x, const Tensor& h0, const Tensor& weight_hh,

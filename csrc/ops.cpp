@@ -80,42 +80,32 @@ LayerGrads run_backward(const KernelTable<Real>& table, const Arguments& a, Back
   b.wanted[5] = b.wanted[5] && a.bias_hh.has_value();
   b.wanted[6] = b.wanted[6] && a.reset_state.has_value();
   b.wanted[7] = b.wanted[7] && a.h_scale.has_value();
-  std::vector<Tensor> results;
-  results.reserve(8);
-  auto grad = [&]<class Number>(Number*& pointer, std::initializer_list<int64_t> shape,
-                                bool summed) {
-    const bool wanted = b.wanted[results.size()];
-    results.push_back(wanted ? m.template make<Number>(shape, summed || empty)
-                             : m.template make<Real>({0}));
-    pointer = wanted ? mutable_data_of<Number>(results.back()) : nullptr;
-  };
+  Gradients<Real> grads(m, b.wanted, empty);
   if (a.weight_ih == nullptr) {
-    grad(f.grad_x, {p.T, p.B, p.G, rows}, false);
+    grads.next(f.grad_x, {p.T, p.B, p.G, rows});
   } else if (p.x_shared) {
     if (p.G > 1) {
-      grad(f.grad_shared_x, {p.T, p.B, p.I}, true);
+      grads.next(f.grad_shared_x, {p.T, p.B, p.I}, true);
     } else {
-      grad(f.grad_x, {p.T, p.B, p.I}, false);
+      grads.next(f.grad_x, {p.T, p.B, p.I});
     }
   } else {
-    grad(f.grad_x, {p.T, p.B, p.G, p.I}, false);
+    grads.next(f.grad_x, {p.T, p.B, p.G, p.I});
   }
-  grad(f.grad_h0, {p.G, p.B, p.H}, false);
-  grad(f.grad_weight_ih, {p.G, rows, p.I}, false);
-  grad(f.grad_weight_hh, {p.G, rows, p.H}, false);
-  grad(f.grad_bias_ih, {p.G, rows}, false);
-  grad(f.grad_bias_hh, {p.G, rows}, false);
-  grad(f.grad_reset_state, {p.G, p.B, p.H}, true);
-  grad(f.grad_h_scale, {p.B, p.G * p.H}, true);
+  grads.next(f.grad_h0, {p.G, p.B, p.H});
+  grads.next(f.grad_weight_ih, {p.G, rows, p.I});
+  grads.next(f.grad_weight_hh, {p.G, rows, p.H});
+  grads.next(f.grad_bias_ih, {p.G, rows});
+  grads.next(f.grad_bias_hh, {p.G, rows});
+  grads.next(f.grad_reset_state, {p.G, p.B, p.H}, true);
+  grads.next(f.grad_h_scale, {p.B, p.G * p.H}, true);
 
-  if (!empty) {
+  if (empty) {
+    grads.pass_on(b.grad_h_n);
+  } else {
     run_backward_kernel(table, f);
-  } else if (b.wanted[1] && b.grad_h_n.has_value()) {
-    torch::stable::copy_(results[1], *b.grad_h_n);
   }
-  for (Tensor& result : results) result = m.give_back(result);
-  return {results[0], results[1], results[2], results[3],
-          results[4], results[5], results[6], results[7]};
+  return grads.template give_back<8>();
 }
 
 std::vector<uint8_t> bytes_of(const std::vector<bool>& flags) {
