@@ -5,18 +5,23 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "norm_problem.h"
+
 namespace gru_fast {
 
 namespace baseline {
 const Kernels& table();
-}
+const NormKernels& norm_table();
+}  // namespace baseline
 #ifdef GRU_FAST_X86
 namespace avx2 {
 const Kernels& table();
-}
+const NormKernels& norm_table();
+}  // namespace avx2
 namespace avx512 {
 const Kernels& table();
-}
+const NormKernels& norm_table();
+}  // namespace avx512
 namespace avx512_bf16 {
 const KernelTable<BFloat16>& bfloat16_table();
 }
@@ -29,6 +34,7 @@ struct Isa {
   const char* name;
   bool (*usable)();
   const Kernels& (*table)();
+  const NormKernels& (*norm_table)();
 };
 
 bool always() { return true; }
@@ -42,10 +48,10 @@ bool has_avx512() {
 #endif
 
 constexpr Isa kIsas[] = {
-    {IsaLevel::kBaseline, "baseline", always, baseline::table},
+    {IsaLevel::kBaseline, "baseline", always, baseline::table, baseline::norm_table},
 #ifdef GRU_FAST_X86
-    {IsaLevel::kAvx2, "avx2", has_avx2, avx2::table},
-    {IsaLevel::kAvx512, "avx512", has_avx512, avx512::table},
+    {IsaLevel::kAvx2, "avx2", has_avx2, avx2::table, avx2::norm_table},
+    {IsaLevel::kAvx512, "avx512", has_avx512, avx512::table, avx512::norm_table},
 #endif
 };
 
@@ -120,5 +126,6 @@ const KernelTable<BFloat16>* kernel_table() {
 #endif
   return nullptr;
 }
+const NormKernels& norm_kernels() { return get().norm_table(); }
 
 }  // namespace gru_fast
