@@ -106,6 +106,9 @@ PyObject* by_number(Body&& body) {
 template <int kMost>
 class Items {
  public:
+  Items() = default;
+  Items(const Items&) = delete;
+  Items& operator=(const Items&) = delete;
   ~Items() {
     for (Py_ssize_t i = 0; i < count_; ++i) Py_DECREF(items_[i]);
   }
