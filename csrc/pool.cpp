@@ -25,7 +25,7 @@ int pool_threads() {
 }
 
 void run_parts(int parts, const std::function<void(int64_t, int64_t)>& part) {
-  if (parts == 1 || pool_threads() == 1) {
+  if (parts == 1) {
     part(0, parts);
   } else {
     torch::stable::parallel_for(0, parts, 1, part);

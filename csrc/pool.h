@@ -10,6 +10,7 @@ namespace gru_fast {
 // for threads that did not come along.
 int pool_threads();
 // Calls part(begin, end) for the pieces of [0, parts), at the same time as far as the pool can.
+// `parts`: at most pool_threads(), so that a forked process never gets to OpenMP.
 void run_parts(int parts, const std::function<void(int64_t, int64_t)>& part);
 
 }  // namespace gru_fast
