@@ -64,7 +64,6 @@ using LayerTuple = std::tuple<MaybeFloats, Floats, MaybeFloats, MaybeFloats>;
 inline StackShape shape_of(const std::string& cell, const std::string& weights,
                            const MaybeFloats& table, const std::vector<LayerTuple>& layers,
                            const MaybeFloats& head_weight) {
-  constexpr int64_t most = int64_t{1} << 16;
   StackShape shape{};
   if (!find_cell(cell, shape.cell)) complain("cell", kExpectedCells, "'" + cell + "'");
   shape.weights = parse_weights(weights);
@@ -72,8 +71,8 @@ inline StackShape shape_of(const std::string& cell, const std::string& weights,
   if (layers.empty()) complain("layers", "at least one", "none");
   const Floats& first_hh = std::get<1>(layers[0]);
   shape.H = first_hh.ndim() == 2 ? first_hh.shape(1) : 0;
-  if (shape.H < 1 || shape.H > most) {
-    complain("hidden size", "1 to " + std::to_string(most), std::to_string(shape.H));
+  if (shape.H < 1 || shape.H > kMostUnits) {
+    complain("hidden size", "1 to " + std::to_string(kMostUnits), std::to_string(shape.H));
   }
   if (table) {
     constexpr int64_t most_tokens = std::numeric_limits<int32_t>::max();  // as they are fed
@@ -86,8 +85,8 @@ inline StackShape shape_of(const std::string& cell, const std::string& weights,
     const MaybeFloats& weight_ih = std::get<0>(layers[0]);
     if (!weight_ih) complain("weight_ih_l0", "an array where there is no table", "None");
     shape.I = weight_ih->ndim() == 2 ? weight_ih->shape(1) : 0;
-    if (shape.I < 1 || shape.I > most) {
-      complain("input size", "1 to " + std::to_string(most), std::to_string(shape.I));
+    if (shape.I < 1 || shape.I > kMostUnits) {
+      complain("input size", "1 to " + std::to_string(kMostUnits), std::to_string(shape.I));
     }
   }
   if (head_weight) {

@@ -16,11 +16,10 @@ struct gru_stream {
 
 gru_stream* gru_stream_create(int cell, int weights, int64_t input, int64_t hidden, int64_t layers,
                               const gru_layer* layer) try {
-  constexpr int64_t most = int64_t{1} << 16;
   const bool known = cell >= GRU_RESET_AFTER && cell <= GRU_NO_RESET && weights >= GRU_FLOAT32 &&
                      weights <= GRU_INT8;
-  if (!known || input < 1 || input > most || hidden < 1 || hidden > most || layers < 1 ||
-      layer == nullptr) {
+  if (!known || input < 1 || input > kMostUnits || hidden < 1 || hidden > kMostUnits ||
+      layers < 1 || layer == nullptr) {
     return nullptr;
   }
   StackShape shape{};

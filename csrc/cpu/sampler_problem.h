@@ -10,6 +10,9 @@ namespace gru_fast {
 
 enum class Weights : int { kFloat32, kBFloat16, kInt8 };
 
+// Of H and I: the int8 products of so long a row add up to no more than 32 bits hold.
+constexpr int64_t kMostUnits = int64_t{1} << 16;
+
 // A stack of GRU layers between a token table, or frames of features, and a head, or nothing.
 struct StackShape {
   Cell cell;
