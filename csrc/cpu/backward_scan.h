@@ -35,8 +35,8 @@ class BackwardScan {
       made.take(p_.G, p_.T - first_product <= 1, layout, threads, member);
       return made;
     };
-    panels_ = panels(0, p_.cell == Cell::kResetAfter ? 3 : 2, carry_.first_product());
-    if (p_.cell == Cell::kResetBefore) candidate_panels_ = panels(2, 1, 0);
+    panels_ = panels(0, first_gates(p_.cell), carry_.first_product());
+    if (has_second_product(p_.cell)) candidate_panels_ = panels(2, 1, 0);
   }
 
   // Packs W_hh and starts the carry from grad_h_n.
@@ -44,7 +44,7 @@ class BackwardScan {
     share_ = share_of(member, members, p_.G, p_.B, c_.tiles, panels_.K(), panels_.packed == nullptr,
                       p_.order != nullptr);
     panels_.pack(p_.G, members, member);
-    if (p_.cell == Cell::kResetBefore) candidate_panels_.pack(p_.G, members, member);
+    if (has_second_product(p_.cell)) candidate_panels_.pack(p_.G, members, member);
     carry_.begin(share_);
   }
 
@@ -54,7 +54,7 @@ class BackwardScan {
     }
     for (int64_t step = c_.end - 1; step >= c_.begin; --step) {
       if (share_.waits) team.barrier(member);
-      if (p_.cell == Cell::kResetBefore) {
+      if (has_second_product(p_.cell)) {
         for (int64_t g = share_.groups.begin; g < share_.groups.end; ++g)
           through_candidate(g, step);
         if (share_.waits) team.barrier(member);

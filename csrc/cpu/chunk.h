@@ -7,8 +7,6 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
-constexpr int64_t kChunkRows = 256;
-
 // D holds the gradients of the gate pre-activations, one row for each (step, rank) of the chunk
 // that is not padding and one slot of `units` columns for each workspace slot: q, r, z, n | r, z, n
 // | z, n (reference.py).
@@ -25,8 +23,7 @@ struct Chunk {
         tiles(tiles_of<Real>(p.H)),
         units(round_up(p.H, kUnitPad)),
         ld(slots * units + kUnitPad) {
-    steps = p.B >= kChunkRows ? 1 : (kChunkRows + p.B - 1) / p.B;
-    steps = steps < p.T ? steps : p.T;
+    steps = steps_of_chunk(p);
     capacity = steps * p.B;
     if (p.order != nullptr) {  // may be fewer in all
       const int64_t every = p.alive_before[p.T] > 1 ? p.alive_before[p.T] : 1;

@@ -4,7 +4,7 @@
 // multiplied by the weights where they lie, and for many these are packed some tiles at a time.
 #pragma once
 #include "in_place.h"
-#include "schedule.h"
+#include "share.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -18,8 +18,8 @@ struct ColumnPanels {
   int64_t H, units, columns, gates;
   int order[3];      // the gate that belongs to each slot
   int64_t slots;     // of D, `units` columns each
-  Real* packed;      // (G, tiles) panels, or null: on the way, for panels that are used once
-  Real* on_the_way;  // of this member
+  Real* packed;      // (G, tiles) panels, or null: on the fly, for panels that are used once
+  Real* on_the_fly;  // of this member
 
   GRU_MEMBER int64_t tiles() const { return tiles_of<Real>(columns); }
   GRU_MEMBER int64_t K() const { return slots * units; }
@@ -29,7 +29,7 @@ struct ColumnPanels {
   GRU_MEMBER void take(int64_t G, bool once, Layout& layout, int threads, int member) {
     packed = once ? nullptr : layout.template take<Real>(G * tiles() * panel_size());
     const int64_t own = kMostTilesAbreast * panel_size();
-    on_the_way = once ? layout.template take<Real>(threads * own) + member * own : nullptr;
+    on_the_fly = once ? layout.template take<Real>(threads * own) + member * own : nullptr;
   }
 
   // This member's part of all panels.
@@ -76,8 +76,8 @@ struct ColumnPanels {
   }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int count) const {
     if (packed != nullptr) return packed + (g * tiles() + tile) * panel_size();
-    pack_tiles(g, tile, count, on_the_way);
-    return on_the_way;
+    pack_tiles(g, tile, count, on_the_fly);
+    return on_the_fly;
   }
 };
 

@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of few rows with packed weights of 32, 16 or 8 bits. Weights and the rows they meet
-// lie in 32-bit words of 1, 2 or 4 neighbouring k, so one loop serves all three. float32 is
-// product() of tile.h, and keeps its order of summation; bfloat16 adds k in order too, in one
-// chain; int8 adds integers, exactly. So neither rows, tiles abreast nor threads change a bit.
+// Products of rows with packed weights of 32, 16 or 8 bits. Weights and the rows they meet lie in
+// 32-bit words of 1, 2 or 4 neighbouring k, so one loop serves all three. float32 is product() of
+// tile.h, and keeps its order of summation; bfloat16 adds k in order too, in one chain; int8 adds
+// integers, exactly. So neither rows, tiles abreast nor threads change a bit.
 #pragma once
 #include "dot_pack.h"
 #include "dot_word.h"
-#include "schedule.h"
 #include "tile.h"
 
 namespace gru_fast {

@@ -4,6 +4,7 @@
 // the second level of the cache. The sums and their order are those of dot.h.
 #pragma once
 #include "dot.h"
+#include "share.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "gate_panels.h"
+#include "schedule.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // sigmoid and tanh on a register, to about one unit in the last place of the type that tensors
 // have; NaN stays NaN, and infinity saturates: sigmoid at exp(-limit), the smallest normal number,
-// where torch's reaches zero. Then the gates of reset_after, for all who step it.
+// where torch's reaches zero. Then the gates of reset_after, side by side: for samplers and for a
+// single row of a layer. A layer's batch has them one after the other (forward.h).
 #pragma once
 #include "vec.h"
 #if defined(__AVX__)

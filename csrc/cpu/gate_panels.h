@@ -6,16 +6,11 @@
 
 #include "dot.h"
 #include "in_place.h"
-#include "schedule.h"
+#include "share.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
-
-// How many gates the first recurrent product of a step has. reset_before has a second one, for the
-// candidate, which needs r of every unit first.
-constexpr int first_gates(Cell cell) { return cell == Cell::kResetAfter ? 3 : 2; }
-constexpr bool has_second_product(Cell cell) { return cell == Cell::kResetBefore; }
 
 template <class Real>
 constexpr Weights weights_of() {

@@ -5,6 +5,7 @@
 // A sequence's numbers depend on nothing but its own inputs, so none of this shows in the result.
 #pragma once
 #include "draw.h"
+#include "share.h"
 #include "stack.h"
 
 namespace gru_fast {

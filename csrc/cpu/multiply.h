@@ -2,6 +2,7 @@
 // Rows times packed weights, with an epilogue: the loop over tiles and blocks of rows.
 #pragma once
 #include "dot_wide.h"
+#include "share.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {

@@ -9,8 +9,6 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
-constexpr int64_t kNormChunkRows = 256;
-
 template <class Real>
 struct NormChunk {
   static constexpr int W = kLanes<Real>;
@@ -22,8 +20,7 @@ struct NormChunk {
         tiles(tiles_of<Real>(p.H)),
         units(round_up(p.H, kUnitPad)),
         ld(3 * units + kUnitPad) {
-    steps = p.B >= kNormChunkRows ? 1 : (kNormChunkRows + p.B - 1) / p.B;
-    steps = steps < p.T ? steps : p.T;
+    steps = steps_of_chunk(p);
     const int64_t all = p.G * steps * p.B;
     p_ = layout.take<Real>(all * ld);
     du_ = layout.take<Real>(all * ld);

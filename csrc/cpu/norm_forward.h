@@ -4,12 +4,18 @@
 // that split the units of a row meet between the phases, and each adds up the statistics of the
 // whole row itself, in one order: no bit depends on the split.
 #pragma once
-#include "forward.h"
+#include "gate_math.h"
+#include "gate_panels.h"
 #include "norm_problem.h"
+#include "schedule.h"
+#include "team.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
+
+// Rows of a round: members ask before each whether to go on.
+constexpr int64_t kRoundRows = 64;
 
 GRU_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 GRU_INLINE double square_root(double x) { return __builtin_sqrt(x); }
@@ -97,7 +103,7 @@ class NormForwardScan {
     panels_.pack(part_of(p_.G * tiles_, member, team.size()));
     start();
     team.barrier(member);
-    const int64_t steps_of_round = p_.B < kProjectRows ? kProjectRows / p_.B : 1;
+    const int64_t steps_of_round = p_.B < kRoundRows ? kRoundRows / p_.B : 1;
     for (int64_t step = 0; step < p_.T; ++step) {
       const bool begins = step > 0 && step % steps_of_round == 0;
       if (begins && !team.goes_on(step / steps_of_round, share_.waits)) return;

@@ -29,6 +29,10 @@ static constexpr int gate_count(Cell cell) { return cell == Cell::kNoReset ? 2 :
 static constexpr int slot_count(Cell cell) {
   return cell == Cell::kResetAfter ? 4 : cell == Cell::kResetBefore ? 3 : 2;
 }
+// How many gates the first recurrent product of a step has. reset_before has a second one, for the
+// candidate, which needs r of every unit first.
+static constexpr int first_gates(Cell cell) { return cell == Cell::kResetAfter ? 3 : 2; }
+static constexpr bool has_second_product(Cell cell) { return cell == Cell::kResetBefore; }
 
 // G independent recurrences over (T, B), none of T, B, G, H zero. All tensors are contiguous but x,
 // whose rows are.

@@ -9,9 +9,12 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
+// How many steps the backward pass goes back at a time: so many that have 256 rows, if there are.
 template <class Real>
-GRU_INLINE Vec<Real> load_or_zero(const Real* p, int64_t offset, int n) {
-  return p ? load_n(p + offset, n) : Vec<Real>{};
+GRU_INLINE int64_t steps_of_chunk(const Problem<Real>& p) {
+  constexpr int64_t kRows = 256;
+  const int64_t steps = p.B >= kRows ? 1 : (kRows + p.B - 1) / p.B;
+  return steps < p.T ? steps : p.T;
 }
 
 // Which rows are valid at a step (`alive`), and the state p that each of them starts from.

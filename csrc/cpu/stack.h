@@ -5,6 +5,7 @@
 #pragma once
 #include "dot_pairs.h"
 #include "multiply.h"
+#include "share.h"
 #include "team.h"
 
 namespace gru_fast {
@@ -31,8 +32,8 @@ struct Snapshot {
     Layer counted{};
     for (int64_t l = 0; l < shape.layers; ++l) {
       Layer& to = memory == nullptr ? counted : layers[l];
-      const bool two = shape.cell == Cell::kResetBefore;
-      const int first = shape.cell == Cell::kResetAfter ? 3 : 2;
+      const bool two = has_second_product(shape.cell);
+      const int first = first_gates(shape.cell);
       to.first = take_panels(shape.weights, shape.H, shape.H, first, layout);
       to.second = take_panels(shape.weights, two ? shape.H : 0, shape.H, 1, layout);
       const bool projects = l > 0 || shape.tokens == 0;
@@ -133,8 +134,8 @@ class Stack {
     h_ = shared.take<float>(2 * L * capacity * ld_);
     row_ = P == Weights::kFloat32 ? reinterpret_cast<uint32_t*>(h_)
                                   : shared.take<uint32_t>(2 * L * capacity * ldw_);
-    gated_ = shared.take<uint32_t>(two_phases() ? capacity * ldw_ : 0);
-    update_ = shared.take<float>(two_phases() ? capacity * ld_ : 0);
+    gated_ = shared.take<uint32_t>(has_second_product(s.shape.cell) ? capacity * ldw_ : 0);
+    update_ = shared.take<float>(has_second_product(s.shape.cell) ? capacity * ld_ : 0);
     const int64_t chunk = capacity > kStepRows ? capacity : kStepRows;
     gates_ = shared.take<float>(L > 1 || s.shape.tokens == 0 ? chunk * s.row : 0);
     between_ = shared.take<uint32_t>(chunk * ldw_);
@@ -253,7 +254,6 @@ class Stack {
   GRU_MEMBER void set_parity(int parity) { parity_ = parity; }
 
  private:
-  GRU_MEMBER bool two_phases() const { return s_.shape.cell == Cell::kResetBefore; }
   GRU_MEMBER float* h(int64_t layer, int parity, int64_t row) const {
     return h_ + ((layer * 2 + parity) * capacity_ + row) * ld_;
   }

@@ -175,6 +175,11 @@ GRU_INLINE void store_n(Real* p, Vec<Real> v, int n) {
   std::memcpy(p, &v, static_cast<size_t>(n) * sizeof(Real));
 #endif
 }
+// As load_n() at p + offset; zero if p is null.
+template <class Real>
+GRU_INLINE Vec<Real> load_or_zero(const Real* p, int64_t offset, int n) {
+  return p ? load_n(p + offset, n) : Vec<Real>{};
+}
 
 // v with zero in the lanes from n on.
 template <class Real>

@@ -36,8 +36,8 @@ struct ChunkSum {
   }
 };
 
-constexpr int64_t kFewRows = 2;
-static_assert(kFewRows <= kGradSumBlock<float>);
+constexpr int64_t kOuterRows = 2;  // that outer_product() adds at most
+static_assert(kOuterRows <= kGradSumBlock<float>);
 
 // As sweep() with one vector a tile, for so few k that nothing is gained by many sums at a time:
 // the results are written row after row, add(row, column, sum, lanes).
@@ -96,8 +96,7 @@ class WeightGrads {
     }
     x_ = take(f.grad_weight_ih != nullptr, input_tiles_ * rows * W);
     state_ = take(f.grad_weight_hh != nullptr, c_.tiles * rows * W);
-    gated_ =
-        take(f.grad_weight_hh != nullptr && p_.cell == Cell::kResetBefore, c_.tiles * rows * W);
+    gated_ = take(f.grad_weight_hh != nullptr && has_second_product(p_.cell), c_.tiles * rows * W);
     block_ = layout.template take<Real>(threads * rows * kRowBlock) + member * rows * kRowBlock;
   }
 
@@ -110,7 +109,7 @@ class WeightGrads {
   void run(Team& team, int member) const {
     for (int64_t g = 0; g < p_.G; ++g) {
       const Range rows = part_of(c_.row_count(g), member, team.size(), kRowBlock);
-      if (input_panels_.on_the_way == nullptr) {
+      if (input_panels_.on_the_fly == nullptr) {
         input_gradient(g, rows, {0, input_tiles_});
       } else {
         // Each panel is packed by one member.
@@ -241,8 +240,8 @@ class WeightGrads {
       };
       const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock<Real>};
       if (padded == P) return outer_product<1>(operand, valid, panels, columns, add);
-      if constexpr (P < kFewRows) {
-        if (padded == kFewRows) return outer_product<2>(operand, valid, panels, columns, add);
+      if constexpr (P < kOuterRows) {
+        if (padded == kOuterRows) return outer_product<2>(operand, valid, panels, columns, add);
       }
       sweep<Real>(
           operand, kRowBlock, padded, 1, 0, tiles_of<Real>(columns), false,
