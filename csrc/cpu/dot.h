@@ -13,7 +13,7 @@ namespace GRU_FAST_ISA {
 namespace {
 
 // Rows or tiles whose epilogues run side by side: what one waits for hides in the others.
-constexpr int kItems = kVecBytes == 64 ? 4 : 2;
+constexpr int kItems = 4;
 
 // sum[i][n] += half HALF of the words at `a` and at `panels`, as dot_tiles() has them.
 template <Weights P, int HALF, int NV, int ROWS, int N>

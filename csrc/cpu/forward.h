@@ -25,6 +25,12 @@ constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
 constexpr int64_t kFarWeights = 4 << 20;
 constexpr int64_t kStepsInPlace = 4, kStepsByTile = 2;
 
+// Rows whose gates are worked out side by side. With narrow registers a chain of operations takes
+// longer than its arithmetic, and a processor looks ahead over no more than two; with wide ones it
+// takes as long, and rows side by side gain nothing.
+template <class Real>
+constexpr int kTogether = kVecBytes <= 32 && sizeof(Real) == 4 ? 4 : 1;
+
 template <class Real>
 class ForwardScan {
  public:
@@ -281,7 +287,8 @@ class ForwardScan {
   GRU_MEMBER void multiply(const GatePanels<Real>& panels, const Real* operand, int64_t g,
                            int64_t step, Epilogue epilogue) {
     panels.multiply({operand, m_.ld}, alive(m_.rows.time(g, step)), g, share_.tiles, step % 2 != 0,
-                    row_by_row<Real>(epilogue));
+                    [&](const Sums<Real>& sums)
+                        GRU_MEMBER_LAMBDA { rows_together<kTogether<Real>>(sums, epilogue); });
   }
 
   template <bool PLAIN>
@@ -306,13 +313,18 @@ class ForwardScan {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
     multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const Number* gx = rows.gates_x(row, tile);
-               const V r = sigmoid<Real>(sums[0] + load(gx));
-               const V z = sigmoid<Real>(sums[1] + load(gx + W));
-               const V q = sums[2] + load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
-               const V n = tanh<Real>(load(gx + 2 * W) + r * q);
-               rows.leave(row, tile, q, r, z, n);
+             [&]<int N>(const Sums<Real>& at) GRU_MEMBER_LAMBDA {
+               const int64_t tile = at.tile;
+               V r[N], z[N], q[N], n[N];
+               GRU_EACH(j) r[j] = at.of(j)[0] + load(rows.gates_x(at.row + j, tile));
+               sigmoid<Real, N>(r, Nothing{});
+               GRU_EACH(j) z[j] = at.of(j)[1] + load(rows.gates_x(at.row + j, tile) + W);
+               sigmoid<Real, N>(z, Nothing{});
+               const V b = load_or_zero(bias, tile * W, lanes_of<Real>(tile, p_.H));
+               GRU_EACH(j) q[j] = at.of(j)[2] + b;
+               GRU_EACH(j) n[j] = load(rows.gates_x(at.row + j, tile) + 2 * W) + r[j] * q[j];
+               tanh<Real, N>(n, Nothing{});
+               GRU_EACH(j) rows.leave(at.row + j, tile, q[j], r[j], z[j], n[j]);
              });
   }
 
@@ -341,11 +353,24 @@ class ForwardScan {
       V sums[kAbreast * 3];
       pick_product<Real>(1, static_cast<int>(now), 3)({row, 0}, 0, first_.get(g, tile, 1), p_.H,
                                                       sums);
-      for (int64_t i = 0; i < now; ++i) {
-        const V one[3][1] = {{sums[3 * i]}, {sums[3 * i + 1]}, {sums[3 * i + 2]}};
-        close<1>(rows, g, tile + i, one);
-      }
+      close_all<kTogether<Real>>(rows, g, tile, sums, now);
     }
+  }
+
+  // close() of `count` neighbouring tiles, N at a time as long as there are so many.
+  template <int N, bool PLAIN>
+  GRU_MEMBER void close_all(const Rows<PLAIN>& rows, int64_t g, int64_t tile, const V* sums,
+                            int64_t count) {
+    for (; count >= N; count -= N) {
+      V some[3][N];
+      GRU_EACH(j) {
+        for (int gate = 0; gate < 3; ++gate) some[gate][j] = sums[3 * j + gate];
+      }
+      close<N>(rows, g, tile, some);
+      tile += N;
+      sums += 3 * N;
+    }
+    if constexpr (N > 1) close_all<N / 2>(rows, g, tile, sums, count);
   }
 
   // What follows the products of N neighbouring tiles of the first row, from `tile` on.
@@ -368,13 +393,17 @@ class ForwardScan {
   __attribute__((noinline)) void step_no_reset(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const Number* gx = rows.gates_x(row, tile);
-               const V z = sigmoid<Real>(sums[0] + load(gx));
-               const V n = tanh<Real>(sums[1] + load(gx + W));
-               rows.save(row, tile, 0, z);
-               rows.save(row, tile, 1, n);
-               rows.finish(row, tile, z, n);
+             [&]<int N>(const Sums<Real>& at) GRU_MEMBER_LAMBDA {
+               V z[N], n[N];
+               GRU_EACH(j) z[j] = at.of(j)[0] + load(rows.gates_x(at.row + j, at.tile));
+               sigmoid<Real, N>(z, Nothing{});
+               GRU_EACH(j) n[j] = at.of(j)[1] + load(rows.gates_x(at.row + j, at.tile) + W);
+               tanh<Real, N>(n, Nothing{});
+               GRU_EACH(j) {
+                 rows.save(at.row + j, at.tile, 0, z[j]);
+                 rows.save(at.row + j, at.tile, 1, n[j]);
+                 rows.finish(at.row + j, at.tile, z[j], n[j]);
+               }
              });
   }
 
@@ -382,13 +411,17 @@ class ForwardScan {
   __attribute__((noinline)) void step_reset_update(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const Number* gx = rows.gates_x(row, tile);
-               const V r = sigmoid<Real>(sums[0] + load(gx));
-               const V z = sigmoid<Real>(sums[1] + load(gx + W));
-               rows.save(row, tile, 0, r);
-               rows.save(row, tile, 1, z);
-               rows.gate(row, tile, r, z);
+             [&]<int N>(const Sums<Real>& at) GRU_MEMBER_LAMBDA {
+               V r[N], z[N];
+               GRU_EACH(j) r[j] = at.of(j)[0] + load(rows.gates_x(at.row + j, at.tile));
+               sigmoid<Real, N>(r, Nothing{});
+               GRU_EACH(j) z[j] = at.of(j)[1] + load(rows.gates_x(at.row + j, at.tile) + W);
+               sigmoid<Real, N>(z, Nothing{});
+               GRU_EACH(j) {
+                 rows.save(at.row + j, at.tile, 0, r[j]);
+                 rows.save(at.row + j, at.tile, 1, z[j]);
+                 rows.gate(at.row + j, at.tile, r[j], z[j]);
+               }
              });
   }
 
@@ -396,11 +429,14 @@ class ForwardScan {
   void step_candidate(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
     multiply(second_, m_.gated + m_.at(g, 0, 0), g, step,
-             [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-               const Number* gx = rows.gates_x(row, tile);
-               const V n = tanh<Real>(sums[0] + load(gx + 2 * W));
-               rows.save(row, tile, 2, n);
-               rows.finish(row, tile, rows.update(row, tile), n);
+             [&]<int N>(const Sums<Real>& at) GRU_MEMBER_LAMBDA {
+               V n[N];
+               GRU_EACH(j) n[j] = at.of(j)[0] + load(rows.gates_x(at.row + j, at.tile) + 2 * W);
+               tanh<Real, N>(n, Nothing{});
+               GRU_EACH(j) {
+                 rows.save(at.row + j, at.tile, 2, n[j]);
+                 rows.finish(at.row + j, at.tile, rows.update(at.row + j, at.tile), n[j]);
+               }
              });
   }
 

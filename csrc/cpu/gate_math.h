@@ -236,6 +236,24 @@ GRU_INLINE void tanh(Vec<Real> (&x)[N], Between between) {
 }
 #endif
 
+// Chains of operations side by side that there are registers for.
+constexpr int kMostChains = kRowBlock;
+
+// sigmoid of N registers, SOME at a time.
+template <class Real, int SOME, int N, class Between>
+GRU_INLINE void sigmoid_some(Vec<Real> (&x)[N], Between between) {
+  static_assert(N % SOME == 0);
+#pragma GCC unroll 8
+  for (int first = 0; first < N; first += SOME) {
+    Vec<Real> some[SOME];
+#pragma GCC unroll 8
+    for (int j = 0; j < SOME; ++j) some[j] = x[first + j];
+    sigmoid<Real, SOME>(some, between);
+#pragma GCC unroll 8
+    for (int j = 0; j < SOME; ++j) x[first + j] = some[j];
+  }
+}
+
 // Equations (2) to (5a) for N neighbours side by side, whose products are `sums`: `rz` gets r of
 // each, then z. gx(j, gate) is what the input and the biases add, bias_q(j) the bias within q.
 template <class Real, int N, class GateX, class BiasQ, class Between = Nothing>
@@ -245,7 +263,8 @@ GRU_INLINE void reset_after_gates(const Vec<Real> (&sums)[3][N], GateX gx, BiasQ
   GRU_EACH(j) rz[j] = sums[0][j] + gx(j, 0);
   GRU_EACH(j) rz[N + j] = sums[1][j] + gx(j, 1);
   GRU_EACH(j) q[j] = sums[2][j] + bias_q(j);
-  sigmoid<Real, 2 * N>(rz, between);
+  constexpr int some = 2 * N < kMostChains ? 2 * N : kMostChains;
+  sigmoid_some<Real, some>(rz, between);
   GRU_EACH(j) n[j] = gx(j, 2) + rz[j] * q[j];
   tanh<Real, N>(n, between);
 }

@@ -225,6 +225,20 @@ GRU_INLINE auto row_by_row(Each each) {
   };
 }
 
+// An epilogue of N rows at a time, of half as many where no more are left, and so on:
+// each.operator()<N>(sums).
+template <int N, class Real, class Each>
+GRU_INLINE void rows_together(const Sums<Real>& sums, Each each) {
+  int i = 0;
+  auto next = [&](int count) GRU_MEMBER_LAMBDA {
+    const int first = i;
+    i += count;
+    return Sums<Real>{sums.row + first, count, sums.tile, sums.of(first), sums.stride};
+  };
+  while (i + N <= sums.rows) each.template operator()<N>(next(N));
+  if constexpr (N > 1) rows_together<N / 2>(next(sums.rows - i), each);
+}
+
 // More rows take longer than the weights take to come, which forwards are fetched ahead.
 constexpr int64_t kMostRowsBackwards = 16;
 
