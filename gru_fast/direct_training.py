@@ -50,6 +50,11 @@ class GRULayer(torch.autograd.Function):
         x, h0, *weights, output, workspace = ctx.saved_tensors
         found = None
         if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
+            # With batch_first, after sum() and in many other losses they lie in another order.
+            if grad_output is not None:
+                grad_output = grad_output.contiguous()
+            if grad_h_n is not None:
+                grad_h_n = grad_h_n.contiguous()
             found = direct.native_backward(
                 grad_output, grad_h_n, x, h0, weights, output, workspace, ctx.is_cell, ctx.cell,
                 needed,
@@ -86,6 +91,13 @@ def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
     )
 
 
+def _dense(state: Tensor | None) -> Tensor | None:
+    """A state as kernels read it: a learned one for several rows is expanded."""
+    if isinstance(state, Tensor) and state.layout is torch.strided and not state.is_contiguous():
+        return state.contiguous()
+    return state
+
+
 def _run(
     input: Tensor,
     hx: Tensor | None,
@@ -119,6 +131,7 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
+    hx = _dense(hx)
     results = _run(input, hx, weights, None, cell)
     if results is None:
         return None
@@ -132,6 +145,7 @@ def layer(
     if not _is_served((*weights, h0, x), backend):
         return None
     four = (*weights, None, None)[:4]
+    h0 = _dense(h0)
     results = _run(x, h0, four, 1, cell)
     if results is None:
         return None

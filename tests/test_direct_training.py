@@ -143,14 +143,33 @@ def test_frozen_modules_and_plain_inputs_have_no_graph(spy: Spy) -> None:
     ],
     ids=["sum", "last step", "transposed"],
 )
-def test_gradients_that_are_not_plain(spy: Spy, loss: Callable[[Tensor], Tensor]) -> None:
-    module = gru_fast.GRU(I, H)
-    x, h = torch.randn(3, 2, I, requires_grad=True), torch.randn(1, 2, H, requires_grad=True)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_gradients_that_lie_in_another_order(
+    spy: Spy, backward_spy: Spy, loss: Callable[[Tensor], Tensor], batch_first: bool
+) -> None:
+    module = gru_fast.GRU(I, H, batch_first=batch_first)
+    x = torch.randn(3, 2, I, requires_grad=True)
+    h = torch.randn(1, x.shape[0 if batch_first else 1], H, requires_grad=True)
     leaves = leaves_of(module, x, h)
     given = torch.autograd.grad(loss(module(x, h)[0]), leaves)
     with direct.turned_off():
         expected = torch.autograd.grad(loss(module(x, h)[0]), leaves)
-    assert spy.taken == 1 and all(map(torch.equal, given, expected))
+    assert spy.taken == backward_spy.taken == 1 and all(map(torch.equal, given, expected))
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_that_lie_in_another_order(spy: Spy, backward_spy: Spy, layers: int) -> None:
+    """A learned one, which is expanded; every other unit of a tensor, also of a cell."""
+    module, cell = gru_fast.GRU(I, H, layers, learn_h0=True), gru_fast.GRUCell(I, H)
+    x, h = torch.randn(3, 4, I, requires_grad=True), torch.randn(4, 2 * H, requires_grad=True)
+    assert_trained_as_by_ops(lambda: module(x), leaves_of(module, x))
+    assert spy.taken == backward_spy.taken == layers
+    for call, leaves in (
+        (lambda: cell(x[0], h[:, ::2]), leaves_of(cell, x, h)),
+        (lambda: module(x, h[:, ::2].expand(layers, 4, H)), leaves_of(module, x, h)),
+    ):
+        assert_trained_as_by_ops(call, leaves)
+    assert spy.taken == backward_spy.taken == 2 * layers + 1
 
 
 @pytest.mark.parametrize(
