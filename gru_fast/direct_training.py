@@ -50,15 +50,14 @@ class GRULayer(torch.autograd.Function):
         x, h0, *weights, output, workspace = ctx.saved_tensors
         found = None
         if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
-            # With batch_first, after sum() and in many other losses they lie in another order.
-            if grad_output is not None:
-                grad_output = grad_output.contiguous()
-            if grad_h_n is not None:
-                grad_h_n = grad_h_n.contiguous()
-            found = direct.native_backward(
-                grad_output, grad_h_n, x, h0, weights, output, workspace, ctx.is_cell, ctx.cell,
-                needed,
-            )  # fmt: skip
+            saved = (x, h0, weights, output, workspace, ctx.is_cell, ctx.cell, needed)
+            found = direct.native_backward(grad_output, grad_h_n, *saved)
+            if found is None:
+                # With batch_first, after sum() and in many other losses they lie in another order.
+                dense = [
+                    None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n)
+                ]
+                found = direct.native_backward(*dense, *saved)
         if found is not None:
             return (None, None, *found)
         # The op wants a dimension of groups, and one of steps.
@@ -91,11 +90,18 @@ def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
     )
 
 
-def _dense(state: Tensor | None) -> Tensor | None:
-    """A state as kernels read it: a learned one for several rows is expanded."""
-    if isinstance(state, Tensor) and state.layout is torch.strided and not state.is_contiguous():
-        return state.contiguous()
-    return state
+def _in_order(input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
+    """Copies that lie as kernels read them, for a call that was not plain; None if it still is not.
+
+    A learned state for several rows is expanded. The path of a call must not depend on strides:
+    what `saved_tensors_hooks` keep for `torch.utils.checkpoint` may have others.
+    """
+    given = [t for t in (input, hx) if t is not None]
+    if not all(isinstance(t, Tensor) and t.layout is torch.strided for t in given):
+        return None
+    if all(t.is_contiguous() for t in given):
+        return None
+    return input.contiguous(), None if hx is None else hx.contiguous()
 
 
 def _run(
@@ -131,8 +137,10 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    hx = _dense(hx)
     results = _run(input, hx, weights, None, cell)
+    if results is None and (copies := _in_order(input, hx)) is not None:
+        input, hx = copies
+        results = _run(input, hx, weights, None, cell)
     if results is None:
         return None
     return _attach(results, cell, input, hx, *weights)[0]  # type: ignore[no-any-return]
@@ -145,8 +153,11 @@ def layer(
     if not _is_served((*weights, h0, x), backend):
         return None
     four = (*weights, None, None)[:4]
-    h0 = _dense(h0)
     results = _run(x, h0, four, 1, cell)
+    if results is None and (copies := _in_order(x, h0)) is not None:
+        x, start = copies
+        assert start is not None
+        results, h0 = _run(x, start, four, 1, cell), start
     if results is None:
         return None
     return _attach(results, cell, x, h0, *four)[:2]  # type: ignore[no-any-return]

@@ -157,6 +157,25 @@ def test_gradients_that_lie_in_another_order(
     assert spy.taken == backward_spy.taken == 1 and all(map(torch.equal, given, expected))
 
 
+@pytest.mark.parametrize("strided", ["input", "hx"])
+def test_a_checkpoint_whose_tensors_are_kept_in_another_order(
+    backward_spy: Spy, strided: str
+) -> None:
+    def stored(wanted: str, size: int) -> Tensor:
+        wide = torch.randn(3 if wanted == "input" else 1, 2, 2 * size, requires_grad=True)
+        return wide[..., ::2] if wanted == strided else wide[..., :size].clone()
+
+    module, x, h = gru_fast.GRU(I, H), stored("input", I), stored("hx", H)
+    expected = torch.autograd.grad(module(x, h)[0].square().sum(), (x, h))
+    assert backward_spy.taken == 1
+    contiguous = torch.contiguous_format
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.detach().clone(memory_format=contiguous), lambda t: t
+    ):
+        again = checkpoint(lambda x, h: module(x, h)[0].square(), x, h, use_reentrant=False)
+    assert all(map(torch.equal, expected, torch.autograd.grad(again.sum(), (x, h))))
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_states_that_lie_in_another_order(spy: Spy, backward_spy: Spy, layers: int) -> None:
     """A learned one, which is expanded; every other unit of a tensor, also of a cell."""
