@@ -91,7 +91,7 @@ def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
 
 
 def _in_order(input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor | None] | None:
-    """Copies that lie as kernels read them, for a call that was not plain; None if it still is not.
+    """Copies that lie as kernels read them; None where a call was not plain for another reason.
 
     A learned state for several rows is expanded. The path of a call must not depend on strides:
     what `saved_tensors_hooks` keep for `torch.utils.checkpoint` may have others.

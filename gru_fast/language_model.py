@@ -52,7 +52,8 @@ class GRULanguageModel(nn.Module):
         gru: `gru_fast.GRU`, which holds the weights of the layers. Where it or the embedding has
             hooks, another `forward` or options that this class does not set (`learn_h0`,
             `num_heads`; `max_norm`, `padding_idx`, `sparse`), both are called; otherwise their
-            weights are read. It has one direction, and in training no `recurrent_dropout`.
+            weights are read. It has one direction, in training no `recurrent_dropout`, and
+            `dropout` is the model's.
         head: `nn.Linear` from H to V.
         config: The arguments above but device and dtype: `GRULanguageModel(**model.config)`.
 
