@@ -92,7 +92,7 @@ def is_read(gru: Any, embedding: Any) -> bool:
 
     Otherwise a language model calls them: they have hooks, or options that it does not have.
     """
-    if not is_plain(gru, GRU) or gru.learn_h0 or gru.num_heads > 1:
+    if not is_plain(gru, GRU) or _why_not_options(gru) is not None:
         return False
     if embedding is None:
         return True
@@ -126,8 +126,11 @@ def why_not_layers(gru: GRU, head: nn.Linear | None = None) -> str | None:
     reason = why_not_weights("gru", gru, GRU)
     if reason is None and head is not None:
         reason = why_not_weights("head", head, nn.Linear)
-    if reason is not None:
-        return reason
+    return _why_not_options(gru) if reason is None else reason
+
+
+def _why_not_options(gru: GRU) -> str | None:
+    """Why these are more than dense layers in one direction from zeros; None if they are not."""
     if gru.bidirectional:
         return "bidirectional layers need the whole sequence before its first output"
     if gru.num_heads > 1:
