@@ -299,7 +299,7 @@ def double_backward_rule(
         def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
             return function(*tensors, ctx.cell, ctx.reverse, ctx.recompute, ctx.output_mask)
 
-        return differentiate(gradients, ctx, grads, ctx.output_mask)
+        return differentiate(gradients, ctx, grads)
 
     return backward
 

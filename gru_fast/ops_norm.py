@@ -170,7 +170,7 @@ def _double_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
         given: Any = (*tensors, nothing, nothing, ctx.eps, ctx.reverse, True, ctx.output_mask)
         return reference_norm.norm_scan_backward(*given)
 
-    return differentiate(gradients, ctx, grads, ctx.output_mask)
+    return differentiate(gradients, ctx, grads)
 
 
 torch.library.register_autograd("gru_fast::norm_scan", _backward, setup_context=_save, lib=_lib)

@@ -70,21 +70,20 @@ def unwatched(output: Tensor) -> Tensor:
 
 
 def differentiate(
-    function: Op, ctx: Any, grads: Sequence[Tensor | None], output_mask: Sequence[bool]
+    function: Op, ctx: Any, grads: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Differentiate a backward op through the reference, which is right to any order.
 
     Args:
         function: the reference of the op, as a function of the tensors that `ctx` has saved.
-        ctx: of the op's autograd formula.
+        ctx: of the op's autograd formula, with the `output_mask` that the op was given.
         grads: the gradients of the op's outputs.
-        output_mask: which outputs the op was asked for.
     """
     needed = ctx.needs_input_grad
     result: list[Tensor | None] = [None] * len(needed)
     tensors = ctx.saved_tensors
     active = [i for i, t in enumerate(tensors) if t is not None and needed[i]]
-    live = [k for k, g in enumerate(grads) if g is not None and output_mask[k]]
+    live = [k for k, g in enumerate(grads) if g is not None and ctx.output_mask[k]]
     if not active or not live:
         return tuple(result)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from gru_fast import GRU, GRULanguageModel, Sampler, Stream, explain_generate, ops, sampling
+from test_module_uses import Counted
 
 V, H = 7, 16
 TOKENS = torch.tensor([[3, 1, 6, 0], [5, 0, -100, -100], [2, 2, 4, 1]])
@@ -280,14 +281,6 @@ def test_a_stream_of_a_gru_with_hooks_is_refused() -> None:
     prune.remove(gru, "weight_hh_l0")
     x = torch.randn(6, 4)
     torch.testing.assert_close(Stream(gru).push(x), gru(x)[0].detach())
-
-
-class Counted(nn.Module):
-    calls = 0
-
-    def forward(self, weight: Tensor) -> Tensor:
-        self.calls += 1
-        return weight * 1.0
 
 
 @pytest.mark.parametrize(
