@@ -40,13 +40,10 @@ MOST_TOLERANCE = 0.30
 """With the noise of a measurement: however wide its rounds spread, the loss of a third shows."""
 GATE_STEPS = 4
 STEADY_TOKENS = 200
-"""Tokens that a peer's loop draws without --full, where the committed run draws up to 2000."""
-OUR_LOOP = "gru_fast.loop"
-"""Makes a table when there are tokens enough, so that fewer are no fair trial."""
+"""Tokens that a loop of calls draws without --full; the committed run draws up to 2000."""
 FIRST_LOOK = 0.8
 """Share of the time, the rest is for what then looks broken."""
 NO_TIME = "no time left, --full tries it"
-TOO_LONG = "one call draws thousands of tokens in Python, --full tries it"
 
 
 @dataclass(frozen=True)
@@ -120,11 +117,6 @@ def groups_of(claims: Sequence[Claim]) -> list[Group]:
 def calls(effort: timing.Effort) -> int:
     """Of a slow one: a trial, one for the block's length, an untimed and a timed one a round."""
     return 2 + 2 * effort.least
-
-
-def is_long_loop(claim: Claim) -> bool:
-    """Whether our loop has more tokens to draw than there is time for."""
-    return claim.ours.provider == OUR_LOOP and claim.ours.case["T"] > STEADY_TOKENS
 
 
 def one_call_each(group: Group) -> float:
@@ -245,8 +237,7 @@ def verdicts(
             say(line(v))
         return new
 
-    left_out = [] if full else [Verdict(c, why_not=TOO_LONG) for c in claims if is_long_loop(c)]
-    groups = groups_of([c for c in claims if full or not is_long_loop(c)])
+    groups = groups_of(claims)
     share = FIRST_LOOK if len(efforts) > 1 else 1.0
     found = [look(group, efforts[0], start + share * budget) for group in groups]
     for effort in efforts[1:]:
@@ -257,7 +248,7 @@ def verdicts(
             new = look(groups[i], effort, start + budget)
             if all(v.why_not != NO_TIME for v in new):
                 found[i] = new
-    return [*left_out, *(v for seen in found for v in seen)]
+    return [v for seen in found for v in seen]
 
 
 def line(v: Verdict) -> str:

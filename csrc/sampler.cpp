@@ -194,12 +194,17 @@ std::tuple<py::array, py::array> draw(const Floats& logits, uint64_t seed,
                          -std::numeric_limits<float>::infinity());
   Integers<int64_t> tokens(n);
   Floats log_probs(n);
-  for (int64_t i = 0; i < n; ++i) {
-    std::copy_n(logits.data() + i * V, V, row.data());
-    tokens.mutable_data()[i] = kernels.draw(
-        rules, row.data(), V, seed, static_cast<uint64_t>(position.data()[i]),
-        static_cast<uint64_t>(stream.data()[i]), log_probs.mutable_data() + i, scratch.get());
-  }
+  const float* const from = logits.data();
+  const int64_t *const positions = position.data(), *const streams = stream.data();
+  int64_t* const to = tokens.mutable_data();
+  float* const chances = log_probs.mutable_data();
+  without_lock([&] {
+    for (int64_t i = 0; i < n; ++i) {
+      std::copy_n(from + i * V, V, row.data());
+      to[i] = kernels.draw(rules, row.data(), V, seed, static_cast<uint64_t>(positions[i]),
+                           static_cast<uint64_t>(streams[i]), chances + i, scratch.get());
+    }
+  });
   return {tokens, log_probs};
 }
 

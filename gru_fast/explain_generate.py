@@ -58,6 +58,8 @@ def explain_generate(
         from gru_fast import _C
 
         backend, kernel = "cpu", f"C++ sampler, {_C.cpu_isa()}"
+    elif loop is sampling.mixed_loop:
+        kernel = "the model's own calls, one step at a time, and draws in C++"
     elif loop is sampling.triton_loop and "triton" not in why_not:
         form = gpu_sampling.chosen_form(model, N)
         backend, kernel = "triton", f"Triton, generate_{form}, because it fits; not measured"

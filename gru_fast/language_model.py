@@ -25,6 +25,9 @@ from gru_fast.token_ids import PADDING, TokenIds
 
 __all__ = ["GRULanguageModel"]
 
+# One-hot inputs of more tokens are compared with all ids, not looked up in a V x V table.
+_SMALL_VOCABULARY = 256
+
 
 class GRULanguageModel(nn.Module):
     """A GRU that predicts the next token.
@@ -194,7 +197,10 @@ class GRULanguageModel(nn.Module):
         if embedding is None:
             dtype = self.gru._flat_weights[0].dtype
             if called:  # no operator after it would refuse an id outside its range
-                return F.embedding(inputs, torch.eye(V + 1, V, dtype=dtype, device=inputs.device))
+                if V <= _SMALL_VOCABULARY:
+                    eye = torch.eye(V + 1, V, dtype=dtype, device=inputs.device)
+                    return F.embedding(inputs, eye)
+                F.embedding(inputs, torch.empty(V + 1, 1, device=inputs.device))
             return (inputs[..., None] == torch.arange(V, device=inputs.device)).to(dtype)
         zero = inputs == V
         ids = inputs.masked_fill(zero, 0)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gru_fast import gpu_sampling, native_sampling, packed, reference_sampling
+from gru_fast import drawing, gpu_sampling, native_sampling, ops, packed, reference_sampling
 from gru_fast.sampled_model import LanguageModel
 from gru_fast.token_ids import PADDING, TokenIds, checked_integer, padded
 
@@ -26,12 +26,12 @@ __all__ = [
     "Streamer",
     "generate",
     "generate_loop",
+    "mixed_loop",
     "native_loop",
     "score",
     "triton_loop",
 ]
 
-_UNIFORMS_AT_ONCE = 64
 # The draw divides by the temperature in float32.
 _SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 _MOST_TOKENS = 2**48
@@ -210,6 +210,8 @@ def choose_loop(model: LanguageModel) -> Loop:
         return native_loop
     if backend in ("auto", "triton") and gpu_sampling.why_not(model) is None:
         return triton_loop
+    if backend in ("auto", "cpu") and ops.HAS_CPU_KERNELS and model.head.weight.is_cpu:
+        return mixed_loop
     return generate_loop
 
 
@@ -287,6 +289,20 @@ def native_loop(
     return tokens[:, :steps], log_probs[:, :steps], hidden.to(model.head.weight.dtype)
 
 
+def mixed_loop(
+    model: LanguageModel,
+    prompts: Tensor,
+    prompt_lengths: Tensor,
+    options: SamplingOptions,
+    on_tokens: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`generate_loop` with the draws of the compiled module, for a model on the CPU.
+
+    It takes models that are more than their weights, which `native_loop` cannot.
+    """
+    return generate_loop(model, prompts, prompt_lengths, options, on_tokens, draws=drawing.natively)
+
+
 @torch.no_grad()
 def generate_loop(
     model: LanguageModel,
@@ -294,6 +310,8 @@ def generate_loop(
     prompt_lengths: Tensor,
     options: SamplingOptions,
     on_tokens: Callable[[Tensor], None] | None = None,
+    *,
+    draws: Callable[..., drawing.Draw] = drawing.by_reference,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sampler in PyTorch operations: one step of the model and one draw at a time.
 
@@ -305,6 +323,7 @@ def generate_loop(
         prompt_lengths: (N,) int64, 0 <= length <= P.
         options: Checked options.
         on_tokens: Called with the (N,) tokens of each step.
+        draws: What makes the draws of the call, with the arguments of `drawing.by_reference`.
 
     Returns:
         tokens: (N, S) int64, S <= max_new_tokens drawn steps, PADDING after EOS.
@@ -326,24 +345,18 @@ def generate_loop(
     output, hidden = model.run(inputs, lengths=prompt_lengths + 1, table=table)
     last = output[prompt_lengths, rows]
     alive = torch.ones(N, dtype=torch.bool, device=prompts.device)
+    going = N > 0
+    draw = draws(
+        prompt_lengths, options.seed, do_sample=options.do_sample,
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+        min_p=options.min_p,
+    )  # fmt: skip
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
     for t in range(steps):
         # Not hidden[-1], the same of plain layers: a hook or another `run` may change the output.
         logits = model.head(last)
-        if options.do_sample:
-            k = t % _UNIFORMS_AT_ONCE
-            if k == 0:
-                ahead = torch.arange(t, min(t + _UNIFORMS_AT_ONCE, steps), device=rows.device)
-                position = prompt_lengths + ahead[:, None]
-                uniforms = reference_sampling.uniform(options.seed, position, rows)
-            drawn = reference_sampling.draw(
-                logits, uniforms[k], options.temperature, options.top_k, options.top_p,
-                options.min_p,
-            )  # fmt: skip
-        else:
-            drawn = reference_sampling.greedy(logits)
-        log_prob = reference_sampling.log_prob(logits, drawn)
+        drawn, log_prob = draw(t, logits)
         if options.eos_token_id is None:
             tokens.append(drawn)
             log_probs.append(log_prob)
@@ -351,9 +364,10 @@ def generate_loop(
             tokens.append(torch.where(alive, drawn, PADDING))
             log_probs.append(torch.where(alive, log_prob, 0.0))
             alive = alive & (drawn != options.eos_token_id)
+            going = bool(alive.any())
         if on_tokens is not None:
             on_tokens(tokens[-1].clone())
-        if t + 1 == steps or not alive.any():
+        if t + 1 == steps or not going:
             break
         output, after = model.run(drawn[:, None], hidden, table=table)
         last = output[0]

@@ -293,7 +293,7 @@ class TestRouting:
         odd.head.weight = odd.head[0].weight
         assert "Sequential" in gpu_sampling.why_not(odd)
         monkeypatch.setattr(backends, "HAS_TRITON", False)
-        assert sampling.choose_loop(model) is sampling.generate_loop
+        assert sampling.choose_loop(model) is not sampling.triton_loop
 
 
 def test_what_is_handed_over_is_the_receivers_own():

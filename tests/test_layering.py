@@ -24,7 +24,7 @@ LAYERS = [
     ["training", "checkpoint", "corpus", "trace", "beside_torch", "explain_generate"],
     ["onnx"],
     ["language_model", "sampling", "sampler", "tokenizers"],
-    ["gpu_sampling", "native_sampling"],
+    ["drawing", "gpu_sampling", "native_sampling"],
     ["packed", "sampled_model", "token_ids"],
     [
         "gru",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -153,9 +154,11 @@ def test_whatever_changes_a_part_changes_all_ways_alike(
 def test_samplers_that_read_weights_refuse(part: str, change: Callable[..., None]) -> None:
     model = language_model()
     change(model, part)
-    assert sampling.choose_loop(model) is sampling.generate_loop
+    loop = sampling.mixed_loop if ops.HAS_CPU_KERNELS else sampling.generate_loop
+    assert sampling.choose_loop(model) is loop
     told = explain_generate(model, max_new_tokens=3)
     assert told.backend == "reference"
+    assert ("draws in C++" in told.kernel) is ops.HAS_CPU_KERNELS
     if not ops.HAS_CPU_KERNELS:
         return
     assert told.why_not["cpu"].startswith(reason(change, part))
@@ -254,13 +257,18 @@ def test_methods_of_a_subclass_are_used_by_all(cls: type[GRULanguageModel]) -> N
             Sampler(model)
 
 
-@pytest.mark.parametrize("embedding_size", [None, 5])
-def test_called_layers_refuse_what_the_others_do(embedding_size: int | None) -> None:
-    model = language_model(embedding_size)
+@pytest.mark.parametrize(("vocabulary", "embedding_size"), [(V, None), (V, 5), (300, None)])
+def test_called_layers_refuse_what_the_others_do(
+    vocabulary: int, embedding_size: int | None
+) -> None:
+    model = GRULanguageModel(vocabulary, embedding_size, H, 2)
+    plain = copy.deepcopy(model)
     model.gru.register_forward_hook(lambda *_: None)
-    for ids in ([[V + 1]], [[-1]]):
+    for ids in ([[vocabulary + 1]], [[-1]]):
         with pytest.raises(IndexError):
             model(torch.tensor(ids))
+    ids = [[0, vocabulary - 1, vocabulary, 1]]
+    torch.testing.assert_close(model(torch.tensor(ids)), plain(torch.tensor(ids)))
     with pytest.raises(RuntimeError, match=r"hidden: expected shape \(2, 1, 16\)"):
         model(torch.tensor([[1]]), torch.zeros(1, 1, H))
 

@@ -83,16 +83,14 @@ def test_without_sampling_the_state_is_bitwise_that_of_the_layers(sampler_isa, s
 
 def test_generate_uses_the_native_loop_and_leaves_the_rest_to_the_other(monkeypatch):
     assert sampling.choose_loop(language_model()) is sampling.native_loop
-    for other in (
-        language_model(backend="reference"),
-        language_model().double(),
-        language_model().to("meta"),
-    ):
+    assert sampling.choose_loop(language_model().double()) is sampling.mixed_loop
+    for other in (language_model(backend="reference"), language_model().to("meta")):
         assert sampling.choose_loop(other) is generate_loop
     before = _C.launches()
     language_model().generate(max_new_tokens=50, seed=0)
     assert _C.launches() == before + 1
     monkeypatch.setattr(packed.ops, "NO_CPU_KERNELS", "no kernels here")
+    monkeypatch.setattr(packed.ops, "HAS_CPU_KERNELS", False)
     assert sampling.choose_loop(language_model()) is generate_loop
     with pytest.raises(RuntimeError, match="no kernels here"):
         Sampler(language_model())
@@ -367,7 +365,7 @@ def test_a_head_of_another_type_goes_through_the_loop():
     lm.head = torch.nn.Sequential(lm.head)
     lm.head.weight = lm.head[0].weight
     assert packed.why_not(lm.gru, lm.head) == "the head is a Sequential, not an nn.Linear"
-    assert sampling.choose_loop(lm) is generate_loop
+    assert sampling.choose_loop(lm) is sampling.mixed_loop
     assert lm.generate(max_new_tokens=3, seed=0).shape == (1, 3)
 
 
