@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -76,6 +77,14 @@ def counts_flops() -> bool:
     )
 
 
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: only PyTorch's own operations know how to run on its parts."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def dtype_of_call(device_type: str, dtype: torch.dtype) -> torch.dtype:
     """What a call with inputs of this dtype computes in: what autocast asks for, but on the CPU.
 
@@ -115,7 +124,7 @@ def why_not(
         gates: whether it returns the values of the gates.
         grouped: whether it is anything but one layer in one or both directions: a call of `scan`,
             other groups, a batch of layers under `torch.vmap`, one bias of two.
-        composed: whether `needs_composition()` holds.
+        composed: whether `needs_composition()` or, for the input, `is_distributed()` holds.
 
     Returns:
         Backend name to one sentence; "reference" takes every call and is never a key.
@@ -124,7 +133,7 @@ def why_not(
     if composed:
         transform = (
             "forward-mode AD, a gradient of a gradient, or a compiled gradient of torch.func is "
-            "live: only the reference has it"
+            "live, or the input is a DTensor: only the reference has it"
         )
         return dict.fromkeys(("cpu", "triton", "cudnn"), transform)
     if device_type != "cpu":
@@ -293,7 +302,8 @@ def why_not_norm(
         device_type: as in `why_not`.
         dtype: as in `why_not`.
         unfit: what `norm_unfit` says.
-        composed: whether forward-mode AD or a `torch.func` transform but `vmap` is live.
+        composed: whether forward-mode AD or a `torch.func` transform but `vmap` is live, or the
+            input `is_distributed()`.
     """
     reasons = why_not(device_type, dtype, composed=composed)
     if device_type == "cuda" and not composed:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import backends, cudnn, ops, reference
-from gru_fast.backends import KERNEL_DTYPES, counts_flops, needs_composition
+from gru_fast.backends import KERNEL_DTYPES, counts_flops, is_distributed, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
 FORWARD = (False,)
@@ -28,6 +28,7 @@ def _takes_ops(steps: Tensor, backend: str) -> bool:
         and steps.dtype in KERNEL_DTYPES
         and not needs_composition()
         and not counts_flops()
+        and not is_distributed(steps)
     )
 
 
@@ -52,7 +53,7 @@ def _route(
         steps.device.type,
         dtype,
         cell,
-        composed=needs_composition(),
+        composed=needs_composition() or is_distributed(steps),
         prefer_cudnn=prefer_cudnn,
         **features,
     )

@@ -107,7 +107,8 @@ def _layer(
         unfit = backends.norm_unfit(x.device, x.dtype, h0.shape[2], plain)
     if backend == "auto" and backends.counts_flops():
         backend = "reference"
-    facts: dict[str, Any] = {"unfit": unfit, "composed": needs_composition()}
+    composed = needs_composition() or backends.is_distributed(x)
+    facts: dict[str, Any] = {"unfit": unfit, "composed": composed}
     if backends.select_norm(backend, x.device.type, x.dtype, **facts) == "reference":
         check_norm_scan(*tensors, eps, reverse)
         output, h_n, _, _ = reference_norm.norm_scan(*tensors, eps, reverse, True)

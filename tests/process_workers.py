@@ -55,6 +55,26 @@ def train(model, rank):
     return losses
 
 
+def step_of_a_distributed_tensor(layer):
+    """Norms of output and gradients: all processes have the weights, and they share the rows.
+
+    torch's layers take distributed tensors with an hx and with time first only.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    layer = distribute_module(layer, mesh)
+    one_step = isinstance(layer, nn.RNNCellBase)
+    x = torch.linspace(-1, 1, 5 * 4 * 8).reshape(5, 4, 8)
+    x, hx = (x[0], x.new_zeros(4, 16)) if one_step else (x, x.new_zeros(1, 4, 16))
+    x, hx = (distribute_tensor(t, mesh, [Shard(t.dim() - 2)]) for t in (x, hx))
+    output = layer(x, hx) if one_step else layer(x, hx)[0]
+    output.square().sum().backward()
+    found = [output, *(p.grad for p in layer.parameters())]
+    return [t.full_tensor().norm().item() for t in found]
+
+
 def train_distributed(rank, port, queue):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -65,6 +85,11 @@ def train_distributed(rank, port, queue):
             torch.manual_seed(0)
             key = f"{wrap.__name__} {gru.__module__.split('.')[0]}"
             results[key] = train(wrap(Classifier(gru)), rank)
+    for name in ("GRU", "GRUCell"):
+        for package in (nn, gru_fast):
+            torch.manual_seed(0)
+            key = f"{name} {package.__name__.split('.')[0]}"
+            results[key] = step_of_a_distributed_tensor(getattr(package, name)(8, 16))
     queue.put((rank, results))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training in several processes, and layers that go from one process to another."""
 
+import copy
 import socket
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 import gru_fast
 from process_workers import WORLD, add_one, train_distributed
 
 
-def test_data_parallel_and_sharded_training():
-    """Both give, on each of two processes, the losses that torch's layer gives."""
+def test_training_in_two_processes():
+    """Data-parallel, sharded, and of a distributed tensor: as torch's layers, on each of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -26,10 +30,42 @@ def test_data_parallel_and_sharded_training():
     results = dict(queue.get() for _ in range(WORLD))
     assert sorted(results) == [0, 1] and results[0] != results[1]
     for found in results.values():
-        for name in ("data_parallel", "sharded"):
+        for name in ("data_parallel", "sharded", "GRU", "GRUCell"):
             torch.testing.assert_close(
                 torch.tensor(found[f"{name} gru_fast"]), torch.tensor(found[f"{name} torch"])
             )
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        gru_fast.GRU(8, 16, batch_first=True, bidirectional=True, learn_h0=True),
+        gru_fast.GRU(8, 16, cell="no_reset", recompute=True),
+        gru_fast.LayerNormGRU(8, 16),
+    ],
+    ids=["GRU", "no_reset", "LayerNormGRU"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_distributed_tensor_is_left_to_the_reference(mesh, layer, grad):
+    """Also where torch's layer would not take it; our operators have no rule for its parts."""
+    x = torch.randn(5, 4, 8)
+    distributed = distribute_module(copy.deepcopy(layer), mesh)
+    parts = distribute_tensor(x, mesh, [Shard(1)])
+    with torch.set_grad_enabled(grad):
+        expected, found = layer(x)[0], distributed(parts)[0]
+    torch.testing.assert_close(found.full_tensor(), expected)
+    assert gru_fast.explain(distributed, parts).backend == "reference"
+    distributed.backend = "cpu"
+    with pytest.raises(RuntimeError, match=r"cannot take this call.*DTensor"):
+        distributed(parts)
 
 
 def test_shared_weights_are_one():
