@@ -50,13 +50,21 @@ def _one_gradient() -> bool:
     return levels.count(_GRAD) == 1 and levels.count(_VMAP) == len(levels) - 1
 
 
-def needs_composition() -> bool:
-    """Whether a live transform is one that only plain PyTorch operations get right.
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor: only PyTorch's own operations know how to run on its parts."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
-    True under forward-mode AD and under every `torch.func` transform but `vmap` and, in eager
-    code, one gradient. Dynamo traces it, with guards of its own on both states.
+
+def needs_composition(steps: Tensor) -> bool:
+    """Whether only plain PyTorch operations get a call with this input right.
+
+    True of a DTensor, under forward-mode AD and under every `torch.func` transform but `vmap` and,
+    in eager code, one gradient. Dynamo traces it, with guards of its own on both states.
     """
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or is_distributed(steps):
         return True
     if not torch._C._are_functorch_transforms_active() or only_vmap():
         return False
@@ -75,14 +83,6 @@ def counts_flops() -> bool:
         isinstance(getattr(mode, "counter", None), counter.FlopCounterMode)
         for mode in _get_current_dispatch_mode_stack()
     )
-
-
-def is_distributed(tensor: Tensor) -> bool:
-    """Whether it is a DTensor: only PyTorch's own operations know how to run on its parts."""
-    if type(tensor) is Tensor:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def dtype_of_call(device_type: str, dtype: torch.dtype) -> torch.dtype:
@@ -124,7 +124,7 @@ def why_not(
         gates: whether it returns the values of the gates.
         grouped: whether it is anything but one layer in one or both directions: a call of `scan`,
             other groups, a batch of layers under `torch.vmap`, one bias of two.
-        composed: whether `needs_composition()` or, for the input, `is_distributed()` holds.
+        composed: whether `needs_composition()` holds for the input.
 
     Returns:
         Backend name to one sentence; "reference" takes every call and is never a key.
@@ -302,8 +302,7 @@ def why_not_norm(
         device_type: as in `why_not`.
         dtype: as in `why_not`.
         unfit: what `norm_unfit` says.
-        composed: whether forward-mode AD or a `torch.func` transform but `vmap` is live, or the
-            input `is_distributed()`.
+        composed: whether `recurrence_norm.needs_composition()` holds for the input.
     """
     reasons = why_not(device_type, dtype, composed=composed)
     if device_type == "cuda" and not composed:

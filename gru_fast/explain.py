@@ -174,7 +174,7 @@ def explain(
         "h_scale": module.training and getattr(module, "recurrent_dropout", 0.0) > 0,
         "gates": return_gates,
         "grouped": getattr(module, "num_heads", 1) > 1,
-        "composed": backends.needs_composition() or backends.is_distributed(data),
+        "composed": backends.needs_composition(data),
     }
     given = weights[0].dtype if torch._C._is_any_autocast_enabled() else data.dtype
     dtype = backends.dtype_of_call(data.device.type, given)
@@ -193,7 +193,7 @@ def explain(
     if isinstance(module, LayerNormGRU):
         norm: dict[str, Any] = {
             "unfit": backends.norm_unfit(data.device, dtype, sizes[3], _is_plain(facts)),
-            "composed": needs_composition() or backends.is_distributed(data),
+            "composed": needs_composition(data),
         }
         why_not = backends.why_not_norm(data.device.type, dtype, **norm)
         select = partial(backends.select_norm, module.backend, data.device.type, dtype, **norm)

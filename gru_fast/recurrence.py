@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import backends, cudnn, ops, reference
-from gru_fast.backends import KERNEL_DTYPES, counts_flops, is_distributed, needs_composition
+from gru_fast.backends import KERNEL_DTYPES, counts_flops, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
 FORWARD = (False,)
@@ -26,9 +26,8 @@ def _takes_ops(steps: Tensor, backend: str) -> bool:
         backend == "auto"
         and (steps.is_cpu or steps.is_meta)
         and steps.dtype in KERNEL_DTYPES
-        and not needs_composition()
+        and not needs_composition(steps)
         and not counts_flops()
-        and not is_distributed(steps)
     )
 
 
@@ -53,7 +52,7 @@ def _route(
         steps.device.type,
         dtype,
         cell,
-        composed=needs_composition() or is_distributed(steps),
+        composed=needs_composition(steps),
         prefer_cudnn=prefer_cudnn,
         **features,
     )

@@ -17,9 +17,9 @@ from gru_fast.recurrence import FORWARD, as_autocast, is_plain, needs_grad
 from gru_fast.reference import without_padding
 
 
-def needs_composition() -> bool:
-    """Whether a live transform is one that only plain operations get right: any but `vmap`."""
-    if forward_ad._current_level >= 0:
+def needs_composition(x: Tensor) -> bool:
+    """As that of `backends`; here `vmap` is the only transform that the operators get right."""
+    if forward_ad._current_level >= 0 or backends.is_distributed(x):
         return True
     return torch._C._are_functorch_transforms_active() and not backends.only_vmap()
 
@@ -107,8 +107,7 @@ def _layer(
         unfit = backends.norm_unfit(x.device, x.dtype, h0.shape[2], plain)
     if backend == "auto" and backends.counts_flops():
         backend = "reference"
-    composed = needs_composition() or backends.is_distributed(x)
-    facts: dict[str, Any] = {"unfit": unfit, "composed": composed}
+    facts: dict[str, Any] = {"unfit": unfit, "composed": needs_composition(x)}
     if backends.select_norm(backend, x.device.type, x.dtype, **facts) == "reference":
         check_norm_scan(*tensors, eps, reverse)
         output, h_n, _, _ = reference_norm.norm_scan(*tensors, eps, reverse, True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -289,20 +290,6 @@ def native_loop(
     return tokens[:, :steps], log_probs[:, :steps], hidden.to(model.head.weight.dtype)
 
 
-def mixed_loop(
-    model: LanguageModel,
-    prompts: Tensor,
-    prompt_lengths: Tensor,
-    options: SamplingOptions,
-    on_tokens: Callable[[Tensor], None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`generate_loop` with the draws of the compiled module, for a model on the CPU.
-
-    It takes models that are more than their weights, which `native_loop` cannot.
-    """
-    return generate_loop(model, prompts, prompt_lengths, options, on_tokens, draws=drawing.natively)
-
-
 @torch.no_grad()
 def generate_loop(
     model: LanguageModel,
@@ -378,6 +365,10 @@ def generate_loop(
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         return prompts.new_empty(N, 0), hidden.new_empty(N, 0, dtype=dtype), hidden
     return torch.stack(tokens, 1), torch.stack(log_probs, 1), hidden
+
+
+mixed_loop: Loop = partial(generate_loop, draws=drawing.natively)
+"""`generate_loop` with compiled draws, for models on the CPU that `native_loop` cannot take."""
 
 
 @torch.no_grad()

@@ -357,7 +357,7 @@ def test_the_choice_can_be_compiled(cell, fresh_compiler):
         name = backends.select(
             "auto", "cuda", backends.dtype_of_call("cuda", x.dtype), cell, lengths=False,
             grouped=recurrence._is_grouped(x, None, None, (False,)),
-            composed=backends.needs_composition(), prefer_cudnn=backends.nothing_measured(),
+            composed=backends.needs_composition(x), prefer_cudnn=backends.nothing_measured(),
         )  # fmt: skip
         return x + 1 if name == "triton" else x
 

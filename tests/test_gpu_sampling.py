@@ -226,6 +226,7 @@ def on_cuda(monkeypatch):
     """Models count as being on CUDA; nothing is launched."""
     monkeypatch.setattr(gpu_sampling, "_device_type", lambda model: "cuda")
     monkeypatch.setattr(sampling.packed, "why_not_model", lambda *_: "weights are on cuda:0")
+    monkeypatch.setattr(sampling.ops, "HAS_CPU_KERNELS", False)
 
 
 class TestRouting:
@@ -293,7 +294,7 @@ class TestRouting:
         odd.head.weight = odd.head[0].weight
         assert "Sequential" in gpu_sampling.why_not(odd)
         monkeypatch.setattr(backends, "HAS_TRITON", False)
-        assert sampling.choose_loop(model) is not sampling.triton_loop
+        assert sampling.choose_loop(model) is sampling.generate_loop
 
 
 def test_what_is_handed_over_is_the_receivers_own():
