@@ -57,6 +57,10 @@ Scratch::Scratch(size_t bytes) : bytes_((bytes + kAlign) / kAlign * kAlign) {
     bytes_ = kept.bytes;
     kept = {};
   } else {
+    if (bytes_ <= kKeepAtMost) {  // it will be kept in the place of the one that is too small
+      std::free(kept.data);
+      kept = {};
+    }
     data_ = std::aligned_alloc(kAlign, bytes_);
     if (data_ == nullptr) throw OutOfScratch(bytes_);
     prefer_huge_pages(data_, bytes_);
