@@ -323,12 +323,17 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   p.x_stride_g = p.x_shared ? 0 : dense.stride(2);
   p.reverse = a.reverse.data();
   p.h0 = m.read("h0", a.h0, {p.G, p.B, p.H});
-  p.weight_ih = layer ? m.read("weight_ih", *a.weight_ih, {p.G, rows, p.I}) : nullptr;
+  if (layer) {
+    p.weight_ih = {m.read("weight_ih", *a.weight_ih, {p.G, rows, p.I}), rows * p.I};
+    p.bias_ih = {m.read("bias_ih", *a.bias_ih, {p.G, rows}), rows};
+  }
   static const Real nothing{};  // a tensor without elements has no address, which is scan's sign
-  if (layer && p.I == 0) p.x = p.weight_ih = &nothing;
-  p.weight_hh = m.read("weight_hh", a.weight_hh, {p.G, rows, p.H});
-  p.bias_ih = layer ? m.read("bias_ih", *a.bias_ih, {p.G, rows}) : nullptr;
-  p.bias_hh = m.read("bias_hh", a.bias_hh, {p.G, rows});
+  if (layer && p.I == 0) {
+    p.x = &nothing;
+    p.weight_ih = {&nothing, 0};
+  }
+  p.weight_hh = {m.read("weight_hh", a.weight_hh, {p.G, rows, p.H}), rows * p.H};
+  p.bias_hh = {m.read("bias_hh", a.bias_hh, {p.G, rows}), rows};
   p.lengths = m.read_lengths(a.lengths, p.T, p.B);
   m.rank_rows(p);
   p.reset_mask = m.read_mask(a.reset_mask, p.T, p.B);

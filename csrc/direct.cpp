@@ -26,31 +26,43 @@ struct Arguments {
   Py_ssize_t weight_count;
   long layers;
   bool bias, batch_first;
+  int64_t directions;
   Cell cell;
   bool saves;  // what backward needs
 
   bool is_cell() const { return layers == kCell; }
   long layer_count() const { return is_cell() ? 1 : layers; }
+  int64_t state_count() const { return layer_count() * directions; }
 };
 
 // What a call returns, allocated: a cell's h_n is its output.
 struct Results {
   Reference output, h_n, workspace;
-  bool turned = false;  // output is (T, B, H) and wanted as (B, T, H)
+  bool turned = false;  // output is (T, B, D * H) and wanted as (B, T, D * H)
 };
 
 // A layer and what it borrows from the list of packed weights.
 template <class Real>
 struct Layer {
   Forward<Real> forward{};
-  std::shared_ptr<const Real> packed_ih, packed_hh;
+  std::shared_ptr<const Real> packed_ih[kMaxDirections], packed_hh[kMaxDirections];
 
-  void find_packed(const KernelTable<Real>& table, PyObject* const* weights) {
+  void find_packed(const KernelTable<Real>& table, PyObject* const* weights, Py_ssize_t per_group) {
     const Problem<Real>& p = forward.in;
-    packed_ih = find_prepacked(table, weights[0], p.weight_ih, {p.cell, p.H, p.I, false});
-    packed_hh = find_prepacked(table, weights[1], p.weight_hh, {p.cell, p.H, p.H, true});
-    forward.packed_ih = packed_ih.get();
-    forward.packed_hh = packed_hh.get();
+    for (int64_t g = 0; g < p.G; ++g, weights += per_group) {
+      packed_ih[g] = find_prepacked(table, weights[0], p.weight_ih[g], {p.cell, p.H, p.I, false});
+      packed_hh[g] = find_prepacked(table, weights[1], p.weight_hh[g], {p.cell, p.H, p.H, true});
+    }
+    forward.packed_ih = all_of(packed_ih);
+    forward.packed_hh = all_of(packed_hh);
+  }
+
+ private:
+  // Nothing if a group has none.
+  Groups<const Real> all_of(const std::shared_ptr<const Real> (&packed)[kMaxDirections]) const {
+    const int64_t G = forward.in.G;
+    if (G > 1 && (packed[0] == nullptr || packed[1] == nullptr)) return {};
+    return groups_at<const Real>(G, {packed[0].get(), packed[1].get()});
   }
 };
 
@@ -100,7 +112,7 @@ struct Sizes {
     if (!read(a.hx, hx, again) || hx.ndim != input.ndim) return false;
     if (a.saves && !hx.is_dense()) return false;  // backward reads it where it lies
     H = hx.width();
-    return hx.rows() == a.layer_count() * B && (a.is_cell() || hx.shape[0] == a.layers);
+    return hx.rows() == a.state_count() * B && (a.is_cell() || hx.shape[0] == a.state_count());
   }
 };
 
@@ -108,31 +120,31 @@ struct Sizes {
 template <class Real>
 bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
+  const int64_t D = a.directions, states = a.state_count();
   const bool by_row = size.by_row, batched = size.input.ndim == (a.is_cell() ? 2 : 3);
   if (a.hx != Py_None && size.hx.is_dense()) {
     results.h_n = empty_like(a.hx);
   } else if (a.is_cell()) {
     results.h_n = batched ? new_empty(a.input, {B, H}) : new_empty(a.input, {H});
   } else {
-    results.h_n =
-        batched ? new_empty(a.input, {a.layers, B, H}) : new_empty(a.input, {a.layers, H});
+    results.h_n = batched ? new_empty(a.input, {states, B, H}) : new_empty(a.input, {states, H});
   }
   if (results.h_n == nullptr) return false;
   PyObject* const like = results.h_n.get();
   if (a.saves) {
-    results.workspace = new_empty(like, {T, B, 1, slot_count(a.cell) * H});
+    results.workspace = new_empty(like, {T, B, D, slot_count(a.cell) * H});
     if (results.workspace == nullptr) return false;
   }
   if (a.is_cell()) return true;
   results.turned = by_row && T > 1;
-  if (T == 1 && a.layers == 1 && !by_row) {
+  if (T == 1 && states == 1 && !by_row) {
     results.output = empty_like(like);
   } else if (!batched) {
-    results.output = new_empty(like, {T, H});
+    results.output = new_empty(like, {T, D * H});
   } else if (by_row && !results.turned) {
-    results.output = new_empty(like, {B, T, H});
+    results.output = new_empty(like, {B, T, D * H});
   } else {
-    results.output = new_empty(like, {T, B, H});
+    results.output = new_empty(like, {T, B, D * H});
   }
   return results.output != nullptr;
 }
@@ -147,22 +159,24 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
   if (!size.read_from(a, true) || !read(results.h_n.get(), h_n, true)) return false;
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
   const long layers = a.layer_count();
-  if (h_n.rows() != layers * B || h_n.width() != H) return false;
+  const int64_t D = a.directions, layer_state = D * B * H;
+  if (h_n.rows() != layers * D * B || h_n.width() != H) return false;
   if (a.is_cell()) {
     output = h_n;
   } else if (!read(results.output.get(), output, true) || output.rows() != T * B ||
-             output.width() != H) {
+             output.width() != D * H) {
     return false;
   }
-  const Py_ssize_t per_layer = a.bias ? kMaxWeights : 2;
+  const Py_ssize_t per_group = a.bias ? kMaxWeights : 2, per_layer = per_group * D;
   if (a.weight_count != layers * per_layer) return false;
-  if (T > 1 && layers > 1) {
-    stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * T * B * H)]);
+  const bool is_state = T == 1 && D == 1;  // the output of a layer
+  if (!is_state && layers > 1) {
+    stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * T * layer_state)]);
   }
 
   const Real* h0 = size.hx.data;
   if (h0 == nullptr || !size.hx.is_dense()) {
-    stack.start.reset(new Real[static_cast<size_t>(layers * B * H)]());
+    stack.start.reset(new Real[static_cast<size_t>(layers * layer_state)]());
     if (h0 != nullptr) copy_rows(size.hx, stack.start.get());
     h0 = stack.start.get();
   }
@@ -173,27 +187,27 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     Forward<Real>& f = stack.layers[k].forward;
     f.in.T = T;
     f.in.B = B;
-    f.in.G = 1;
+    f.in.G = D;
     f.in.I = width;
     f.in.H = H;
     f.in.cell = a.cell;
-    f.in.reverse = kForwardOnly;
+    f.in.reverse = kReverse;
     f.in.x = x;
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
-    f.in.h0 = h0 + k * B * H;
-    if (!read_weights(a.weights + k * per_layer, per_layer, a.is_cell() || a.saves, f.in))
+    f.in.h0 = h0 + k * layer_state;
+    if (!read_weights(a.weights + k * per_layer, per_group, a.is_cell() || a.saves, f.in))
       return false;
-    f.h_n = h_n.data + k * B * H;
+    f.h_n = h_n.data + k * layer_state;
     f.output = k + 1 == layers ? output.data
-               : T == 1        ? f.h_n
-                               : stack.between.get() + k % 2 * T * B * H;
+               : is_state      ? f.h_n
+                               : stack.between.get() + k % 2 * T * layer_state;
     x = f.output;
-    width = stride_b = H;
-    stride_t = B * H;
+    width = stride_b = D * H;
+    stride_t = layer_state;
   }
-  const size_t state_bytes = static_cast<size_t>(T * B * H) * sizeof(Real);
+  const size_t state_bytes = static_cast<size_t>(T * layer_state) * sizeof(Real);
   prefer_huge_pages(output.data, state_bytes);
   if (a.saves) {
     Dense<Real> workspace;
@@ -202,7 +216,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     stack.layers[0].forward.workspace = workspace.data;
   } else {  // a training step changes its weights
     for (long k = 0; k < layers; ++k) {
-      stack.layers[k].find_packed(table, a.weights + k * per_layer);
+      stack.layers[k].find_packed(table, a.weights + k * per_layer, per_group);
     }
   }
   return true;
@@ -246,27 +260,29 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 }
 
 // Calls body(arguments, table) with the kernels for each type of numbers, as by_number() does. They
-// are input, hx or None, list or tuple of weights, layers, bias, batch_first, cell, saves.
+// are input, hx or None, list or tuple of weights, layers, bias, bidirectional, batch_first, cell,
+// saves.
 template <class Body>
 PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
-  if (nargs != 8) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 8 arguments, got %zd", nargs);
+  if (nargs != 9) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 9 arguments, got %zd", nargs);
     return nullptr;
   }
   const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
-  const bool bias = PyObject_IsTrue(args[4]) == 1, batch_first = PyObject_IsTrue(args[5]) == 1;
-  const bool saves = PyObject_IsTrue(args[7]) == 1;
+  const bool bias = PyObject_IsTrue(args[4]) == 1, bidirectional = PyObject_IsTrue(args[5]) == 1;
+  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[8]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
   Cell cell;
-  Items<kMaxLayers * kMaxWeights> weights;
-  if (!read_cell(args[6], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  Items<kMaxLayers * kMaxDirections * kMaxWeights> weights;
+  if (!read_cell(args[7], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  const int64_t directions = bidirectional && layers != kCell ? 2 : 1;
   const Arguments given{args[0], args[1],     weights.get(), weights.size(), layers,
-                        bias,    batch_first, cell,          saves};
+                        bias,    batch_first, directions,    cell,           saves};
   return by_number([&](const auto* table) { return body(given, table); });
 }
 
-// As functional.gru() in one direction: (output, h_n). With None for layers as
+// As functional.gru(): (output, h_n). With None for layers as
 // functional.gru_cell(): the new state. If it saves, of one layer only, the workspace comes last.
 // None if the call is not a plain one.
 PyObject* run_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
@@ -279,9 +295,12 @@ PyObject* takes_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   return with_arguments(
       args, nargs, []<class Real>(const Arguments& a, const KernelTable<Real>* table) -> PyObject* {
         Sizes<Real> size;
-        if (table == nullptr || !a.saves || a.weight_count != kMaxWeights) return nullptr;
+        if (table == nullptr || !a.saves || a.weight_count != a.directions * kMaxWeights) {
+          return nullptr;
+        }
         if (!size.read_from(a)) return nullptr;
         Problem<Real> p{};
+        p.G = a.directions;
         p.I = size.input.width();
         p.H = size.H;
         p.cell = a.cell;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradients of a layer in one direction, or of a cell, without torch's dispatcher.
+// The gradients of a layer or a cell without torch's dispatcher.
+#include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <type_traits>
 
 #include "cpu/huge_pages.h"
 #include "direct.h"
@@ -10,16 +13,23 @@
 namespace gru_fast {
 namespace {
 
-constexpr int kInputs = 2 + kMaxWeights;  // input, hx and the weights
+constexpr int kMaxInputs = 2 + kMaxDirections * kMaxWeights;  // input, hx and the weights
 
 struct Arguments {
   PyObject *grad_output, *grad_h_n;
-  PyObject* inputs[kInputs];
+  PyObject* inputs[kMaxInputs];
   PyObject *output, *workspace;
   bool is_cell;
   Cell cell;
-  bool wanted[kInputs];
+  int64_t directions;
+  bool wanted[kMaxInputs];
+
+  int input_count() const { return static_cast<int>(2 + directions * kMaxWeights); }
 };
+
+void round_to(const float* sums, int64_t count, BFloat16* to) {
+  std::transform(sums, sums + count, to, [](float sum) { return BFloat16{bfloat16_bits(sum)}; });
+}
 
 // A gradient of a result; false if it is there and not plain.
 template <class Real>
@@ -33,8 +43,12 @@ bool read_gradient(PyObject* object, int64_t rows, int64_t H, bool again, const 
 
 template <class Real>
 struct Call {
+  using Number = Compute<Real>;
+  static constexpr bool kRounds = !std::is_same_v<Real, Number>;
+
   Backward<Real> f{};
-  Reference grads[kInputs];
+  Reference grads[kMaxInputs];
+  Real* grad_x = nullptr;
 
   // False if input and hx are not plain, or not of one size.
   bool read_sizes(const Arguments& a, bool again) {
@@ -46,30 +60,30 @@ struct Call {
     Problem<Real>& p = f.in;
     p.T = a.is_cell ? 1 : input.shape[0];
     p.B = input.shape[ndim - 2];
-    p.G = 1;
+    p.G = a.directions;
     p.I = input.width();
     p.H = hx.width();
     p.cell = a.cell;
-    p.reverse = kForwardOnly;
+    p.reverse = kReverse;
     p.x = input.data;
     p.x_stride_t = a.is_cell ? 0 : input.strides[0];
     p.x_stride_b = input.strides[ndim - 2];
     p.x_shared = true;
     p.h0 = hx.data;
-    return hx.rows() == p.B;
+    return hx.rows() == p.G * p.B && (a.is_cell || hx.shape[0] == p.G);
   }
 
   // False if a gradient of a result is not plain, or does not fit.
   bool read_gradients(const Arguments& a, bool again) {
     const Problem<Real>& p = f.in;
-    return read_gradient(a.grad_output, p.T * p.B, p.H, again, f.grad_output) &&
-           read_gradient(a.grad_h_n, p.B, p.H, again, f.grad_h_n);
+    return read_gradient(a.grad_output, p.T * p.B, p.G * p.H, again, f.grad_output) &&
+           read_gradient(a.grad_h_n, p.G * p.B, p.H, again, f.grad_h_n);
   }
 
   // False with a Python exception.
   bool allocate(const Arguments& a) {
     const Problem<Real>& p = f.in;
-    for (int i = 0; i < kInputs; ++i) {
+    for (int i = 0; i < a.input_count(); ++i) {
       if (!a.wanted[i]) continue;
       PyObject* const like = a.inputs[i];
       grads[i] = i > 0       ? empty_like(like)
@@ -87,26 +101,57 @@ struct Call {
     Problem<Real>& p = f.in;
     if (!read_weights(a.inputs + 2, kMaxWeights, true, p)) return false;
     Dense<Real> output, workspace;
-    if (!read(a.output, output) || output.rows() != p.T * p.B || output.width() != p.H)
+    if (!read(a.output, output) || output.rows() != p.T * p.B || output.width() != p.G * p.H)
       return false;
-    if (!read(a.workspace, workspace) || workspace.rows() != p.T * p.B ||
+    if (!read(a.workspace, workspace) || workspace.rows() != p.T * p.B * p.G ||
         workspace.width() != slot_count(p.cell) * p.H) {
       return false;
     }
     f.output = output.data;
     f.workspace = workspace.data;
     if (!read_gradients(a, true)) return false;
+    if (!read_grad(0, p.T * p.B * p.I, grad_x)) return false;
+    if (!read_grad(1, p.G * p.B * p.H, f.grad_h0)) return false;
     const int64_t rows = gate_count(p.cell) * p.H;
-    const int64_t sizes[kInputs] = {p.T * p.B * p.I, p.B * p.H, rows * p.I, rows * p.H, rows, rows};
-    Real** const to[kInputs] = {&f.grad_x,         &f.grad_h0,      &f.grad_weight_ih,
-                                &f.grad_weight_hh, &f.grad_bias_ih, &f.grad_bias_hh};
-    for (int i = 0; i < kInputs; ++i) {
-      if (grads[i] == nullptr) continue;
-      Dense<Real> grad;
-      if (!read(grads[i].get(), grad, true) || grad.rows() * grad.width() != sizes[i]) return false;
-      prefer_huge_pages(grad.data, static_cast<size_t>(sizes[i]) * sizeof(Real));
-      *to[i] = grad.data;
+    const int64_t sizes[kMaxWeights] = {rows * p.I, rows * p.H, rows, rows};
+    Groups<Real>* const to[kMaxWeights] = {&f.grad_weight_ih, &f.grad_weight_hh, &f.grad_bias_ih,
+                                           &f.grad_bias_hh};
+    for (int i = 0; i < kMaxWeights; ++i) {
+      Real* found[kMaxDirections] = {};
+      for (int64_t g = 0; g < p.G; ++g) {
+        if (!read_grad(static_cast<int>(2 + g * kMaxWeights + i), sizes[i], found[g])) return false;
+      }
+      *to[i] = groups_at(p.G, found);
     }
+    return true;
+  }
+
+  void run(const KernelTable<Real>& table) {
+    const int64_t count = f.in.T * f.in.B * f.in.I;
+    std::unique_ptr<Number[]> sums;  // of both directions, before they are rounded
+    if (f.in.G == 1 || grad_x == nullptr) {
+      f.grad_x = grad_x;
+    } else if constexpr (kRounds) {
+      sums.reset(new Number[static_cast<size_t>(count)]());
+      f.grad_shared_x = sums.get();
+    } else {
+      std::fill_n(grad_x, count, Real{});
+      f.grad_shared_x = grad_x;
+    }
+    run_backward_kernel(table, f);
+    if constexpr (kRounds) {
+      if (sums != nullptr) round_to(sums.get(), count, grad_x);
+    }
+  }
+
+ private:
+  // Where a gradient of `size` numbers is written, if it is wanted; false if it does not fit.
+  bool read_grad(int i, int64_t size, Real*& data) {
+    if (grads[i] == nullptr) return true;
+    Dense<Real> grad;
+    if (!read(grads[i].get(), grad, true) || grad.rows() * grad.width() != size) return false;
+    prefer_huge_pages(grad.data, static_cast<size_t>(size) * sizeof(Real));
+    data = grad.data;
     return true;
   }
 };
@@ -124,14 +169,14 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
   bool done;
   Py_BEGIN_ALLOW_THREADS;
   done = failure.guard([&] {
-    run_backward_kernel(*table, call.f);
+    call.run(*table);
     return true;
   });
   Py_END_ALLOW_THREADS;
   failure.raise();
-  PyObject* result = done ? PyTuple_New(kInputs) : nullptr;
+  PyObject* result = done ? PyTuple_New(a.input_count()) : nullptr;
   if (result == nullptr) return nullptr;
-  for (int i = 0; i < kInputs; ++i) {
+  for (int i = 0; i < a.input_count(); ++i) {
     PyObject* grad = call.grads[i].release();
     PyTuple_SET_ITEM(result, i, grad != nullptr ? grad : Py_NewRef(Py_None));
   }
@@ -145,20 +190,28 @@ PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs
     PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 10 arguments, got %zd", nargs);
     return nullptr;
   }
-  Items<kMaxWeights> weights;
-  Items<kInputs> wanted;
-  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, {}};
+  Items<kMaxDirections * kMaxWeights> weights;
+  Items<kMaxInputs> wanted;
+  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, {}};
   a.is_cell = PyObject_IsTrue(args[7]) == 1;
-  if (!read_cell(args[8], a.cell) || !weights.hold(args[4]) || !wanted.hold(args[9]) ||
-      weights.size() != kMaxWeights || wanted.size() != kInputs) {
+  const bool known = read_cell(args[8], a.cell) && weights.hold(args[4]) && wanted.hold(args[9]);
+  if (!a.is_cell && weights.size() > kMaxWeights) a.directions = kMaxDirections;
+  if (!known || weights.size() != a.directions * kMaxWeights || wanted.size() != a.input_count()) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
-  for (int i = 0; i < kMaxWeights; ++i) a.inputs[2 + i] = weights.get()[i];
-  for (int i = 0; i < kInputs; ++i) {
+  std::copy_n(weights.get(), weights.size(), a.inputs + 2);
+  for (int i = 0; i < a.input_count(); ++i) {
     a.wanted[i] = a.inputs[i] != Py_None && PyObject_IsTrue(wanted.get()[i]) == 1;
   }
   if (PyErr_Occurred()) return nullptr;
+  if (a.directions > 1) {  // kernels write a weight's gradient for both or for none
+    for (int i = 2; i < 2 + kMaxWeights; ++i) {
+      const bool either = a.wanted[i] || a.wanted[i + kMaxWeights];
+      a.wanted[i] = either && a.inputs[i] != Py_None;
+      a.wanted[i + kMaxWeights] = either && a.inputs[i + kMaxWeights] != Py_None;
+    }
+  }
   return by_number([&](const auto* table) { return run(a, table); });
 }
 

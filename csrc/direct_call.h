@@ -14,8 +14,9 @@
 
 namespace gru_fast {
 
-constexpr int kMaxWeights = 4;
-inline constexpr uint8_t kForwardOnly[1] = {0};
+constexpr int kMaxWeights = 4;  // of a direction
+constexpr int kMaxDirections = 2;
+inline constexpr uint8_t kReverse[kMaxDirections] = {0, 1};
 
 inline bool read_cell(PyObject* given, Cell& cell) {
   if (!PyUnicode_Check(given)) return false;
@@ -28,21 +29,29 @@ inline bool read_cell(PyObject* given, Cell& cell) {
   return false;
 }
 
-// weight_ih, weight_hh and, of four, bias_ih and bias_hh, which may be None if they are optional.
+template <class Number>
+Groups<Number> groups_at(int64_t G, Number* const (&found)[kMaxDirections]) {
+  return G > 1 ? Groups<Number>::of_two(found[0], found[1]) : Groups<Number>::of_one(found[0]);
+}
+
+// For each of the groups weight_ih, weight_hh and, of four, bias_ih and bias_hh, which may be None
+// in all groups if they are optional.
 template <class Real>
-bool read_weights(PyObject* const* weights, Py_ssize_t count, bool optional, Problem<Real>& p) {
-  const int64_t rows = gate_count(p.cell) * p.H;
-  Dense<Real> w_ih, w_hh;
-  if (!read(weights[0], w_ih) || !w_ih.is(rows, p.I)) return false;
-  if (!read(weights[1], w_hh) || !w_hh.is(rows, p.H)) return false;
-  p.weight_ih = w_ih.data;
-  p.weight_hh = w_hh.data;
-  const Real** biases[] = {&p.bias_ih, &p.bias_hh};
-  for (Py_ssize_t i = 2; i < count; ++i) {
-    if (optional && weights[i] == Py_None) continue;
-    Dense<Real> bias;
-    if (!read(weights[i], bias) || bias.ndim != 1 || bias.width() != rows) return false;
-    *biases[i - 2] = bias.data;
+bool read_weights(PyObject* const* weights, Py_ssize_t per_group, bool optional, Problem<Real>& p) {
+  const int64_t rows = gate_count(p.cell) * p.H, columns[] = {p.I, p.H};
+  Groups<const Real>* const to[] = {&p.weight_ih, &p.weight_hh, &p.bias_ih, &p.bias_hh};
+  for (Py_ssize_t i = 0; i < per_group; ++i) {
+    const Real* found[kMaxDirections] = {};
+    for (int64_t g = 0; g < p.G; ++g) {
+      PyObject* const weight = weights[g * per_group + i];
+      if (optional && i > 1 && weight == Py_None) continue;
+      Dense<Real> dense;
+      if (!read(weight, dense)) return false;
+      if (!(i > 1 ? dense.is(rows) : dense.is(rows, columns[i]))) return false;
+      found[g] = dense.data;
+    }
+    *to[i] = groups_at(p.G, found);
+    if (p.G > 1 && (found[0] == nullptr) != (found[1] == nullptr)) return false;
   }
   return true;
 }

@@ -31,6 +31,7 @@ struct Dense {
     for (int dim = 0; dim + 1 < ndim; ++dim) count *= shape[dim];
     return count;
   }
+  bool is(int64_t size) const { return ndim == 1 && shape[0] == size; }
   bool is(int64_t first, int64_t second) const {
     return ndim == 2 && shape[0] == first && shape[1] == second;
   }

@@ -93,10 +93,15 @@ LayerGrads run_backward(const KernelTable<Real>& table, const Arguments& a, Back
     grads.next(f.grad_x, {p.T, p.B, p.G, p.I});
   }
   grads.next(f.grad_h0, {p.G, p.B, p.H});
-  grads.next(f.grad_weight_ih, {p.G, rows, p.I});
-  grads.next(f.grad_weight_hh, {p.G, rows, p.H});
-  grads.next(f.grad_bias_ih, {p.G, rows});
-  grads.next(f.grad_bias_hh, {p.G, rows});
+  auto next = [&](Groups<Real>& groups, std::initializer_list<int64_t> shape, int64_t count) {
+    Real* first = nullptr;
+    grads.next(first, shape);
+    groups = {first, count};
+  };
+  next(f.grad_weight_ih, {p.G, rows, p.I}, rows * p.I);
+  next(f.grad_weight_hh, {p.G, rows, p.H}, rows * p.H);
+  next(f.grad_bias_ih, {p.G, rows}, rows);
+  next(f.grad_bias_hh, {p.G, rows}, rows);
   grads.next(f.grad_reset_state, {p.G, p.B, p.H}, true);
   grads.next(f.grad_h_scale, {p.B, p.G * p.H}, true);
 

@@ -48,7 +48,7 @@ def gru_cell(
         return None
     done: Tensor | None = None
     if backend in BACKENDS:
-        done = native(input, hx, weights, None, True, False, cell, False)
+        done = native(input, hx, weights, None, True, False, False, cell, False)
     if done is None and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
     return done
@@ -60,17 +60,18 @@ def gru(
     params: Sequence[Tensor],
     num_layers: int,
     bias: bool,
+    bidirectional: bool,
     batch_first: bool,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """`functional.gru` in one direction, or None where the call is not plain."""
+    """`functional.gru`, or None where the call is not plain."""
     if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
     done: tuple[Tensor, Tensor] | None = None
     if backend in BACKENDS:
-        done = native(input, hx, params, num_layers, bias, batch_first, cell, False)
-    if done is None and type(input) is Tensor and input.is_cuda:
+        done = native(input, hx, params, num_layers, bias, bidirectional, batch_first, cell, False)
+    if done is None and not bidirectional and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
     return done
 

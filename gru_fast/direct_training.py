@@ -15,10 +15,21 @@ from torch import Tensor
 
 from gru_fast import direct, ops, ops_rules
 from gru_fast.ops_past import is_unobserved
+from gru_fast.recurrence import BOTH, FORWARD
+
+_PER_DIRECTION = 4  # weights, of which both biases may be None
+
+
+def _grouped(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Those of one direction after the other as the operators take them: each of all directions."""
+    if len(weights) == _PER_DIRECTION:
+        return [None if weight is None else weight.unsqueeze(0) for weight in weights]
+    pairs = zip(weights[:_PER_DIRECTION], weights[_PER_DIRECTION:], strict=True)
+    return [None if a is None or b is None else torch.stack((a, b)) for a, b in pairs]
 
 
 class GRULayer(torch.autograd.Function):
-    """One layer in one direction, or a step of a cell, that has run already."""
+    """One layer, or a step of a cell, that has run already."""
 
     @staticmethod
     def forward(ctx: Any, results: tuple[Tensor, ...], cell: str, *tensors: Tensor | None) -> Any:
@@ -28,7 +39,7 @@ class GRULayer(torch.autograd.Function):
             ctx: autograd's.
             results: output and h_n, or a cell's new state; then the workspace.
             cell: its name.
-            tensors: input, hx, weight_ih, weight_hh, bias_ih, bias_hh.
+            tensors: input, hx, then weight_ih, weight_hh, bias_ih, bias_hh of each direction.
 
         Returns:
             The results.
@@ -64,16 +75,18 @@ class GRULayer(torch.autograd.Function):
         if ctx.is_cell:
             x, h0, output = x.unsqueeze(0), h0.unsqueeze(0), output.unsqueeze(0)
             grad_output = None if grad_output is None else grad_output.unsqueeze(0)
-        weights = [None if weight is None else weight.unsqueeze(0) for weight in weights]
-        by_op = ops.layer_backward(
-            grad_output, grad_h_n, grad_workspace, x, h0, *weights, None, None, None, None, output,
-            workspace, ctx.cell, [False], False, [*needed, False, False],
+        reverse = FORWARD if len(weights) == _PER_DIRECTION else BOTH
+        kinds = range(_PER_DIRECTION)
+        output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
+        *by_op, _, _ = ops.layer_backward(
+            grad_output, grad_h_n, grad_workspace, x, h0, *_grouped(weights), None, None, None,
+            None, output, workspace, ctx.cell, reverse, False, [*output_mask, False, False],
         )  # fmt: skip
-        has_group = (ctx.is_cell, ctx.is_cell, True, True, True, True)
-        shaped = [
-            None if not wanted else grad.squeeze(0) if grouped else grad
-            for wanted, grad, grouped in zip(needed, by_op, has_group, strict=False)
-        ]
+        of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
+        shaped = [grad if wanted else None for grad, wanted in zip(of_steps, needed, strict=False)]
+        for d in range(len(reverse)):
+            wanted = needed[2 + d * _PER_DIRECTION :]
+            shaped += [by_op[2 + i][d] if wanted[i] else None for i in kinds]
         return (None, None, *shaped)
 
 
@@ -117,15 +130,15 @@ def _run(
     stays the same: `torch.utils.checkpoint` compares it between its two passes, and a profiler may
     be on for one of them only.
     """
-    call = (input, hx, weights, layers, True, False, cell, True)
+    both = len(weights) > _PER_DIRECTION
+    call = (input, hx, weights, layers, True, both, False, cell, True)
     if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None
-    grouped = [None if weight is None else weight.unsqueeze(0) for weight in weights]
     x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
-    optional = (None, None, None, None)
-    results = ops.without_grad(ops.layer, x, h0, *grouped, *optional, cell, [False], False)
+    rest = (None, None, None, None, cell, BOTH if both else FORWARD, False)
+    results = ops.without_grad(ops.layer, x, h0, *_grouped(weights), *rest)
     return results if layers else (results[0].squeeze(0).clone(), results[2])
 
 
@@ -147,17 +160,19 @@ def gru_cell(
 
 
 def layer(
-    x: Tensor, h0: Tensor, weights: Sequence[Tensor], cell: str, backend: str
+    x: Tensor, h0: Tensor, weights: Sequence[Tensor], directions: int, cell: str, backend: str
 ) -> tuple[Tensor, Tensor] | None:
-    """One layer over (T, B, I) from (1, B, H), or None as `gru_cell`; two weights or four."""
+    """One layer over (T, B, I) from (D, B, H), or None as `gru_cell`; two or four weights each."""
     if not _is_served((*weights, h0, x), backend):
         return None
-    four = (*weights, None, None)[:4]
-    results = _run(x, h0, four, 1, cell)
+    own: Sequence[Tensor | None] = weights
+    if len(weights) < directions * _PER_DIRECTION:
+        own = [w for d in range(directions) for w in (*weights[2 * d : 2 * d + 2], None, None)]
+    results = _run(x, h0, own, 1, cell)
     if results is None and (copies := _in_order(x, h0)) is not None:
         x, start = copies
         assert start is not None
-        results, h0 = _run(x, start, four, 1, cell), start
+        results, h0 = _run(x, start, own, 1, cell), start
     if results is None:
         return None
-    return _attach(results, cell, x, h0, *four)[:2]  # type: ignore[no-any-return]
+    return _attach(results, cell, x, h0, *own)[:2]  # type: ignore[no-any-return]

@@ -214,10 +214,11 @@ def gru(
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
-    plain = not (bidirectional or return_gates or (training and (dropout or recurrent_dropout)))
-    plain = plain and num_heads == 1
+    plain = num_heads == 1 and not (return_gates or (training and (dropout or recurrent_dropout)))
     if plain and lengths is reset_mask is reset_state is h_scale is None:
-        done = direct.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
+        done = direct.gru(
+            input, hx, params, num_layers, bias, bidirectional, batch_first, cell, backend
+        )
         if done is not None:
             return done
     _check_params(params, 4 if bias else 2, num_layers, bias, bidirectional)

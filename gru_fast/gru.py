@@ -361,14 +361,14 @@ class GRU(Recurrent):
         if (
             lengths is reset_mask is reset_state is None
             and self.num_heads == 1
-            and not (self.bidirectional or return_gates)
+            and not return_gates
             and not (self.training and (self.dropout or self.recurrent_dropout))
         ):
             # functional.gru would come to the same: passing on its arguments takes as long as all
             # else of Python in a small call.
             done = direct.gru(
-                input, hx, weights, self.num_layers, self.bias, self.batch_first, self.cell,
-                self.backend,
+                input, hx, weights, self.num_layers, self.bias, self.bidirectional,
+                self.batch_first, self.cell, self.backend,
             )  # fmt: skip
             if done is not None:
                 return done

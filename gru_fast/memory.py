@@ -93,7 +93,8 @@ class _Sizes:
         steps = min(-(-_CHUNK_ROWS // B), T) if B else 0
         self.rows = steps * B  # of a chunk of the backward pass
         self.padded = -(-self.H // _UNITS) * _UNITS
-        self.kept = _KEPT_BYTES // module._flat_weights[0].element_size()
+        self.dtype = module._flat_weights[0].dtype
+        self.kept = _KEPT_BYTES // self.dtype.itemsize
 
     def width(self, k: int) -> int:
         return self.D * self.H if k else self.I
@@ -101,9 +102,9 @@ class _Sizes:
     def weights(self, k: int) -> int:
         return self.D * self.N * self.H * (self.width(k) + self.H + 2 * bool(self.module.bias))
 
-    def stacked(self, k: int) -> int:
-        """Copies of the weights: bidirectional layers work on both directions side by side."""
-        return self.weights(k) if self.D == 2 else 0
+    def stacked(self, k: int, by_operator: bool) -> int:
+        """Copies of the weights: the operators take those of both directions as one tensor."""
+        return self.weights(k) if self.D == 2 and by_operator else 0
 
     def packed(self, columns: int) -> int:
         """A weight of a layer in the kernels' own layout."""
@@ -131,18 +132,20 @@ class _Sizes:
 
     def inference(self) -> tuple[int, int]:
         kept = self.output + 2 * self.states
-        layers = range(self.L)
+        by_operator = self.dtype != torch.float32
         peak = max(
             (self.output if k else 0)
             + self.forward_scratch(k)
-            + self.stacked(k)
-            + (self.stacked(k - 1) if k else 0)  # freed once the next are there
-            for k in layers
+            + self.stacked(k, by_operator)
+            + (self.stacked(k - 1, by_operator) if k else 0)  # freed once the next are there
+            for k in range(self.L)
         )
         return self.output + self.states, kept + peak
 
     def training(self, recompute: bool, input_grad: bool) -> tuple[int, int]:
-        stacked = [self.stacked(k) for k in range(self.L)]
+        scales = self.module.recurrent_dropout > 0 and self.module.training
+        by_operator = recompute or scales or self.dtype != torch.float32
+        stacked = [self.stacked(k, by_operator) for k in range(self.L)]
         layer = self.output * (1 if recompute else 1 + self.S)
         dropped = 2 * self.output if self.module.dropout and self.module.training else 0
         saved = [layer + stacked[k] + (dropped if k + 1 < self.L else 0) for k in range(self.L)]
@@ -152,9 +155,8 @@ class _Sizes:
         peak, grads = 0, 0
         for k in reversed(range(self.L)):
             grad_x = bool(k) or input_grad
-            grads += self.weights(k) + stacked[k]
+            grads += self.weights(k)  # both directions' stay in one tensor, if they were stacked
             moment = sum(saved[: k + 1]) + states + grads + self.output
             moment += self.T * self.B * self.width(k) if grad_x else 0
             peak = max(peak, moment + max(kept, self.backward_scratch(k, recompute, grad_x)))
-            grads -= stacked[k]
         return sum(saved) + states, max(peak, sum(saved) + states + forward)

@@ -18,6 +18,7 @@ from gru_fast.backends import KERNEL_DTYPES, counts_flops, needs_composition
 from gru_fast.checks import check_layer, check_scan
 
 FORWARD = (False,)
+BOTH = (False, True)
 
 
 def _takes_ops(steps: Tensor, backend: str) -> bool:
@@ -90,7 +91,7 @@ def _is_grouped(
     """Whether the call is anything but one layer in one or both directions."""
     return (
         x.dim() != 3
-        or tuple(reverse) not in ((False,), (False, True))
+        or tuple(reverse) not in (FORWARD, BOTH)
         or (bias_ih is None) != (bias_hh is None)
         or torch._C._are_functorch_transforms_active()
     )

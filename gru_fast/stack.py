@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gru_fast.checks import check_rows
 from gru_fast.dropout import Dropout, PackedDropout
-from gru_fast.recurrence import FORWARD
+from gru_fast.recurrence import BOTH, FORWARD
 
 __all__ = [
     "check_devices",
@@ -22,15 +22,13 @@ __all__ = [
     "state_shape",
 ]
 
-_BOTH = (False, True)
-
 
 def run_layers(
     input: Tensor | PackedSequence,
     hx: Tensor | None,
     params: Sequence[Tensor],
     run: Callable[..., tuple[Tensor, Tensor]],
-    run_one: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
+    run_plain: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
     *,
     num_layers: int,
     dropout: float,
@@ -51,8 +49,9 @@ def run_layers(
             then weight_hh.
         run: one layer of G directions; takes (T, B, I), (G, B, H), each of the layer's tensors
             with G in front, and by keyword lengths, reset_mask, reset_state, h_scale and reverse.
-        run_one: a shorter way for a layer in one direction without any of these, if there is one:
-            takes (T, B, I), (1, B, H) and the layer's tensors; None where it is not for the call.
+        run_plain: a shorter way for a layer without any of these but reverse, if there is one:
+            takes (T, B, I), (G, B, H), the tensors of one direction after the other, and G; None
+            where it is not for the call.
         num_layers: number of layers.
         dropout: probability of the dropout between layers, 0 outside training.
         bidirectional: as in `gru`.
@@ -102,7 +101,7 @@ def run_layers(
     try:
         output, h_n = _stack(
             x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
-            reset_state, h_scale, drop, run_one,
+            reset_state, h_scale, drop, run_plain,
         )  # fmt: skip
     except RuntimeError:
         # Only now, and not before each call, which costs: the ops have names of their own.
@@ -180,7 +179,7 @@ def _stack(
     reset_state: Tensor | None,
     h_scale: Tensor | None,
     drop: Callable[[Tensor], Tensor] | None,
-    run_one: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
+    run_plain: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All layers over time-major (T, B, I)."""
     D = 2 if bidirectional else 1
@@ -199,15 +198,15 @@ def _stack(
     if h_scale is not None:
         _check_hx(h_scale, num_layers * D, B, H, "h_scale")
         _, h_scale = matching(x, h_scale, params[0], "h_scale")
-    reverse = _BOTH if bidirectional else FORWARD
-    if bidirectional or not (lengths is reset_mask is reset_state is h_scale is None):
-        run_one = None
+    reverse = BOTH if bidirectional else FORWARD
+    if not (lengths is reset_mask is reset_state is h_scale is None):
+        run_plain = None
     finals: list[Tensor] = []
     for k in range(num_layers):
         own = params[k * D * per : (k + 1) * D * per]
         rows = slice(k * D, (k + 1) * D)
         h0 = hx if num_layers == 1 else hx[rows]
-        done = None if run_one is None else run_one(x, h0, own)
+        done = None if run_plain is None else run_plain(x, h0, own, D)
         if done is None:
             if bidirectional:
                 weights = [torch.stack((own[i], own[i + per])) for i in range(per)]

@@ -44,15 +44,17 @@ def test_cell_is_bitwise_the_op(
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 @pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
 @pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_gru_is_bitwise_the_op(
-    spy: Spy, isa: str, cell: str, batch_first: bool, batch: int | None, layers: int, steps: int
-) -> None:
+    spy: Spy, isa: str, cell: str, both: bool, batch_first: bool, batch: int | None, layers: int,
+    steps: int,
+) -> None:  # fmt: skip
     rows = () if batch is None else (batch,)
     x = torch.randn(*((*rows[:1], steps, I) if batch_first else (steps, *rows, I)))
-    h = torch.randn(layers, *rows, H)
+    h = torch.randn(layers * (1 + both), *rows, H)
     for bias in (True, False):
-        module = gru_fast.GRU(I, H, layers, bias, batch_first, cell=cell)
+        module = gru_fast.GRU(I, H, layers, bias, batch_first, bidirectional=both, cell=cell)
         with torch.no_grad():
             assert_as_by_ops(lambda module=module: module(x, h))
             assert_as_by_ops(lambda module=module: module(x))
@@ -66,16 +68,17 @@ def test_gru_is_bitwise_the_op(
 @pytest.mark.parametrize("steps", [1, 2, 9])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("batch", [None, 1, 3, 33])
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 @torch.no_grad()
 def test_bfloat16_is_bitwise_the_op_and_taken_where_it_is_multiplied(
-    spy: Spy, isa: str, cell: str, batch: int | None, layers: int, steps: int
+    spy: Spy, isa: str, cell: str, both: bool, batch: int | None, layers: int, steps: int
 ) -> None:
     rows = () if batch is None else (batch,)
-    module = gru_fast.GRU(I, H, layers, cell=cell).bfloat16()
+    module = gru_fast.GRU(I, H, layers, bidirectional=both, cell=cell).bfloat16()
     one = gru_fast.GRUCell(I, H, cell=cell).bfloat16()
     x = torch.randn(steps, *rows, I).bfloat16()
-    h = torch.randn(layers, *rows, H).bfloat16()
+    h = torch.randn(layers * (1 + both), *rows, H).bfloat16()
     calls = (lambda: module(x, h), lambda: module(x), lambda: one(x[0], h[0]), lambda: one(x[0]))
     for call in calls:
         assert_as_by_ops(call)
@@ -101,6 +104,16 @@ def test_dtypes_that_differ_go_to_the_ops(spy: Spy) -> None:
         lambda: mixed(torch.zeros(1, 2, I, dtype=low), torch.zeros(1, 2, H, dtype=low))
     )
     assert spy.taken == 0
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+@pytest.mark.parametrize("B", [1, 17])
+@torch.no_grad()
+def test_both_directions_of_many_units(spy: Spy, threads: int, B: int, steps: int) -> None:
+    module = gru_fast.GRU(300, 270, 2, bidirectional=True)
+    x, h = torch.randn(steps, B, 300), torch.randn(4, B, 270)
+    assert_as_by_ops(lambda: module(x, h))
+    assert spy.taken == 1
 
 
 @pytest.mark.parametrize("B", [1, 2, 3])
@@ -268,11 +281,13 @@ def test_rows_of_an_input_may_lie_as_they_like(
     ids=["one row", "one layer", "transposed", "every other row", "columns"],
 )
 @pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("both", [False, True])
 @torch.no_grad()
 def test_rows_of_a_state_may_lie_as_they_like(
-    spy: Spy, view: Callable[[Tensor], Tensor], batch_first: bool
+    spy: Spy, view: Callable[[Tensor], Tensor], both: bool, batch_first: bool
 ) -> None:
-    gru, cell = gru_fast.GRU(I, H, 2, batch_first=batch_first), gru_fast.GRUCell(I, H)
+    gru = gru_fast.GRU(I, H, 1 if both else 2, batch_first=batch_first, bidirectional=both)
+    cell = gru_fast.GRUCell(I, H)
     h = view(torch.randn(2, 5, H))
     B = h.shape[1]
     for steps in (1, 4):
@@ -294,14 +309,17 @@ def surrounded(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("B", [1, 2, 3, 9])
 @pytest.mark.parametrize("cell", CELLS)
 @torch.no_grad()
 def test_nothing_is_read_beside_the_tensors(
-    spy: Spy, isa: str, poisoned_memory: None, cell: str, B: int, layers: int, dtype: torch.dtype
-) -> None:
-    module = gru_fast.GRU(I, H, layers, cell=cell).to(dtype)
-    x, h = torch.randn(1, B, I).to(dtype), torch.randn(layers, B, H).to(dtype)
+    spy: Spy, isa: str, poisoned_memory: None, cell: str, B: int, both: bool, layers: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    module = gru_fast.GRU(I, H, layers, bidirectional=both, cell=cell).to(dtype)
+    x = torch.randn(1, B, I).to(dtype)
+    h = torch.randn(layers * (1 + both), B, H).to(dtype)
     expected = module(x, h)
     for parameter in module.parameters():
         parameter.data = surrounded(parameter.data)
@@ -341,7 +359,7 @@ def test_without_the_exchange_api_the_ops_take_it() -> None:
         from gru_fast import _C, direct
         assert direct.native is None
         x, h = torch.zeros(2, 3), torch.zeros(2, 4)
-        assert _C.run_direct(x, h, [], None, True, False, "reset_after", False) is None
+        assert _C.run_direct(x, h, [], None, True, False, False, "reset_after", False) is None
         assert _C.prepack(torch.zeros(12, 4), "reset_after", True) is None
         with torch.no_grad():
             print(gru_fast.GRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4)).shape)

@@ -238,22 +238,26 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     x, h = torch.zeros(2, I), torch.zeros(2, H)
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
     nine = gru_fast.GRU(I, H, 9, bias=False)._flat_weights
-    last = (False, "reset_after", False)
+    both, pair = gru_fast.GRU(I, H, bidirectional=True)._flat_weights, torch.zeros(2, 2, H)
+    last = (False, False, "reset_after", False)
+    way = (True, False, "reset_after", False)  # both directions
     run = direct.native
     assert run(x, h, weights, None, True, *last).shape == (2, H)
     assert [t.shape for t in run(x[None], h[None], tuple(weights), 1, True, *last)] == [
         (1, 2, H)
     ] * 2
     assert run(x[None], states, two, 2, True, *last)[1].shape == (2, 2, H)
+    results = run(x[None], pair, both, 1, True, *way)
+    assert [t.shape for t in results] == [(1, 2, 2 * H), (2, 2, H)]
     for bad in (
         (x, h, weights, None, False, *last),
-        (x, h, weights, None, True, False, 3, False),
-        (x, h, weights, None, True, False, "gru", False),
+        (x, h, weights, None, True, False, False, 3, False),
+        (x, h, weights, None, True, False, False, "gru", False),
         (x, h, dict(enumerate(weights)), None, True, *last),
         (x, h, weights[:3], None, True, *last),
         (x, h, [], None, True, *last),
         (x, h, weights * 1000, None, True, *last),
-        (x, None, weights, None, True, False, "reset_after", True),
+        (x, None, weights, None, True, False, False, "reset_after", True),
         (x, None, [], None, True, *last),
         (x, h[:1], weights, None, True, *last),
         (x[0], h[:1], weights, None, True, *last),
@@ -265,7 +269,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], h[None], weights, 9, True, *last),
         (x[None], torch.zeros(9, 2, H), nine, 9, False, *last),
         (x[None], h[:, None], weights, 1, True, *last),
-        (x[None], states, two, 2, True, False, "reset_after", True),
+        (x[None], states, two, 2, True, False, False, "reset_after", True),
         (x[None], h[None], two, 1, True, *last),
         (x[None], h[None], two, 2, True, *last),
         (x[None], None, [], 1, True, *last),
@@ -273,9 +277,15 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], None, [weights[0], weights[2]], 1, False, *last),
         (x[None], states, [*two, None], 2, True, *last),
         (x[None, None], h[None, None], weights, 1, True, *last),
+        (x[None], h[None], both, 1, True, *way),
+        (x[None], pair, both, 1, True, *last),
+        (x[None], pair, both[:7], 1, True, *way),
+        (x[None], pair, [*both[:6], None, None], 1, True, *way[:3], True),
+        (x[None], pair, weights, 1, True, *way),
+        (x[None], pair, two, 1, True, *way),
     ):
         assert run(*bad) is None
-    with pytest.raises(TypeError, match="expected 8 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 9 arguments, got 1"):
         run(x)
     with pytest.raises(TypeError):
         run(x[None], h[None], weights, "one", True, *last)

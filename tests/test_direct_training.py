@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import gru_fast
@@ -86,21 +85,25 @@ def test_a_cell_has_the_bits_of_the_op(
 @pytest.mark.parametrize("steps", [1, 2, 40])
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("batch", [1, 3, 33])
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_layers_have_the_bits_of_the_op(
-    spy: Spy, backward_spy: Spy, isa: str, cell: str, batch: int, layers: int, steps: int,
-    bias: bool, dtype: torch.dtype,
+    spy: Spy, backward_spy: Spy, isa: str, cell: str, both: bool, batch: int, layers: int,
+    steps: int, bias: bool, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    module = gru_fast.GRU(I, H, layers, bias, cell=cell, dtype=dtype)
+    module = gru_fast.GRU(I, H, layers, bias, bidirectional=both, cell=cell, dtype=dtype)
     x = torch.randn(steps, batch, I, dtype=dtype, requires_grad=True)
-    h = torch.randn(layers, batch, H, dtype=dtype, requires_grad=True)
+    h = torch.randn(layers * (1 + both), batch, H, dtype=dtype, requires_grad=True)
     assert_trained_as_by_ops(lambda: module(x, h), leaves_of(module, x, h))
     assert spy.taken == backward_spy.taken == (layers if serves(dtype) else 0)
 
 
-def test_units_and_threads_that_are_many(spy: Spy, backward_spy: Spy, threads: int) -> None:
-    module = gru_fast.GRU(300, 270, 2)
-    x, h = torch.randn(6, 17, 300, requires_grad=True), torch.randn(2, 17, 270)
+@pytest.mark.parametrize("both", [False, True])
+def test_units_and_threads_that_are_many(
+    spy: Spy, backward_spy: Spy, threads: int, both: bool
+) -> None:
+    module = gru_fast.GRU(300, 270, 2, bidirectional=both)
+    x, h = torch.randn(6, 17, 300, requires_grad=True), torch.randn(2 * (1 + both), 17, 270)
     assert_trained_as_by_ops(lambda: module(x, h), leaves_of(module, x, h))
     assert spy.taken == backward_spy.taken == 2
 
@@ -108,14 +111,34 @@ def test_units_and_threads_that_are_many(spy: Spy, backward_spy: Spy, threads: i
 @pytest.mark.parametrize("wanted", ["input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"])
 def test_one_gradient_that_is_wanted(spy: Spy, backward_spy: Spy, wanted: str) -> None:
     cell, gru = gru_fast.GRUCell(I, H), gru_fast.GRU(I, H)
-    for module in (cell, gru):
+    both = gru_fast.GRU(I, H, bidirectional=True)
+    for module in (cell, gru, both):
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.startswith(wanted))
     x = torch.randn(3, 2, I, requires_grad=wanted == "input")
     h = torch.randn(1, 2, H, requires_grad=wanted == "hx")
+    states = torch.randn(2, 2, H, requires_grad=wanted == "hx")
     assert_trained_as_by_ops(lambda: cell(x[0], h[0]), leaves_of(cell, x, h))
     assert_trained_as_by_ops(lambda: gru(x, h), leaves_of(gru, x, h))
-    assert spy.taken == backward_spy.taken == 2
+    assert_trained_as_by_ops(lambda: both(x, states), leaves_of(both, x, states))
+    assert spy.taken == backward_spy.taken == 3
+
+
+@pytest.mark.parametrize("frozen", ["_l0", "_l0_reverse", "weight_hh_l0_reverse", "bias_ih_l0"])
+@pytest.mark.parametrize("watched", [False, True])
+def test_what_one_direction_alone_wants(
+    spy: Spy, backward_spy: Spy, frozen: str, watched: bool
+) -> None:
+    gru = gru_fast.GRU(I, H, bidirectional=True)
+    for name, parameter in gru.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    x, h = torch.randn(3, 2, I), torch.randn(2, 2, H, requires_grad=True)
+    if watched:  # backward goes by the operator
+        with torch.profiler.profile():
+            assert_trained_as_by_ops(lambda: gru(x, h), leaves_of(gru, h))
+    else:
+        assert_trained_as_by_ops(lambda: gru(x, h), leaves_of(gru, h))
+    assert spy.taken == backward_spy.taken == (0 if watched else 1)
 
 
 @pytest.mark.parametrize("used", [(0,), (1,)], ids=["output", "h_n"])
@@ -147,9 +170,9 @@ def test_frozen_modules_and_plain_inputs_have_no_graph(spy: Spy) -> None:
 def test_gradients_that_lie_in_another_order(
     spy: Spy, backward_spy: Spy, loss: Callable[[Tensor], Tensor], batch_first: bool
 ) -> None:
-    module = gru_fast.GRU(I, H, batch_first=batch_first)
+    module = gru_fast.GRU(I, H, batch_first=batch_first, bidirectional=True)
     x = torch.randn(3, 2, I, requires_grad=True)
-    h = torch.randn(1, x.shape[0 if batch_first else 1], H, requires_grad=True)
+    h = torch.randn(2, x.shape[0 if batch_first else 1], H, requires_grad=True)
     leaves = leaves_of(module, x, h)
     given = torch.autograd.grad(loss(module(x, h)[0]), leaves)
     with direct.turned_off():
@@ -224,9 +247,11 @@ def test_second_derivatives(spy: Spy, cell: str) -> None:
         first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore
 
+    both = gru_fast.GRU(I, H, cell=cell, bidirectional=True)
     for call, leaves in (
         (lambda: module(x[0], module(x[1], h[0])), leaves_of(module, x, h)),
         (lambda: gru(x, h)[0], leaves_of(gru, x, h)),
+        (lambda: both(x)[0], leaves_of(both, x)),
     ):
         before = spy.taken
         given = twice(call, leaves)
@@ -322,7 +347,7 @@ def test_a_checkpoint_of_which_one_pass_is_watched(
     spy: Spy, steps: int, name: str, watched: str
 ) -> None:
     """Both have to save the same."""
-    gru, cell = gru_fast.GRU(I, H, 2), gru_fast.GRUCell(I, H)
+    gru, cell = gru_fast.GRU(I, H, 2, bidirectional=True), gru_fast.GRUCell(I, H)
     x, h = torch.randn(steps, 2, I, requires_grad=True), torch.randn(2, H)
 
     def loss() -> Tensor:
@@ -403,92 +428,3 @@ def test_threads_train_beside_each_other() -> None:
     for k in range(4):
         run(k)
         assert all(map(torch.equal, together[k], results[k]))
-
-
-def test_the_native_function_checks_what_it_is_given() -> None:
-    weights = gru_fast.GRUCell(I, H)._flat_weights
-    x, h = torch.zeros(2, I), torch.zeros(2, H)
-    grad, workspace = torch.ones(2, H), torch.zeros(1, 2, 1, 4 * H)
-    wanted = [True] * 6
-    run = _C.run_direct_backward
-    good = [grad, None, x, h, weights, h, workspace, True, "reset_after", wanted]
-    found = run(*good)
-    assert found is not None
-    assert [t.shape for t in found] == [t.shape for t in (x, h, *weights)]
-    some = run(*good[:-1], [False, True, False, False, True, False])
-    assert some is not None and [t is None for t in some] == [True, False, True, True, False, True]
-    for place, bad in (
-        (0, grad[:1]), (0, grad[:, 1:]), (0, grad.double()), (0, grad.t().contiguous().t()),
-        (0, torch.ones(3, H)), (3, torch.zeros(3, H)),
-        (0, 3), (1, grad[:1]), (2, x[:1]), (2, x[None]), (2, x[:, 1:]), (2, None), (2, x.double()),
-        (3, h[:1]), (3, h[:, 1:]), (3, None), (4, weights[:3]), (4, {}), (4, [None] * 4),
-        (4, [weights[1], weights[0], *weights[2:]]), (5, h[:1]), (5, None), (6, None),
-        (6, workspace[..., 1:]), (6, workspace[:, :1]), (7, False), (8, "gru"), (8, None),
-        (9, wanted[1:]), (9, None),
-    ):  # fmt: skip
-        assert run(*good[:place], bad, *good[place + 1 :]) is None
-    with pytest.raises(TypeError, match="expected 10 arguments, got 1"):
-        run(x)  # type: ignore[call-arg]
-
-    class Undecided:
-        def __bool__(self) -> bool:
-            raise ArithmeticError
-
-    with pytest.raises(ArithmeticError):
-        run(*good[:7], Undecided(), "gru", wanted)
-
-
-def test_nothing_is_allocated_for_a_gradient_that_is_not_plain() -> None:
-    weights = gru_fast.GRU(I, H)._flat_weights
-    x, h, output = torch.zeros(3, 2, I), torch.zeros(1, 2, H), torch.zeros(3, 2, H)
-    workspace = torch.zeros(3, 2, 1, 4 * H)
-    made: list[Any] = []
-
-    class Watches(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if func in (Tensor.new_empty, torch.empty_like):
-                made.append(func)
-            return func(*args, **(kwargs or {}))
-
-    plain = (torch.ones_like(output), torch.ones_like(h))
-    strided = torch.ones(2, 3, H).transpose(0, 1)
-    spread = torch.ones(1, 1, 1).expand(3, 2, H)
-    for grads in (
-        (strided, None),
-        (spread, plain[1]),
-        (plain[0], torch.ones(1, 2, 1).expand(h.shape)),
-    ):
-        with Watches():
-            call = (*grads, x, h, weights, output, workspace, False, "reset_after", [True] * 6)
-            assert _C.run_direct_backward(*call) is None
-        assert made == []
-    with Watches():
-        call = (*plain, x, h, weights, output, workspace, False, "reset_after", [True] * 6)
-        assert _C.run_direct_backward(*call) is not None
-    assert len(made) == 6
-
-
-def test_what_grows_while_gradients_are_allocated_is_refused() -> None:
-    weights = gru_fast.GRU(1, 1)._flat_weights
-    h = torch.zeros(1, 1, 1)
-    x, grad, output, workspace = (torch.zeros(2, 1, 1) for _ in range(4))
-    workspace.data = torch.zeros(2, 1, 1, 4)
-
-    class Grows(TorchFunctionMode):
-        """Stands for another thread."""
-
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is Tensor.new_empty:
-                for tensor in (x, grad, output, workspace):
-                    tensor.data = torch.zeros(3, *tensor.shape[1:])
-            return result
-
-    call = (grad, None, x, h, weights, output, workspace, False, "reset_after", [True] * 6)
-    with Grows():
-        assert _C.run_direct_backward(*call) is None
-    assert _C.run_direct_backward(*call) is not None

@@ -35,15 +35,16 @@ def users(weight: Tensor) -> int:
 @pytest.mark.parametrize("steps", [1, 2, 9])
 @pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
 def test_same_bits(
-    spy: Spy, isa: str, cell: str, layers: int, batch: int | None, steps: int
+    spy: Spy, isa: str, cell: str, both: bool, layers: int, batch: int | None, steps: int
 ) -> None:
     for bias, batch_first in ((True, False), (False, True)):
-        module = gru_fast.GRU(I, H, layers, bias, batch_first, cell=cell)
+        module = gru_fast.GRU(I, H, layers, bias, batch_first, bidirectional=both, cell=cell)
         rows = () if batch is None else (batch,)
         x = torch.randn(*((*rows, steps, I) if batch_first else (steps, *rows, I)))
-        h = torch.randn(layers, *rows, H)
+        h = torch.randn(layers * (1 + both), *rows, H)
         expected = module(x, h)
         before, x_before, h_before = spy.taken, x.clone(), h.clone()
         with gru_fast.prepacked(module):
@@ -76,6 +77,37 @@ def test_bfloat16(
         assert all(map(torch.equal, module(x, h), after))
         module.weight_hh_l0.mul_(0.5)
         assert all(map(torch.equal, module(x, h), before))
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0_reverse"])
+def test_one_direction_that_changes(spy: Spy, name: str) -> None:
+    module = gru_fast.GRU(I, H, bidirectional=True)
+    weight, x = module.get_parameter(name), torch.randn(3, 2, I)
+    before = module(x)
+    with gru_fast.prepacked(module):
+        assert all(map(torch.equal, module(x), before))
+        weight.data.mul_(2)  # not counted: shows that it is packed
+        assert all(map(torch.equal, module(x), before))
+        weight.mul_(2)
+        after = module(x)
+        weight.mul_(0.25)
+        assert all(map(torch.equal, module(x), before))
+    weight.mul_(4)
+    assert all(map(torch.equal, module(x), after)) and not torch.equal(after[0], before[0])
+    assert spy.taken == 6
+
+
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0_reverse"])
+def test_a_direction_that_is_not_packed(spy: Spy, name: str) -> None:
+    """Another tensor in place of one that was: both are packed by the call."""
+    module = gru_fast.GRU(I, H, bidirectional=True)
+    x = torch.randn(3, 2, I)
+    with gru_fast.prepacked(module):
+        before = module(x)
+        setattr(module, name, nn.Parameter(2 * module.get_parameter(name)))
+        after = module(x)
+    assert all(map(torch.equal, module(x), after)) and not torch.equal(after[0], before[0])
+    assert spy.taken == 3
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])

@@ -14,7 +14,7 @@ template <class Real>
 struct ColumnPanels {
   static constexpr int W = kLanes<Real>;
 
-  const Real* weight;  // (G, gates * H, columns)
+  Groups<const Real> weight;  // (gates * H, columns)
   int64_t H, units, columns, gates;
   int order[3];      // the gate that belongs to each slot
   int64_t slots;     // of D, `units` columns each
@@ -72,7 +72,7 @@ struct ColumnPanels {
 
  private:
   GRU_MEMBER const Real* block(int64_t g, int64_t slot) const {
-    return weight + (g * gates + order[slot]) * H * columns;
+    return weight[g] + order[slot] * H * columns;
   }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int count) const {
     if (packed != nullptr) return packed + (g * tiles() + tile) * panel_size();

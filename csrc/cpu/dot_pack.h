@@ -36,14 +36,6 @@ GRU_INLINE Panels take_panels(Weights weights, int64_t units, int64_t K, int cou
   return panels;
 }
 
-// float32 to bfloat16, to the nearest, ties to even.
-GRU_INLINE uint32_t bfloat16_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return 0x7fc0;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 constexpr float kInt8Most = 127.0f;
 
 GRU_INLINE int32_t nearest(float value) {
@@ -78,7 +70,7 @@ void pack_row(const float* row, int64_t K, int64_t words, uint32_t* to, int64_t 
     for (int i = 0; i < pack && word * pack + i < K; ++i) {
       const float value = row[word * pack + i];
       if (P == Weights::kBFloat16) {
-        bits |= bfloat16_bits(value) << (16 * i);
+        bits |= uint32_t{bfloat16_bits(value)} << (16 * i);
       } else {
         const int32_t byte = static_cast<int8_t>(nearest(value * per_value));
         total += byte;

@@ -54,32 +54,26 @@ class ForwardScan {
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     const int64_t panel = kMostVectorsAbreast * W * packed_k<Real>(most);
     Real* mine = layout.take<Real>(few || input_once ? threads * panel : 0) + member * panel;
-    auto panels = [&](int gate, int count, const Real* weight, int64_t K, bool on_the_fly,
-                      const Real* given) {
-      GatePanels<Real> made{
-          p_.H, K,     m_.tiles, count, weight + gate * p_.H * K, m_.gates * p_.H * K,
-          mine, given, nullptr};
-      if (!on_the_fly && given == nullptr) {
-        made.packed = made.own = layout.take<Real>(p_.G * made.size());
-      }
+    auto panels = [&](int gate, int count, Groups<const Real> weight, int64_t K, bool on_the_fly,
+                      Groups<const Real> given) {
+      GatePanels<Real> made{p_.H, K,     m_.tiles, count, weight.from(gate * p_.H * K),
+                            mine, given, nullptr};
+      if (!on_the_fly && !given) made.take(p_.G, layout);
       return made;
     };
     const int first = first_gates(p_.cell);
     first_ = panels(0, first, p_.weight_hh, p_.H, few, f.packed_hh);
     if (has_second_product(p_.cell)) {
-      const Real* given = f.packed_hh ? f.packed_hh + first_.size() : nullptr;
-      second_ = panels(first, 1, p_.weight_hh, p_.H, few, given);
+      second_ = panels(first, 1, p_.weight_hh, p_.H, few, f.packed_hh.from(first_.size()));
     }
-    if (p_.weight_ih != nullptr) {
-      input_ = panels(0, m_.gates, p_.weight_ih, p_.I, input_once, f.packed_ih);
-    }
+    if (p_.weight_ih) input_ = panels(0, m_.gates, p_.weight_ih, p_.I, input_once, f.packed_ih);
     scratch_bytes_ = layout.used();
   }
 
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ = share(member, team.size(), first_.packed == nullptr);
+    share_ = share(member, team.size(), !first_.packed);
     m_.settle(share_);
     const Range panels = part_of(p_.G * m_.tiles, member, team.size());
     first_.pack(panels);
@@ -181,7 +175,7 @@ class ForwardScan {
 
   // gates_x of a chunk: W_ih x, or what the caller projected, and the biases.
   void project(int64_t g, int64_t begin, int64_t end) {
-    if (p_.weight_ih == nullptr) {
+    if (!p_.weight_ih) {
       copy_gates(g, begin, end);
     } else if (gathers_ && !lie_evenly(g)) {
       project_gathered(g, begin, end);
@@ -220,9 +214,10 @@ class ForwardScan {
   // b_ih, and the b_hh that may be added before the gate.
   GRU_MEMBER V input_bias(int64_t g, int gate, int64_t tile) const {
     const int n = lanes_of<Real>(tile, p_.H);
-    const int64_t at = (g * m_.gates + gate) * p_.H + tile * W;
+    const int64_t at = gate * p_.H + tile * W;
     const bool separate = p_.cell == Cell::kResetAfter && gate == 2;
-    return load_or_zero(p_.bias_ih, at, n) + load_or_zero(separate ? nullptr : p_.bias_hh, at, n);
+    return load_or_zero(p_.bias_ih[g], at, n) +
+           load_or_zero(separate ? nullptr : p_.bias_hh[g], at, n);
   }
 
   void copy_gates(int64_t g, int64_t begin, int64_t end) {
@@ -294,7 +289,7 @@ class ForwardScan {
   template <bool PLAIN>
   GRU_MEMBER void take_step(int64_t g, int64_t step, int64_t in_chunk) {
     if (p_.cell == Cell::kResetAfter) {
-      if (first_.packed != nullptr && alive(m_.rows.time(g, step)) == 1) {
+      if (first_.packed && alive(m_.rows.time(g, step)) == 1) {
         step_one_row<PLAIN>(g, step, in_chunk);
       } else {
         step_reset_after<PLAIN>(g, step, in_chunk);
@@ -311,7 +306,7 @@ class ForwardScan {
   template <bool PLAIN>
   __attribute__((noinline)) void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
+    const Real* const bias = p_.bias_hh.from(2 * p_.H)[g];
     multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
              [&]<int N>(const Sums<Real>& at) GRU_MEMBER_LAMBDA {
                const int64_t tile = at.tile;
@@ -377,7 +372,7 @@ class ForwardScan {
   template <int N, bool PLAIN, class Between = Nothing>
   GRU_MEMBER void close(const Rows<PLAIN>& rows, int64_t g, int64_t tile, const V (&sums)[3][N],
                         Between between = {}) {
-    const Real* bias = p_.bias_hh ? p_.bias_hh + (g * 3 + 2) * p_.H : nullptr;
+    const Real* const bias = p_.bias_hh.from(2 * p_.H)[g];
     const Number* const gx = rows.gates_x(0, tile);
     V rz[2 * N], q[N], n[N];
     reset_after_gates<Real, N>(

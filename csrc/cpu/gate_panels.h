@@ -23,18 +23,22 @@ template <class Real>
 struct GatePanels {
   int64_t H, K, tiles;
   int count;
-  const Real* weight;  // (G, N*H, K), from the first of the gates on
-  int64_t group_stride;
-  Real* on_the_fly;    // of this member
-  const Real* packed;  // (G, tiles) panels, or null: on the fly
-  Real* own;           // where this call packs them, or null
+  Groups<const Real> weight;  // (N*H, K), from the first of the gates on
+  Real* on_the_fly;           // of this member
+  Groups<const Real> packed;  // panels of `tiles` tiles, or null: on the fly
+  Real* own;                  // where this call packs those of all groups, or null
 
   GRU_MEMBER int64_t panel_size() const { return packed_k<Real>(K) * count * kLanes<Real>; }
   GRU_MEMBER int64_t size() const { return tiles * panel_size(); }  // of a group
+  // Takes memory for the panels of G groups, to be packed by the call.
+  GRU_MEMBER void take(int64_t G, Layout& layout) {
+    own = layout.template take<Real>(G * size());
+    packed = {own, size()};
+  }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
-    if (packed != nullptr) return packed + (g * tiles + tile) * panel_size();
+    if (packed) return packed[g] + tile * panel_size();
     for (int i = 0; i < abreast; ++i) {
-      pack_gates(weight + g * group_stride, H, K, count, tile + i, on_the_fly + i * panel_size());
+      pack_gates(weight[g], H, K, count, tile + i, on_the_fly + i * panel_size());
     }
     return on_the_fly;
   }
@@ -42,12 +46,10 @@ struct GatePanels {
   template <class Epilogue>
   GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range, bool backwards,
                            Epilogue epilogue) const {
-    if (packed == nullptr && rows <= kMaxRowsInPlace) {
+    if (!packed && rows <= kMaxRowsInPlace) {
       sweep_in_place<Real>(
           a, rows, K, count, range.begin, range.end, pace_of<Real>(rows, count * H, K),
-          [&](int64_t tile, int v) {
-            return weight + g * group_stride + (v * H + tile * kLanes<Real>)*K;
-          },
+          [&](int64_t tile, int v) { return weight[g] + (v * H + tile * kLanes<Real>)*K; },
           [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
       return;
     }
@@ -57,7 +59,7 @@ struct GatePanels {
   }
   // Of one group, packed, as the products of the samplers have them.
   GRU_MEMBER Panels panels(int64_t g) const {
-    return {reinterpret_cast<uint32_t*>(const_cast<Real*>(packed + g * size())),  // read only
+    return {reinterpret_cast<uint32_t*>(const_cast<Real*>(packed[g])),  // read only
             nullptr,
             nullptr,
             packed_k<Real>(K) / kPack<Real>,
@@ -68,7 +70,7 @@ struct GatePanels {
   GRU_MEMBER void pack(Range range) const {
     if (own == nullptr) return;
     for (int64_t i = range.begin; i < range.end; ++i) {
-      pack_gates(weight + i / tiles * group_stride, H, K, count, i % tiles, own + i * panel_size());
+      pack_gates(weight[i / tiles], H, K, count, i % tiles, own + i * panel_size());
     }
   }
 };
@@ -83,8 +85,8 @@ void pack_weight(const PackedWeight& w, const Real* weight, Real* to) {
   const int64_t tiles = tiles_of<Real>(w.H);
   const int first = w.recurrent ? first_gates(w.cell) : gate_count(w.cell);
   auto pack = [&](int gate, int count) {
-    const GatePanels<Real> panels{w.H, w.K,     tiles,   count, weight + gate * w.H * w.K,
-                                  0,   nullptr, nullptr, to};
+    const auto rows = Groups<const Real>::of_one(weight + gate * w.H * w.K);
+    const GatePanels<Real> panels{w.H, w.K, tiles, count, rows, nullptr, {}, to};
     panels.pack({0, tiles});
     to += panels.size();
   };

@@ -76,9 +76,9 @@ class NormBackwardScan {
     }
     const Real* saved = c_.gates(g, row, t, b) + tile * W;
     auto slot = [&](int i) GRU_MEMBER_LAMBDA { return load_n(saved + i * p_.H, lanes); };
-    const int64_t candidate = (g * 3 + 2) * p_.H + tile * W;
-    const V q =
-        slot(2) * load_n(f_.gamma + candidate, lanes) + load_or_zero(p_.bias_hh, candidate, lanes);
+    const int64_t candidate = 2 * p_.H + tile * W;
+    const V q = slot(2) * load_n(f_.gamma + g * 3 * p_.H + candidate, lanes) +
+                load_or_zero(p_.bias_hh[g], candidate, lanes);
     const V r = slot(3), z = slot(4), n = slot(5);
     const V previous = load_or_zero(c_.previous(g, t, b), tile * W, lanes);
     const int64_t out = ((t * p_.B + b) * p_.G + g) * p_.H + tile * W;

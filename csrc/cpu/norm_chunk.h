@@ -126,8 +126,8 @@ class NormRebuild {
     step.x_stride_t = step.x_stride_g = 0;
     step.x_stride_b = 3 * p_.H;
     step.h0 = state_;
-    step.weight_hh = p_.weight_hh + g * 3 * p_.H * p_.H;
-    step.bias_hh = p_.bias_hh ? p_.bias_hh + g * 3 * p_.H : nullptr;
+    step.weight_hh = p_.weight_hh.only(g);
+    step.bias_hh = p_.bias_hh.only(g);
     step.lengths = nullptr;
     step.reset_mask = nullptr;
     step.reset_state = nullptr;

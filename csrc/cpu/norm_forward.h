@@ -89,16 +89,15 @@ class NormForwardScan {
     const bool on_the_fly = p_.T == 1;
     const int64_t per_member = kMostVectorsAbreast * W * p_.H;
     Real* mine = layout.take<Real>(on_the_fly ? threads * per_member : 0) + member * per_member;
-    panels_ = {p_.H, p_.H, tiles_, 3, p_.weight_hh, 3 * p_.H * p_.H, mine, nullptr, nullptr};
-    if (!on_the_fly) panels_.packed = panels_.own = layout.take<Real>(p_.G * panels_.size());
+    panels_ = {p_.H, p_.H, tiles_, 3, p_.weight_hh, mine, {}, nullptr};
+    if (!on_the_fly) panels_.take(p_.G, layout);
     scratch_bytes_ = layout.used();
   }
 
   int64_t scratch_bytes() const { return scratch_bytes_; }
 
   void run(Team& team, int member) {
-    share_ =
-        share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, panels_.packed == nullptr, false);
+    share_ = share_of(member, team.size(), p_.G, p_.B, tiles_, p_.H, !panels_.packed, false);
     batch_ = rows_of(share_, p_.B);
     panels_.pack(part_of(p_.G * tiles_, member, team.size()));
     start();
@@ -171,7 +170,7 @@ class NormForwardScan {
     }
     const Real* a = rows_.input_row(g, t, b);
     const Real* gamma = f_.gamma + g * 3 * p_.H;
-    const Real* bias = p_.bias_hh ? p_.bias_hh + g * 3 * p_.H : nullptr;
+    const Real* const bias = p_.bias_hh[g];
     for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
       const int n = lanes_of<Real>(tile, p_.H);
       const int64_t unit = tile * W;

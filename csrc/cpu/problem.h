@@ -4,14 +4,12 @@
 #pragma once
 #include <cstdint>
 
+#include "bfloat16.h"
+#include "groups.h"
+
 namespace gru_fast {
 
 enum class Cell : int { kResetAfter, kResetBefore, kNoReset };
-
-// A bfloat16 as it lies in memory.
-struct BFloat16 {
-  uint16_t bits;
-};
 
 // The type that tensors of another are computed in.
 template <class Real>
@@ -35,7 +33,7 @@ static constexpr int first_gates(Cell cell) { return cell == Cell::kResetAfter ?
 static constexpr bool has_second_product(Cell cell) { return cell == Cell::kResetBefore; }
 
 // G independent recurrences over (T, B), none of T, B, G, H zero. All tensors are contiguous but x,
-// whose rows are.
+// whose rows are, and the weights, which are within a group.
 template <class Real>
 struct Problem {
   int64_t T, B, G, I, H;
@@ -43,18 +41,18 @@ struct Problem {
   const uint8_t* reverse;  // (G)
   const Real* x;           // rows of I, or of the N*H projected gates when weight_ih is null
   int64_t x_stride_t, x_stride_b, x_stride_g;
-  bool x_shared;                // one (T, B, I) for all groups
-  const Real* h0;               // (G, B, H)
-  const Real* weight_ih;        // (G, N*H, I) or null
-  const Real* weight_hh;        // (G, N*H, H)
-  const Real* bias_ih;          // (G, N*H) or null
-  const Real* bias_hh;          // (G, N*H) or null
-  const int64_t* lengths;       // (B) or null; the next two come with it
-  const int64_t* order;         // (B): rows by falling length
-  const int64_t* alive_before;  // (T + 1): (t, b) pairs before time t that are not padding
-  const uint8_t* reset_mask;    // (T, B) or null
-  const Real* reset_state;      // (G, B, H) or null: reset to zero
-  const Real* h_scale;          // (B, G*H) or null
+  bool x_shared;                 // one (T, B, I) for all groups
+  const Real* h0;                // (G, B, H)
+  Groups<const Real> weight_ih;  // (N*H, I) each, or null
+  Groups<const Real> weight_hh;  // (N*H, H)
+  Groups<const Real> bias_ih;    // (N*H) or null
+  Groups<const Real> bias_hh;    // (N*H) or null
+  const int64_t* lengths;        // (B) or null; the next two come with it
+  const int64_t* order;          // (B): rows by falling length
+  const int64_t* alive_before;   // (T + 1): (t, b) pairs before time t that are not padding
+  const uint8_t* reset_mask;     // (T, B) or null
+  const Real* reset_state;       // (G, B, H) or null: reset to zero
+  const Real* h_scale;           // (B, G*H) or null
 };
 
 template <class Real>
@@ -63,10 +61,9 @@ struct Forward {
   Real* output;     // (T, B, G*H)
   Real* h_n;        // (G, B, H)
   Real* workspace;  // (T, B, G, S*H), or null: not saved
-  // What KernelTable::pack_weight made of the weights of the only group, or null: packed by the
-  // call.
-  const Real* packed_ih;
-  const Real* packed_hh;
+  // What KernelTable::pack_weight made of the weights, or null: packed by the call.
+  Groups<const Real> packed_ih;
+  Groups<const Real> packed_hh;
 };
 
 // A weight of shape (N*H, K) to be packed for many calls.
@@ -89,10 +86,10 @@ struct Backward {
   Real* grad_x;  // contiguous (T, B, [G,] I), or grad_gates_x; null where groups share x:
   Compute<Real>* grad_shared_x;     // (T, B, I), zeroed
   Real* grad_h0;                    // (G, B, H)
-  Real* grad_weight_ih;             // (G, N*H, I)
-  Real* grad_weight_hh;             // (G, N*H, H)
-  Real* grad_bias_ih;               // (G, N*H)
-  Real* grad_bias_hh;               // (G, N*H)
+  Groups<Real> grad_weight_ih;      // (N*H, I) each
+  Groups<Real> grad_weight_hh;      // (N*H, H)
+  Groups<Real> grad_bias_ih;        // (N*H)
+  Groups<Real> grad_bias_hh;        // (N*H)
   Compute<Real>* grad_reset_state;  // (G, B, H), zeroed
   Compute<Real>* grad_h_scale;      // (B, G*H), zeroed
 };

@@ -52,8 +52,6 @@ class Rebuild {
 
   Forward<Real> one_step(int64_t g, int64_t rows) const {
     static constexpr uint8_t kForward = 0;
-    const int64_t gate_rows = c_.gates * p_.H;
-    auto of_group = [&](const Real* all, int64_t size) { return all ? all + g * size : nullptr; };
     Problem<Real> step = p_;
     step.T = 1;
     step.B = rows;
@@ -63,15 +61,15 @@ class Rebuild {
     step.x_stride_t = step.x_stride_g = 0;
     step.x_stride_b = width_;
     step.h0 = state_;
-    step.weight_ih = of_group(p_.weight_ih, gate_rows * p_.I);
-    step.weight_hh = of_group(p_.weight_hh, gate_rows * p_.H);
-    step.bias_ih = of_group(p_.bias_ih, gate_rows);
-    step.bias_hh = of_group(p_.bias_hh, gate_rows);
+    step.weight_ih = p_.weight_ih.only(g);
+    step.weight_hh = p_.weight_hh.only(g);
+    step.bias_ih = p_.bias_ih.only(g);
+    step.bias_hh = p_.bias_hh.only(g);
     step.lengths = step.order = step.alive_before = nullptr;
     step.reset_mask = nullptr;
     step.reset_state = nullptr;
     step.h_scale = nullptr;
-    return {step, discarded_, discarded_, c_.rebuilt(g, 0), nullptr, nullptr};
+    return {step, discarded_, discarded_, c_.rebuilt(g, 0), {}, {}};
   }
 
   const Problem<Real>& p_;

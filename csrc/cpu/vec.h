@@ -7,6 +7,7 @@
 #include <cstring>
 #include <utility>
 
+#include "inline.h"
 #include "problem.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -15,10 +16,6 @@
 namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
-
-#define GRU_INLINE static inline __attribute__((always_inline))
-#define GRU_MEMBER inline __attribute__((always_inline))
-#define GRU_MEMBER_LAMBDA __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 constexpr int kVecBytes = 64;

@@ -16,22 +16,25 @@ namespace {
 // memory of its own until the last chunk.
 template <class Real>
 struct ChunkSum {
-  Real* result;
-  Compute<Real>* so_far = nullptr;
+  Groups<Real> result;
+  Groups<Compute<Real>> so_far;
 
-  GRU_MEMBER ChunkSum(Real* to, int64_t count, bool one_chunk, Layout& layout) : result(to) {
+  // Of G groups of `count` numbers.
+  GRU_MEMBER ChunkSum(Groups<Real> to, int64_t G, int64_t count, bool one_chunk, Layout& layout)
+      : result(to) {
     if constexpr (std::is_same_v<Real, Compute<Real>>) {
       so_far = to;
-    } else if (to != nullptr && !one_chunk) {
-      so_far = layout.template take<Compute<Real>>(count);
+    } else if (to && !one_chunk) {
+      so_far = {layout.template take<Compute<Real>>(G * count), count};
     }
   }
-  GRU_MEMBER void add(int64_t at, Vec<Real> sum, int lanes, bool first, bool last) const {
-    if (!first) sum += load_n(so_far + at, lanes);
+  GRU_MEMBER void add(int64_t g, int64_t at, Vec<Real> sum, int lanes, bool first,
+                      bool last) const {
+    if (!first) sum += load_n(so_far[g] + at, lanes);
     if (last) {
-      store_n(result + at, sum, lanes);
+      store_n(result[g] + at, sum, lanes);
     } else {
-      store_n(so_far + at, sum, lanes);
+      store_n(so_far[g] + at, sum, lanes);
     }
   }
 };
@@ -81,22 +84,22 @@ class WeightGrads {
         input_tiles_(tiles_of<Real>(p_.I)),
         input_slot_(p_.cell == Cell::kResetAfter ? 1 : 0),
         unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock),
-        weight_ih_(f.grad_weight_ih, p_.G * c_.gates * p_.H * p_.I, c_.only(), layout),
-        weight_hh_(f.grad_weight_hh, p_.G * c_.gates * p_.H * p_.H, c_.only(), layout),
-        bias_ih_(f.grad_bias_ih, p_.G * c_.gates * p_.H, c_.only(), layout),
-        bias_hh_(f.grad_bias_hh, p_.G * c_.gates * p_.H, c_.only(), layout) {
+        weight_ih_(f.grad_weight_ih, p_.G, c_.gates * p_.H * p_.I, c_.only(), layout),
+        weight_hh_(f.grad_weight_hh, p_.G, c_.gates * p_.H * p_.H, c_.only(), layout),
+        bias_ih_(f.grad_bias_ih, p_.G, c_.gates * p_.H, c_.only(), layout),
+        bias_hh_(f.grad_bias_hh, p_.G, c_.gates * p_.H, c_.only(), layout) {
     const int64_t rows = packed_k<Real>(c_.capacity);
     auto take = [&](bool wanted, int64_t count) {
       return wanted ? layout.template take<Real>(count) : nullptr;
     };
-    if (wants_grad_x() && p_.weight_ih != nullptr) {
+    if (wants_grad_x() && p_.weight_ih) {
       input_panels_ = {p_.weight_ih, p_.H,     c_.units, p_.I,   c_.gates,
                        {0, 1, 2},    c_.gates, nullptr,  nullptr};
       input_panels_.take(p_.G, c_.only(), layout, threads, member);
     }
-    x_ = take(f.grad_weight_ih != nullptr, input_tiles_ * rows * W);
-    state_ = take(f.grad_weight_hh != nullptr, c_.tiles * rows * W);
-    gated_ = take(f.grad_weight_hh != nullptr && has_second_product(p_.cell), c_.tiles * rows * W);
+    x_ = take(bool(f.grad_weight_ih), input_tiles_ * rows * W);
+    state_ = take(bool(f.grad_weight_hh), c_.tiles * rows * W);
+    gated_ = take(f.grad_weight_hh && has_second_product(p_.cell), c_.tiles * rows * W);
     block_ = layout.template take<Real>(threads * rows * kRowBlock) + member * rows * kRowBlock;
   }
 
@@ -130,9 +133,7 @@ class WeightGrads {
 
   void clear_padding(Range batch) const {
     if (f_.grad_x == nullptr || p_.lengths == nullptr) return;
-    const int64_t width = p_.weight_ih == nullptr ? p_.G * c_.gates * p_.H
-                          : p_.x_shared           ? p_.I
-                                                  : p_.G * p_.I;
+    const int64_t width = !p_.weight_ih ? p_.G * c_.gates * p_.H : p_.x_shared ? p_.I : p_.G * p_.I;
     for (int64_t b = batch.begin; b < batch.end; ++b) {
       for (int64_t t = p_.lengths[b]; t < p_.T; ++t) {
         fill_zero(f_.grad_x + (t * p_.B + b) * width, width);
@@ -142,7 +143,7 @@ class WeightGrads {
 
   void input_gradient(int64_t g, Range rows, Range tiles) const {
     if (!wants_grad_x()) return;
-    if (p_.weight_ih == nullptr) {
+    if (!p_.weight_ih) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
         Real* to = f_.grad_x + (c_.place(g, row) * p_.G + g) * c_.gates * p_.H;
         for (int gate = 0; gate < c_.gates; ++gate) {
@@ -225,18 +226,18 @@ class WeightGrads {
     }
     const bool after = p_.cell == Cell::kResetAfter;
     const bool input_side = !(after && slot == 0), hidden_side = !(after && slot == 3);
-    const int64_t first_row = (g * c_.gates + c_.gate_of(slot)) * p_.H + unit;
+    const int64_t first_row = c_.gate_of(slot) * p_.H + unit;
     Number sums[W > kRowBlock ? W : kRowBlock] = {};
     for (int i = 0; i < valid; ++i) sums[i] = static_cast<Number>(total[i]);
     for (int i = 0; i < valid; i += W) {
       const int lanes = valid - i < W ? valid - i : W;
       const V sum = load(sums + i);
-      if (input_side && bias_ih_.result) bias_ih_.add(first_row + i, sum, lanes, first, last);
-      if (hidden_side && bias_hh_.result) bias_hh_.add(first_row + i, sum, lanes, first, last);
+      if (input_side && bias_ih_.result) bias_ih_.add(g, first_row + i, sum, lanes, first, last);
+      if (hidden_side && bias_hh_.result) bias_hh_.add(g, first_row + i, sum, lanes, first, last);
     }
     auto multiply = [&](const Real* panels, int64_t columns, const ChunkSum<Real>& grad) {
       auto add = [&](int64_t i, int64_t column, V sum, int lanes) GRU_MEMBER_LAMBDA {
-        grad.add((first_row + i) * columns + column, sum, lanes, first, last);
+        grad.add(g, (first_row + i) * columns + column, sum, lanes, first, last);
       };
       const Operand<Real> operand{block_, P, kRowBlock * P, kGradSumBlock<Real>};
       if (padded == P) return outer_product<1>(operand, valid, panels, columns, add);

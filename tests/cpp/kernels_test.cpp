@@ -101,11 +101,12 @@ struct Inputs {
     p.x_stride_t = p.x_stride_b * c.B;
     p.x_shared = c.shared;
     p.h0 = h0.data();
-    p.weight_hh = weight_hh.data();
-    p.bias_hh = bias_hh.data();
+    const int64_t rows = N * c.H;
+    p.weight_hh = {weight_hh.data(), rows * c.H};
+    p.bias_hh = {bias_hh.data(), rows};
     if (c.projects) {
-      p.weight_ih = weight_ih.data();
-      p.bias_ih = bias_ih.data();
+      p.weight_ih = {weight_ih.data(), rows * c.I};
+      p.bias_ih = {bias_ih.data(), rows};
     }
     if (c.lengths) {
       p.lengths = lengths.data();
@@ -187,8 +188,8 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
   if (prepacked) {
     packed_ih = packed({c.cell, c.H, c.I, false}, in.weight_ih);
     packed_hh = packed({c.cell, c.H, c.H, true}, in.weight_hh);
-    f.packed_ih = packed_ih.get();
-    f.packed_hh = packed_hh.get();
+    f.packed_ih = Groups<const float>::of_one(packed_ih.get());
+    f.packed_hh = Groups<const float>::of_one(packed_hh.get());
   }
   on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
 
@@ -205,11 +206,11 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
   }
   b.grad_h0 = results.make(states);
   if (c.projects) {
-    b.grad_weight_ih = results.make(c.G * gates * c.I);
-    b.grad_bias_ih = results.make(c.G * gates);
+    b.grad_weight_ih = {results.make(c.G * gates * c.I), gates * c.I};
+    b.grad_bias_ih = {results.make(c.G * gates), gates};
   }
-  b.grad_weight_hh = results.make(c.G * gates * c.H);
-  b.grad_bias_hh = results.make(c.G * gates);
+  b.grad_weight_hh = {results.make(c.G * gates * c.H), gates * c.H};
+  b.grad_bias_hh = {results.make(c.G * gates), gates};
   if (c.resets) b.grad_reset_state = results.make(states, true);
   if (c.scales) b.grad_h_scale = results.make(states, true);
   on_team(b, threads, kernels.backward_scratch_bytes, kernels.backward);
