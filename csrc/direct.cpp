@@ -11,6 +11,7 @@
 
 #include "cpu/huge_pages.h"
 #include "direct_call.h"
+#include "packed_rows.h"
 #include "prepack.h"
 #include "run.h"
 
@@ -27,6 +28,7 @@ struct Arguments {
   long layers;
   bool bias, batch_first;
   int64_t directions;
+  PackedRows* packed;  // null where the input is no PackedSequence's
   Cell cell;
   bool saves;  // what backward needs
 
@@ -91,17 +93,29 @@ struct Sizes {
   Rows<Real> input;
   Rows<Real> hx;  // without data where the call has none
   int64_t T, B, H;
-  bool by_row;  // input is (B, T, I)
+  int64_t rows;         // T * B, or fewer if they are packed
+  bool packed, by_row;  // input is (rows, I), (B, T, I)
 
-  // Of a cell's input (B, I) or (I), a layer's (T, B, I), (B, T, I) or, of one sequence, (T, I).
+  // Of a cell's input (B, I) or (I), a layer's (T, B, I), (B, T, I), packed (rows, I) or, of one
+  // sequence, (T, I).
   int64_t stride_t() const { return T == 1 ? 0 : input.strides[by_row ? 1 : 0]; }
-  int64_t stride_b() const { return B == 1 ? 0 : input.strides[by_row || input.ndim == 2 ? 0 : 1]; }
+  int64_t stride_b() const {
+    return B == 1 && !packed ? 0 : input.strides[by_row || input.ndim == 2 ? 0 : 1];
+  }
   bool read_from(const Arguments& a, bool again = false) {
     if (!read(a.input, input, again)) return false;
     if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
     by_row = a.batch_first && input.ndim == 3;
-    T = a.is_cell() ? 1 : input.shape[by_row ? 1 : 0];
-    B = input.rows() / T;
+    packed = a.packed != nullptr;
+    rows = input.rows();
+    if (packed) {
+      if (input.ndim != 2 || a.packed->rows() != rows) return false;
+      T = a.packed->steps();
+      B = a.packed->batch();
+    } else {
+      T = a.is_cell() ? 1 : input.shape[by_row ? 1 : 0];
+      B = rows / T;
+    }
     if (a.hx == Py_None) {
       Dense<Real> weight_hh;
       // Backward reads the initial state as a tensor.
@@ -109,7 +123,7 @@ struct Sizes {
       H = weight_hh.width();
       return true;
     }
-    if (!read(a.hx, hx, again) || hx.ndim != input.ndim) return false;
+    if (!read(a.hx, hx, again) || hx.ndim != (packed ? 3 : input.ndim)) return false;
     if (a.saves && !hx.is_dense()) return false;  // backward reads it where it lies
     H = hx.width();
     return hx.rows() == a.state_count() * B && (a.is_cell() || hx.shape[0] == a.state_count());
@@ -121,7 +135,8 @@ template <class Real>
 bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
   const int64_t D = a.directions, states = a.state_count();
-  const bool by_row = size.by_row, batched = size.input.ndim == (a.is_cell() ? 2 : 3);
+  const bool packed = size.packed, by_row = size.by_row;
+  const bool batched = packed || size.input.ndim == (a.is_cell() ? 2 : 3);
   if (a.hx != Py_None && size.hx.is_dense()) {
     results.h_n = empty_like(a.hx);
   } else if (a.is_cell()) {
@@ -132,12 +147,16 @@ bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   if (results.h_n == nullptr) return false;
   PyObject* const like = results.h_n.get();
   if (a.saves) {
-    results.workspace = new_empty(like, {T, B, D, slot_count(a.cell) * H});
+    const int64_t width = slot_count(a.cell) * H;
+    results.workspace =
+        packed ? new_empty(like, {size.rows, D, width}) : new_empty(like, {T, B, D, width});
     if (results.workspace == nullptr) return false;
   }
   if (a.is_cell()) return true;
   results.turned = by_row && T > 1;
-  if (T == 1 && states == 1 && !by_row) {
+  if (packed) {
+    results.output = new_empty(like, {size.rows, D * H});
+  } else if (T == 1 && states == 1 && !by_row) {
     results.output = empty_like(like);
   } else if (!batched) {
     results.output = new_empty(like, {T, D * H});
@@ -163,15 +182,16 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
   if (h_n.rows() != layers * D * B || h_n.width() != H) return false;
   if (a.is_cell()) {
     output = h_n;
-  } else if (!read(results.output.get(), output, true) || output.rows() != T * B ||
+  } else if (!read(results.output.get(), output, true) || output.rows() != size.rows ||
              output.width() != D * H) {
     return false;
   }
   const Py_ssize_t per_group = a.bias ? kMaxWeights : 2, per_layer = per_group * D;
   if (a.weight_count != layers * per_layer) return false;
   const bool is_state = T == 1 && D == 1;  // the output of a layer
+  const int64_t layer_output = size.rows * D * H;
   if (!is_state && layers > 1) {
-    stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * T * layer_state)]);
+    stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * layer_output)]);
   }
 
   const Real* h0 = size.hx.data;
@@ -196,23 +216,24 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
+    if (a.packed != nullptr) a.packed->describe(f.in);
     f.in.h0 = h0 + k * layer_state;
     if (!read_weights(a.weights + k * per_layer, per_group, a.is_cell() || a.saves, f.in))
       return false;
     f.h_n = h_n.data + k * layer_state;
     f.output = k + 1 == layers ? output.data
                : is_state      ? f.h_n
-                               : stack.between.get() + k % 2 * T * layer_state;
+                               : stack.between.get() + k % 2 * layer_output;
     x = f.output;
     width = stride_b = D * H;
     stride_t = layer_state;
   }
-  const size_t state_bytes = static_cast<size_t>(T * layer_state) * sizeof(Real);
-  prefer_huge_pages(output.data, state_bytes);
+  const size_t output_bytes = static_cast<size_t>(layer_output) * sizeof(Real);
+  prefer_huge_pages(output.data, output_bytes);
   if (a.saves) {
     Dense<Real> workspace;
     if (!read(results.workspace.get(), workspace, true)) return false;
-    prefer_huge_pages(workspace.data, state_bytes * slot_count(a.cell));
+    prefer_huge_pages(workspace.data, output_bytes * slot_count(a.cell));
     stack.layers[0].forward.workspace = workspace.data;
   } else {  // a training step changes its weights
     for (long k = 0; k < layers; ++k) {
@@ -260,25 +281,34 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 }
 
 // Calls body(arguments, table) with the kernels for each type of numbers, as by_number() does. They
-// are input, hx or None, list or tuple of weights, layers, bias, bidirectional, batch_first, cell,
-// saves.
+// are input, hx or None, list or tuple of weights, layers, bias, bidirectional, batch_first, batch
+// sizes of a PackedSequence or None, cell, saves.
 template <class Body>
 PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
-  if (nargs != 9) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 9 arguments, got %zd", nargs);
+  if (nargs != 10) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 10 arguments, got %zd", nargs);
     return nullptr;
   }
   const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
   const bool bias = PyObject_IsTrue(args[4]) == 1, bidirectional = PyObject_IsTrue(args[5]) == 1;
-  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[8]) == 1;
+  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[9]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
   Cell cell;
   Items<kMaxLayers * kMaxDirections * kMaxWeights> weights;
-  if (!read_cell(args[7], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
-  const int64_t directions = bidirectional && layers != kCell ? 2 : 1;
-  const Arguments given{args[0], args[1],     weights.get(), weights.size(), layers,
-                        bias,    batch_first, directions,    cell,           saves};
+  if (!read_cell(args[8], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  PackedRows rows;
+  Failure failure;
+  const bool packed = args[7] != Py_None;
+  if (packed && (layers == kCell || !failure.guard([&] { return rows.read(args[7]); }))) {
+    failure.raise();
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+  }
+  const int64_t directions = bidirectional && layers != kCell ? kMaxDirections : 1;
+  const Arguments given{args[0], args[1],     weights.get(), weights.size(),           layers,
+                        bias,    batch_first, directions,    packed ? &rows : nullptr, cell,
+                        saves};
   return by_number([&](const auto* table) { return body(given, table); });
 }
 

@@ -8,6 +8,7 @@
 #include "cpu/huge_pages.h"
 #include "direct.h"
 #include "direct_call.h"
+#include "packed_rows.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -22,6 +23,7 @@ struct Arguments {
   bool is_cell;
   Cell cell;
   int64_t directions;
+  PackedRows* packed;  // null where the input is no PackedSequence's
   bool wanted[kMaxInputs];
 
   int input_count() const { return static_cast<int>(2 + directions * kMaxWeights); }
@@ -47,6 +49,7 @@ struct Call {
   static constexpr bool kRounds = !std::is_same_v<Real, Number>;
 
   Backward<Real> f{};
+  int64_t rows = 0;  // T * B, or fewer if they are packed
   Reference grads[kMaxInputs];
   Real* grad_x = nullptr;
 
@@ -54,12 +57,19 @@ struct Call {
   bool read_sizes(const Arguments& a, bool again) {
     Rows<Real> input;
     Dense<Real> hx;
-    const int ndim = a.is_cell ? 2 : 3;
+    const int ndim = a.is_cell || a.packed != nullptr ? 2 : 3;
     if (!read(a.inputs[0], input, again) || !read(a.inputs[1], hx, again)) return false;
-    if (input.ndim != ndim || hx.ndim != ndim) return false;
+    if (input.ndim != ndim || hx.ndim != (a.is_cell ? 2 : 3)) return false;
     Problem<Real>& p = f.in;
-    p.T = a.is_cell ? 1 : input.shape[0];
-    p.B = input.shape[ndim - 2];
+    rows = input.rows();
+    if (a.packed != nullptr) {
+      if (a.packed->rows() != rows) return false;
+      p.T = a.packed->steps();
+      p.B = a.packed->batch();
+    } else {
+      p.T = a.is_cell ? 1 : input.shape[0];
+      p.B = input.shape[ndim - 2];
+    }
     p.G = a.directions;
     p.I = input.width();
     p.H = hx.width();
@@ -76,7 +86,7 @@ struct Call {
   // False if a gradient of a result is not plain, or does not fit.
   bool read_gradients(const Arguments& a, bool again) {
     const Problem<Real>& p = f.in;
-    return read_gradient(a.grad_output, p.T * p.B, p.G * p.H, again, f.grad_output) &&
+    return read_gradient(a.grad_output, rows, p.G * p.H, again, f.grad_output) &&
            read_gradient(a.grad_h_n, p.G * p.B, p.H, again, f.grad_h_n);
   }
 
@@ -86,9 +96,9 @@ struct Call {
     for (int i = 0; i < a.input_count(); ++i) {
       if (!a.wanted[i]) continue;
       PyObject* const like = a.inputs[i];
-      grads[i] = i > 0       ? empty_like(like)
-                 : a.is_cell ? new_empty(like, {p.B, p.I})
-                             : new_empty(like, {p.T, p.B, p.I});
+      grads[i] = i > 0                              ? empty_like(like)
+                 : a.is_cell || a.packed != nullptr ? new_empty(like, {rows, p.I})
+                                                    : new_empty(like, {p.T, p.B, p.I});
       if (grads[i] == nullptr) return false;
     }
     return true;
@@ -101,19 +111,19 @@ struct Call {
     Problem<Real>& p = f.in;
     if (!read_weights(a.inputs + 2, kMaxWeights, true, p)) return false;
     Dense<Real> output, workspace;
-    if (!read(a.output, output) || output.rows() != p.T * p.B || output.width() != p.G * p.H)
+    if (!read(a.output, output) || output.rows() != rows || output.width() != p.G * p.H)
       return false;
-    if (!read(a.workspace, workspace) || workspace.rows() != p.T * p.B * p.G ||
+    if (!read(a.workspace, workspace) || workspace.rows() != rows * p.G ||
         workspace.width() != slot_count(p.cell) * p.H) {
       return false;
     }
     f.output = output.data;
     f.workspace = workspace.data;
     if (!read_gradients(a, true)) return false;
-    if (!read_grad(0, p.T * p.B * p.I, grad_x)) return false;
+    if (!read_grad(0, rows * p.I, grad_x)) return false;
     if (!read_grad(1, p.G * p.B * p.H, f.grad_h0)) return false;
-    const int64_t rows = gate_count(p.cell) * p.H;
-    const int64_t sizes[kMaxWeights] = {rows * p.I, rows * p.H, rows, rows};
+    const int64_t gates = gate_count(p.cell) * p.H;
+    const int64_t sizes[kMaxWeights] = {gates * p.I, gates * p.H, gates, gates};
     Groups<Real>* const to[kMaxWeights] = {&f.grad_weight_ih, &f.grad_weight_hh, &f.grad_bias_ih,
                                            &f.grad_bias_hh};
     for (int i = 0; i < kMaxWeights; ++i) {
@@ -126,8 +136,9 @@ struct Call {
     return true;
   }
 
-  void run(const KernelTable<Real>& table) {
-    const int64_t count = f.in.T * f.in.B * f.in.I;
+  void run(const Arguments& a, const KernelTable<Real>& table) {
+    if (a.packed != nullptr) a.packed->describe(f.in);
+    const int64_t count = rows * f.in.I;
     std::unique_ptr<Number[]> sums;  // of both directions, before they are rounded
     if (f.in.G == 1 || grad_x == nullptr) {
       f.grad_x = grad_x;
@@ -169,7 +180,7 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
   bool done;
   Py_BEGIN_ALLOW_THREADS;
   done = failure.guard([&] {
-    call.run(*table);
+    call.run(a, *table);
     return true;
   });
   Py_END_ALLOW_THREADS;
@@ -186,16 +197,23 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 }  // namespace
 
 PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 10) {
-    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 10 arguments, got %zd", nargs);
+  if (nargs != 11) {
+    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 11 arguments, got %zd", nargs);
     return nullptr;
   }
   Items<kMaxDirections * kMaxWeights> weights;
   Items<kMaxInputs> wanted;
-  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, {}};
-  a.is_cell = PyObject_IsTrue(args[7]) == 1;
-  const bool known = read_cell(args[8], a.cell) && weights.hold(args[4]) && wanted.hold(args[9]);
+  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, nullptr, {}};
+  a.is_cell = PyObject_IsTrue(args[8]) == 1;
+  bool known = read_cell(args[9], a.cell) && weights.hold(args[4]) && wanted.hold(args[10]);
   if (!a.is_cell && weights.size() > kMaxWeights) a.directions = kMaxDirections;
+  PackedRows rows;
+  if (args[7] != Py_None) {
+    Failure failure;
+    known = known && !a.is_cell && failure.guard([&] { return rows.read(args[7]); });
+    failure.raise();
+    a.packed = &rows;
+  }
   if (!known || weights.size() != a.directions * kMaxWeights || wanted.size() != a.input_count()) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;

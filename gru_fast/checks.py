@@ -225,7 +225,7 @@ def check_norm_backward(
 
 
 def check_rows(
-    input: Tensor,
+    axes: Sequence[int],
     batch_first: bool,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
@@ -234,10 +234,10 @@ def check_rows(
     """Raise unless they fit an input in its own layout, which the ops do not know.
 
     Args:
-        input: (T, B, I), (B, T, I) with batch_first, or (T, I).
+        axes: its shape without the last axis: (T, B), (B, T) with batch_first, or (T,).
         batch_first: whether a 3-D input is batch-major.
         lengths: (B,), or one value for a 2-D input.
-        reset_mask: bool, shaped as input without its last axis.
+        reset_mask: bool, of this shape.
         reset_state: of any shape here.
 
     Raises:
@@ -248,14 +248,14 @@ def check_rows(
     for name, given in tensors.items():
         if given is not None and not isinstance(given, Tensor):
             raise TypeError(f"{name} should be a Tensor, got: {type(given).__name__}")
-    axes = "(T,)" if input.dim() == 2 else "(B, T)" if batch_first else "(T, B)"
-    if lengths is not None and input.dim() == 2 and lengths.numel() != 1:
+    names = "(T,)" if len(axes) == 1 else "(B, T)" if batch_first else "(T, B)"
+    if lengths is not None and len(axes) == 1 and lengths.numel() != 1:
         raise RuntimeError(
             f"lengths: expected one value for an unbatched input, got shape {tuple(lengths.shape)}"
         )
-    if input.dim() == 3:
-        _check_shape("lengths", lengths, (input.shape[0 if batch_first else 1],), "(B,)")
-    _check_shape("reset_mask", reset_mask, tuple(input.shape[:-1]), axes)
+    if len(axes) == 2:
+        _check_shape("lengths", lengths, (axes[0 if batch_first else 1],), "(B,)")
+    _check_shape("reset_mask", reset_mask, tuple(axes), names)
     _check_rows_dtypes(lengths, reset_mask)
 
 

@@ -48,7 +48,7 @@ def gru_cell(
         return None
     done: Tensor | None = None
     if backend in BACKENDS:
-        done = native(input, hx, weights, None, True, False, False, cell, False)
+        done = native(input, hx, weights, None, True, False, False, None, cell, False)
     if done is None and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
     return done
@@ -64,16 +64,73 @@ def gru(
     batch_first: bool,
     cell: str,
     backend: str,
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Any, Tensor] | None:
     """`functional.gru`, or None where the call is not plain."""
     if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
     done: tuple[Tensor, Tensor] | None = None
     if backend in BACKENDS:
-        done = native(input, hx, params, num_layers, bias, bidirectional, batch_first, cell, False)
+        done = native(
+            input, hx, params, num_layers, bias, bidirectional, batch_first, None, cell, False
+        )
+    if done is None and type(input) is PackedSequence:
+        return _packed(input, hx, params, num_layers, bias, bidirectional, cell, backend)
     if done is None and not bidirectional and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
     return done
+
+
+def _packed(
+    input: PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    bidirectional: bool,
+    cell: str,
+    backend: str,
+) -> tuple[PackedSequence, Tensor] | None:
+    data, batch_sizes, sorted_indices, unsorted_indices = input
+    if backend not in BACKENDS:
+        return None
+    if hx is not None and sorted_indices is not None:
+        # Of too many rows the first would be taken.
+        if type(hx) not in (Tensor, nn.Parameter) or hx.dim() != 3:
+            return None
+        if not hx.is_cpu or hx.shape[1] != len(sorted_indices):
+            return None
+        hx = hx.index_select(1, sorted_indices)
+    done = native(
+        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, cell, False
+    )
+    if done is None:
+        return None
+    output, h_n = done
+    if unsorted_indices is not None:
+        h_n = h_n.index_select(1, unsorted_indices)
+    return PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+
+def layer(
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    batch_sizes: Tensor | None = None,
+    *,
+    cell: str,
+    backend: str,
+) -> tuple[Tensor, Tensor] | None:
+    """One layer over (T, B, I), or over packed rows, from (D, B, H), or None as `gru`.
+
+    Of weights there are two or four in each of D directions.
+    """
+    if native is None or backend not in BACKENDS or not is_unobserved():
+        return None
+    bias = len(weights) > 2 * directions
+    return native(  # type: ignore[no-any-return]
+        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, cell, False
+    )
 
 
 def is_only_watched() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gru_fast import direct, ops, ops_rules
 from gru_fast.ops_past import is_unobserved
+from gru_fast.packed_rows import PackedRows
 from gru_fast.recurrence import BOTH, FORWARD
 
 _PER_DIRECTION = 4  # weights, of which both biases may be None
@@ -32,46 +33,59 @@ class GRULayer(torch.autograd.Function):
     """One layer, or a step of a cell, that has run already."""
 
     @staticmethod
-    def forward(ctx: Any, results: tuple[Tensor, ...], cell: str, *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any,
+        results: tuple[Tensor, ...],
+        cell: str,
+        batch_sizes: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Any:
         """Save what backward needs.
 
         Args:
             ctx: autograd's.
             results: output and h_n, or a cell's new state; then the workspace.
             cell: its name.
+            batch_sizes: of a PackedSequence, else None.
             tensors: input, hx, then weight_ih, weight_hh, bias_ih, bias_hh of each direction.
 
         Returns:
             The results.
         """
         ctx.set_materialize_grads(False)
-        ctx.cell, ctx.is_cell = cell, len(results) == 2
+        ctx.cell, ctx.is_cell, ctx.batch_sizes = cell, len(results) == 2, batch_sizes
         output = results[0].data if ctx.is_cell else ops_rules.unwatched(results[0])
         ctx.save_for_backward(*tensors, output, results[-1])
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of results, cell and tensors; the first two have none."""
+        """The gradients of results, cell, batch_sizes and tensors; the first three have none."""
         *rest, grad_workspace = grads
         grad_output, grad_h_n = (*rest, None)[:2]
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if grad_output is None and grad_h_n is None and grad_workspace is None:
-            return (None,) * (2 + len(needed))
+            return (None,) * (3 + len(needed))
         x, h0, *weights, output, workspace = ctx.saved_tensors
         found = None
         if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
-            saved = (x, h0, weights, output, workspace, ctx.is_cell, ctx.cell, needed)
-            found = direct.native_backward(grad_output, grad_h_n, *saved)
+            saved = (x, h0, weights, output, workspace, ctx.batch_sizes, ctx.is_cell, ctx.cell)
+            found = direct.native_backward(grad_output, grad_h_n, *saved, needed)
             if found is None:
                 # With batch_first, after sum() and in many other losses they lie in another order.
                 dense = [
                     None if grad is None else grad.contiguous() for grad in (grad_output, grad_h_n)
                 ]
-                found = direct.native_backward(*dense, *saved)
+                found = direct.native_backward(*dense, *saved, needed)
         if found is not None:
-            return (None, None, *found)
-        # The op wants a dimension of groups, and one of steps.
+            return (None, None, None, *found)
+        # The op wants a dimension of groups, one of steps, and padding.
+        rows = None if ctx.batch_sizes is None else PackedRows(ctx.batch_sizes)
+        if rows is not None:
+            x, output, workspace, grad_output, grad_workspace = (
+                None if t is None else rows.pad(t)
+                for t in (x, output, workspace, grad_output, grad_workspace)
+            )
         if ctx.is_cell:
             x, h0, output = x.unsqueeze(0), h0.unsqueeze(0), output.unsqueeze(0)
             grad_output = None if grad_output is None else grad_output.unsqueeze(0)
@@ -79,15 +93,18 @@ class GRULayer(torch.autograd.Function):
         kinds = range(_PER_DIRECTION)
         output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
         *by_op, _, _ = ops.layer_backward(
-            grad_output, grad_h_n, grad_workspace, x, h0, *_grouped(weights), None, None, None,
-            None, output, workspace, ctx.cell, reverse, False, [*output_mask, False, False],
+            grad_output, grad_h_n, grad_workspace, x, h0, *_grouped(weights),
+            None if rows is None else rows.lengths, None, None, None, output, workspace, ctx.cell,
+            reverse, False, [*output_mask, False, False],
         )  # fmt: skip
         of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
+        if rows is not None and needed[0]:
+            of_steps[0] = rows.pack(of_steps[0])
         shaped = [grad if wanted else None for grad, wanted in zip(of_steps, needed, strict=False)]
         for d in range(len(reverse)):
             wanted = needed[2 + d * _PER_DIRECTION :]
             shaped += [by_op[2 + i][d] if wanted[i] else None for i in kinds]
-        return (None, None, *shaped)
+        return (None, None, None, *shaped)
 
 
 # Function.apply, less what it does for transforms, of which none is active here.
@@ -122,6 +139,7 @@ def _run(
     hx: Tensor | None,
     weights: Sequence[Tensor | None],
     layers: int | None,
+    batch_sizes: Tensor | None,
     cell: str,
 ) -> tuple[Tensor, ...] | None:
     """The results that `GRULayer` takes, or None where the call is not plain.
@@ -131,14 +149,21 @@ def _run(
     be on for one of them only.
     """
     both = len(weights) > _PER_DIRECTION
-    call = (input, hx, weights, layers, True, both, False, cell, True)
+    call = (input, hx, weights, layers, True, both, False, batch_sizes, cell, True)
     if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None
     x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
-    rest = (None, None, None, None, cell, BOTH if both else FORWARD, False)
-    results = ops.without_grad(ops.layer, x, h0, *_grouped(weights), *rest)
+    rest = (None, None, None, cell, BOTH if both else FORWARD, False)
+    if batch_sizes is not None:
+        with torch.no_grad():
+            rows = PackedRows(batch_sizes)
+            output, h_n, workspace = ops.layer(
+                rows.pad(x), h0, *_grouped(weights), rows.lengths, *rest
+            )
+            return rows.pack(output), h_n, rows.pack(workspace)
+    results = ops.without_grad(ops.layer, x, h0, *_grouped(weights), None, *rest)
     return results if layers else (results[0].squeeze(0).clone(), results[2])
 
 
@@ -150,29 +175,36 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    results = _run(input, hx, weights, None, cell)
+    results = _run(input, hx, weights, None, None, cell)
     if results is None and (copies := _in_order(input, hx)) is not None:
         input, hx = copies
-        results = _run(input, hx, weights, None, cell)
+        results = _run(input, hx, weights, None, None, cell)
     if results is None:
         return None
-    return _attach(results, cell, input, hx, *weights)[0]  # type: ignore[no-any-return]
+    return _attach(results, cell, None, input, hx, *weights)[0]  # type: ignore[no-any-return]
 
 
 def layer(
-    x: Tensor, h0: Tensor, weights: Sequence[Tensor], directions: int, cell: str, backend: str
+    x: Tensor,
+    h0: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    batch_sizes: Tensor | None = None,
+    *,
+    cell: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor] | None:
-    """One layer over (T, B, I) from (D, B, H), or None as `gru_cell`; two or four weights each."""
+    """`direct.layer`, or None as `gru_cell`."""
     if not _is_served((*weights, h0, x), backend):
         return None
     own: Sequence[Tensor | None] = weights
     if len(weights) < directions * _PER_DIRECTION:
         own = [w for d in range(directions) for w in (*weights[2 * d : 2 * d + 2], None, None)]
-    results = _run(x, h0, own, 1, cell)
+    results = _run(x, h0, own, 1, batch_sizes, cell)
     if results is None and (copies := _in_order(x, h0)) is not None:
         x, start = copies
         assert start is not None
-        results, h0 = _run(x, start, own, 1, cell), start
+        results, h0 = _run(x, start, own, 1, batch_sizes, cell), start
     if results is None:
         return None
-    return _attach(results, cell, x, h0, *own)[:2]  # type: ignore[no-any-return]
+    return _attach(results, cell, batch_sizes, x, h0, *own)[:2]  # type: ignore[no-any-return]

@@ -163,7 +163,7 @@ def explain(
                 f"input: expected {fewest} or {fewest + 1} dimensions, got {input.dim()}"
             )
         if not isinstance(module, GRUCell):
-            check_rows(input, module.batch_first, lengths, reset_mask, reset_state)
+            check_rows(input.shape[:-1], module.batch_first, lengths, reset_mask, reset_state)
     with _undisturbed(module):
         weights = module._flat_weights
         h0 = module.h0 if getattr(module, "learn_h0", False) else None

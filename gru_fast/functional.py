@@ -244,7 +244,8 @@ def gru(
         run = partial(run, cell=cell, backend=backend, recompute=recompute)
     one = None
     if num_heads == 1 and not (return_gates or recompute):
-        one = partial(direct_training.layer, cell=cell, backend=backend)
+        past = direct_training if torch.is_grad_enabled() else direct
+        one = partial(past.layer, cell=cell, backend=backend)
     results = run_layers(
         input,
         hx,

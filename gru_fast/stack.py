@@ -50,8 +50,8 @@ def run_layers(
         run: one layer of G directions; takes (T, B, I), (G, B, H), each of the layer's tensors
             with G in front, and by keyword lengths, reset_mask, reset_state, h_scale and reverse.
         run_plain: a shorter way for a layer without any of these but reverse, if there is one:
-            takes (T, B, I), (G, B, H), the tensors of one direction after the other, and G; None
-            where it is not for the call.
+            takes (T, B, I), (G, B, H), the tensors of one direction after the other, G and, with
+            packed rows (rows, I), batch sizes; None where it is not for the call.
         num_layers: number of layers.
         dropout: probability of the dropout between layers, 0 outside training.
         bidirectional: as in `gru`.
@@ -71,12 +71,12 @@ def run_layers(
     """
     if isinstance(input, PackedSequence):
         return _run_packed(
-            input, hx, params, run, num_layers, dropout, bidirectional, batch_first, num_heads,
-            lengths, reset_mask, reset_state, h_scale,
+            input, hx, params, run, run_plain, num_layers, dropout, bidirectional, batch_first,
+            num_heads, lengths, reset_mask, reset_state, h_scale,
         )  # fmt: skip
     batched = input.dim() == 3
     if not (lengths is reset_mask is reset_state is None):
-        check_rows(input, batch_first, lengths, reset_mask, reset_state)
+        check_rows(input.shape[:-1], batch_first, lengths, reset_mask, reset_state)
         # They come from a loader as often as from the model.
         lengths = None if lengths is None else lengths.to(input.device)
     if not batched:
@@ -119,6 +119,7 @@ def _run_packed(
     hx: Tensor | None,
     params: Sequence[Tensor],
     run: Callable[..., tuple[Tensor, Tensor]],
+    run_plain: Callable[..., tuple[Tensor, Tensor] | None] | None,
     num_layers: int,
     dropout: float,
     bidirectional: bool,
@@ -129,7 +130,10 @@ def _run_packed(
     reset_state: Tensor | None,
     h_scale: Tensor | None,
 ) -> tuple[PackedSequence, Tensor]:
-    """`run_layers` in the sorted order of the packed sequence, padded."""
+    """`run_layers` in the sorted order of the packed sequence.
+
+    What `run_plain` does not take is padded.
+    """
     if lengths is not None:
         raise ValueError("lengths: expected None with a PackedSequence, which has its own")
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -137,7 +141,6 @@ def _run_packed(
         raise RuntimeError(f"input: expected packed data of 2 dimensions, got {data.dim()}")
     if hx is not None and hx.dim() != 3:
         raise RuntimeError(f"hx: expected 3 dimensions for a packed input, got {hx.dim()}")
-    x, row_lengths = pad_packed_sequence(PackedSequence(data, batch_sizes))
 
     def sort(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or sorted_indices is None:
@@ -145,25 +148,84 @@ def _run_packed(
         return tensor.index_select(1, sorted_indices)
 
     # Before they are sorted, which would take the first rows of too many.
-    in_layout = x.transpose(0, 1) if batch_first else x
-    check_rows(in_layout, batch_first, None, reset_mask, reset_state)
+    T, B = len(batch_sizes), int(batch_sizes[0])
+    check_rows((B, T) if batch_first else (T, B), batch_first, None, reset_mask, reset_state)
     if reset_mask is not None and batch_first:
         reset_mask = reset_mask.transpose(0, 1)
     layers, H = count_layers(num_layers, bidirectional), params[1].shape[1] * num_heads
     states = {"hx": hx, "reset_state": reset_state, "h_scale": h_scale}
     for name, given in states.items():
         if given is not None:
-            _check_hx(given, layers, x.shape[1], H, name)
+            _check_hx(given, layers, B, H, name)
     check_devices(data, params[0], reset_mask=reset_mask, **states)
-    drop = PackedDropout(dropout, row_lengths) if dropout and num_layers > 1 else None
-    output, h_n = _stack(
-        x, sort(hx), params, run, num_layers, bidirectional, num_heads,
-        row_lengths.to(data.device), sort(reset_mask), sort(reset_state), sort(h_scale), drop,
-    )  # fmt: skip
+    hx = sort(hx)
+    start = data.new_zeros(layers, B, H) if hx is None else hx
+    finals: list[Tensor] = []
+    if run_plain is not None and reset_mask is reset_state is h_scale is None:
+        rows = PackedSequence(data, batch_sizes)
+        data, finals = _run_rows(rows, start, params, run_plain, num_layers, dropout, bidirectional)
+    done = len(finals)
+    if done < num_layers:
+        D = 2 if bidirectional else 1
+        per = len(params) // num_layers
+        data, h_n = _run_padded(
+            PackedSequence(data, batch_sizes), start[done * D :], params[done * per :], run,
+            num_layers - done, dropout, bidirectional, num_heads, sort(reset_mask),
+            sort(reset_state), sort(h_scale),
+        )  # fmt: skip
+        finals.append(h_n)
+    h_n = finals[0] if len(finals) == 1 else torch.cat(finals)
     if unsorted_indices is not None:
         h_n = h_n.index_select(1, unsorted_indices)
-    packed = pack_padded_sequence(output, row_lengths).data
-    return PackedSequence(packed, batch_sizes, sorted_indices, unsorted_indices), h_n
+    return PackedSequence(data, batch_sizes, sorted_indices, unsorted_indices), h_n
+
+
+def _run_rows(
+    input: PackedSequence,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    run_plain: Callable[..., tuple[Tensor, Tensor] | None],
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The first layers, as many as `run_plain` takes: rows for the next, and their last states."""
+    data, batch_sizes = input[:2]
+    D, per = 2 if bidirectional else 1, len(params) // num_layers
+    finals: list[Tensor] = []
+    for k in range(num_layers):
+        own = params[k * per : (k + 1) * per]
+        done = run_plain(data, hx[k * D : (k + 1) * D], own, D, batch_sizes)
+        if done is None:
+            break
+        data, h_n = done
+        finals.append(h_n)
+        if dropout and k + 1 < num_layers:
+            data = Dropout(dropout)(data)
+    return data, finals
+
+
+def _run_padded(
+    input: PackedSequence,
+    hx: Tensor,
+    params: Sequence[Tensor],
+    run: Callable[..., tuple[Tensor, Tensor]],
+    num_layers: int,
+    dropout: float,
+    bidirectional: bool,
+    num_heads: int,
+    reset_mask: Tensor | None,
+    reset_state: Tensor | None,
+    h_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Layers over (T, B, I): the rows of the output, and the last states."""
+    x, lengths = pad_packed_sequence(input)
+    drop = PackedDropout(dropout, lengths) if dropout and num_layers > 1 else None
+    output, h_n = _stack(
+        x, hx, params, run, num_layers, bidirectional, num_heads, lengths.to(x.device),
+        reset_mask, reset_state, h_scale, drop,
+    )  # fmt: skip
+    return pack_padded_sequence(output, lengths).data, h_n
 
 
 def _stack(

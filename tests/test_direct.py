@@ -116,6 +116,20 @@ def test_both_directions_of_many_units(spy: Spy, threads: int, B: int, steps: in
     assert spy.taken == 1
 
 
+@pytest.mark.parametrize("both", [False, True])
+@torch.no_grad()
+def test_layers_with_dropout_between_them(spy: Spy, both: bool) -> None:
+    """In training mode, but without gradients: one after the other."""
+    module = gru_fast.GRU(I, H, 3, dropout=0.5, bidirectional=both)
+
+    def call() -> Any:
+        torch.manual_seed(0)
+        return module(torch.randn(4, 2, I))
+
+    assert_as_by_ops(call)
+    assert spy.taken == 3
+
+
 @pytest.mark.parametrize("B", [1, 2, 3])
 @torch.no_grad()
 def test_stepping_is_bitwise_the_whole_sequence_and_any_batch(
@@ -359,7 +373,7 @@ def test_without_the_exchange_api_the_ops_take_it() -> None:
         from gru_fast import _C, direct
         assert direct.native is None
         x, h = torch.zeros(2, 3), torch.zeros(2, 4)
-        assert _C.run_direct(x, h, [], None, True, False, False, "reset_after", False) is None
+        assert _C.run_direct(x, h, [], None, True, False, False, None, "reset_after", False) is None
         assert _C.prepack(torch.zeros(12, 4), "reset_after", True) is None
         with torch.no_grad():
             print(gru_fast.GRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4)).shape)

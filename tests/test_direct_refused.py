@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import pack_sequence
 
 import gru_fast
 from direct_spy import Spy, assert_as_by_ops
@@ -91,7 +90,6 @@ INPUTS: dict[str, Callable[[Tensor], Any]] = {
     "0-d": lambda x: x[0, 0, 0],
     "1-d": lambda x: x[0, 0],
     "list": Tensor.tolist,
-    "packed": lambda x: pack_sequence([x[:, 0], x[:, 1]]),
 }
 
 
@@ -180,7 +178,6 @@ def test_weights_that_were_replaced_are_used(spy: Spy) -> None:
         {"lengths": torch.tensor([1, 0])},
         {"reset_mask": torch.tensor([[True, False]])},
         {"h_scale": torch.full((2, 2, H), 0.5)},
-        {"dropout": 0.5, "training": True},
         {"params": []},
     ],
     ids=str,
@@ -239,8 +236,8 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
     nine = gru_fast.GRU(I, H, 9, bias=False)._flat_weights
     both, pair = gru_fast.GRU(I, H, bidirectional=True)._flat_weights, torch.zeros(2, 2, H)
-    last = (False, False, "reset_after", False)
-    way = (True, False, "reset_after", False)  # both directions
+    last = (False, False, None, "reset_after", False)
+    way = (True, False, None, "reset_after", False)  # both directions
     run = direct.native
     assert run(x, h, weights, None, True, *last).shape == (2, H)
     assert [t.shape for t in run(x[None], h[None], tuple(weights), 1, True, *last)] == [
@@ -251,13 +248,13 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     assert [t.shape for t in results] == [(1, 2, 2 * H), (2, 2, H)]
     for bad in (
         (x, h, weights, None, False, *last),
-        (x, h, weights, None, True, False, False, 3, False),
-        (x, h, weights, None, True, False, False, "gru", False),
+        (x, h, weights, None, True, False, False, None, 3, False),
+        (x, h, weights, None, True, False, False, None, "gru", False),
         (x, h, dict(enumerate(weights)), None, True, *last),
         (x, h, weights[:3], None, True, *last),
         (x, h, [], None, True, *last),
         (x, h, weights * 1000, None, True, *last),
-        (x, None, weights, None, True, False, False, "reset_after", True),
+        (x, None, weights, None, True, False, False, None, "reset_after", True),
         (x, None, [], None, True, *last),
         (x, h[:1], weights, None, True, *last),
         (x[0], h[:1], weights, None, True, *last),
@@ -269,7 +266,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], h[None], weights, 9, True, *last),
         (x[None], torch.zeros(9, 2, H), nine, 9, False, *last),
         (x[None], h[:, None], weights, 1, True, *last),
-        (x[None], states, two, 2, True, False, False, "reset_after", True),
+        (x[None], states, two, 2, True, False, False, None, "reset_after", True),
         (x[None], h[None], two, 1, True, *last),
         (x[None], h[None], two, 2, True, *last),
         (x[None], None, [], 1, True, *last),
@@ -280,12 +277,12 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], h[None], both, 1, True, *way),
         (x[None], pair, both, 1, True, *last),
         (x[None], pair, both[:7], 1, True, *way),
-        (x[None], pair, [*both[:6], None, None], 1, True, *way[:3], True),
+        (x[None], pair, [*both[:6], None, None], 1, True, *way[:4], True),
         (x[None], pair, weights, 1, True, *way),
         (x[None], pair, two, 1, True, *way),
     ):
         assert run(*bad) is None
-    with pytest.raises(TypeError, match="expected 9 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 10 arguments, got 1"):
         run(x)
     with pytest.raises(TypeError):
         run(x[None], h[None], weights, "one", True, *last)

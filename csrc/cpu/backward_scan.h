@@ -85,12 +85,12 @@ class BackwardScan {
     multiply(c_.d(g, step, 0, 2, 0), candidate_panels_, g, step,
              [&](int64_t row, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
                const int64_t rank = share_.ranks[row];
-               const int64_t b = c_.rows.row(rank), place = t * p_.B + b;
+               const int64_t b = c_.rows.row(rank), index = c_.rows.start(t) + b;
                const int lanes = lanes_of<Real>(tile, p_.H);
-               const V r = load_n(c_.gate_row(g, first_row + rank, place) + tile * W, lanes);
+               const V r = load_n(c_.gate_row(g, first_row + rank, index) + tile * W, lanes);
                V dr = sums[0] * c_.scaled_previous(g, t, b, tile);
                if (f_.grad_workspace != nullptr) {
-                 const int64_t at = (place * p_.G + g) * c_.slots * p_.H + tile * W;
+                 const int64_t at = (index * p_.G + g) * c_.slots * p_.H + tile * W;
                  dr += load_n(f_.grad_workspace + at, lanes);
                }
                store(c_.d(g, first_row + rank) + tile * W, dr * r * (Number(1) - r));

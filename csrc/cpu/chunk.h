@@ -7,6 +7,11 @@ namespace gru_fast {
 namespace GRU_FAST_ISA {
 namespace {
 
+// A row of what has (T, B) in front: time, row of the batch, and where it lies.
+struct Place {
+  int64_t t, b, index;
+};
+
 // D holds the gradients of the gate pre-activations, one row for each (step, rank) of the chunk
 // that is not padding and one slot of `units` columns for each workspace slot: q, r, z, n | r, z, n
 // | z, n (reference.py).
@@ -31,7 +36,7 @@ struct Chunk {
     }
     d_ = layout.take<Real>(p.G * capacity * ld);
     gates_ = f.workspace == nullptr ? layout.take<Real>(p.G * capacity * slots * p.H) : nullptr;
-    place_ = layout.take<int64_t>(p.G * capacity);
+    places_ = layout.take<Place>(p.G * capacity);
   }
 
   // Whether there is no other chunk.
@@ -59,8 +64,8 @@ struct Chunk {
       int64_t step = begin;
       for (int64_t row = part.begin; row < part.end; ++row) {
         while (first_row(g, step + 1) <= row) ++step;
-        const int64_t b = rows.row(row - first_row(g, step));
-        place_[g * capacity + row] = rows.time(g, step) * p.B + b;
+        const int64_t t = rows.time(g, step), b = rows.row(row - first_row(g, step));
+        places_[g * capacity + row] = {t, b, rows.start(t) + b};
       }
     }
   }
@@ -73,8 +78,7 @@ struct Chunk {
 
   GRU_MEMBER int64_t first_row(int64_t g, int64_t step) const { return rows.alive(g, begin, step); }
   GRU_MEMBER int64_t row_count(int64_t g) const { return first_row(g, end); }
-  // t * B + b of a row.
-  GRU_MEMBER int64_t place(int64_t g, int64_t row) const { return place_[g * capacity + row]; }
+  GRU_MEMBER Place place(int64_t g, int64_t row) const { return places_[g * capacity + row]; }
   GRU_MEMBER Real* d(int64_t g, int64_t row) const { return d_ + (g * capacity + row) * ld; }
   GRU_MEMBER Real* d(int64_t g, int64_t step, int64_t rank, int slot, int64_t tile) const {
     return d(g, first_row(g, step) + rank) + slot * units + tile * W;
@@ -83,9 +87,9 @@ struct Chunk {
     return gates_ + (g * capacity + row) * slots * p.H;
   }
   // The slots of a row, saved or rebuilt.
-  GRU_MEMBER const Real* gate_row(int64_t g, int64_t row, int64_t place) const {
+  GRU_MEMBER const Real* gate_row(int64_t g, int64_t row, int64_t index) const {
     if (gates_ != nullptr) return rebuilt(g, row);
-    return f.workspace + (place * p.G + g) * slots * p.H;
+    return f.workspace + (index * p.G + g) * slots * p.H;
   }
   GRU_MEMBER const Real* previous(int64_t g, int64_t t, int64_t b) const {
     return rows.previous(f.output, g, t, b);
@@ -109,7 +113,7 @@ struct Chunk {
  private:
   Real* d_;
   Real* gates_;
-  int64_t* place_;  // (G, capacity)
+  Place* places_;  // (G, capacity)
 };
 
 }  // namespace

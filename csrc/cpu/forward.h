@@ -155,7 +155,7 @@ class ForwardScan {
             m_.enter(m_.rows.first_step(g, b), g, i, b, tile, h);
           }
         }
-        for (int64_t t = length; t < p_.T; ++t) clear(g, t, b);
+        for (int64_t t = length; t < p_.T && !p_.packed; ++t) clear(g, t, b);
       }
     }
   }

@@ -75,7 +75,7 @@ struct ForwardMemory {
   GRU_MEMBER int64_t input_row() const { return tiles * gates * W; }
   // Of time t and row b: in units of H.
   GRU_MEMBER int64_t place(int64_t t, int64_t b, int64_t g) const {
-    return (t * p.B + b) * p.G + g;
+    return (rows.start(t) + b) * p.G + g;
   }
 
   // Makes h, unless it is reset, the state p that `step` starts from, and its s of equation (1).

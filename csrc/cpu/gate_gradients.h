@@ -20,7 +20,7 @@ class GateGradients {
   GRU_MEMBER GateGradients(const Chunk<Real>& c, const Carry<Real>& carry, const Ranks& ranks,
                            bool prefetches, int64_t g, int64_t step) {
     const Problem<Real>& p = c.p;
-    const int64_t t = c.rows.time(g, step), start = t * p.B, first = c.first_row(g, step);
+    const int64_t t = c.rows.time(g, step), start = c.rows.start(t), first = c.first_row(g, step);
     H_ = p.H;
     units_ = c.units;
     slots_ = c.slots;
@@ -38,10 +38,11 @@ class GateGradients {
     const int64_t out = start * row_ + g * H_;
     grad_output_ = c.f.grad_output == nullptr ? nullptr : c.f.grad_output + out;
     grad_saved_ = c.f.grad_workspace == nullptr ? nullptr : c.f.grad_workspace + out * slots_;
-    const int64_t ahead = p.reverse[g] ? p.B : -p.B;
+    begins_ = c.rows.begins(g, t);
+    // To the rows of the step before; beyond the first there are none.
+    const int64_t ahead = begins_ ? 0 : c.rows.start(p.reverse[g] ? t + 1 : t - 1) - start;
     h0_ = p.h0 + g * p.B * H_;
     before_ = c.f.output + out + ahead * row_;
-    begins_ = c.rows.begins(g, t);
     lengths_ = p.reverse[g] ? p.lengths : nullptr;
     after_ = t + 1;
     reset_ = c.rows.resets(g, t);
@@ -98,7 +99,7 @@ class GateGradients {
   }
 
   // What the step before will read of a row and tile lies a step away in memory, in lines that no
-  // hardware prefetcher finds. Addresses before the first step are read by nobody.
+  // hardware prefetcher finds.
   GRU_MEMBER void prefetch_step_before(const Real* saved, int64_t out) const {
     for (int i = 0; i < slots_; ++i) prefetch(saved + away_ * slots_ + i * H_);
     if (grad_output_ != nullptr) prefetch(grad_output_ + out + away_);

@@ -33,7 +33,9 @@ static constexpr int first_gates(Cell cell) { return cell == Cell::kResetAfter ?
 static constexpr bool has_second_product(Cell cell) { return cell == Cell::kResetBefore; }
 
 // G independent recurrences over (T, B), none of T, B, G, H zero. All tensors are contiguous but x,
-// whose rows are, and the weights, which are within a group.
+// whose rows are, and the weights, which are within a group. What has (T, B) in front may be
+// packed, as in a PackedSequence: without padding, the rows of a time behind those of the time
+// before.
 template <class Real>
 struct Problem {
   int64_t T, B, G, I, H;
@@ -50,6 +52,7 @@ struct Problem {
   const int64_t* lengths;        // (B) or null; the next two come with it
   const int64_t* order;          // (B): rows by falling length
   const int64_t* alive_before;   // (T + 1): (t, b) pairs before time t that are not padding
+  bool packed;                   // then rows are in their order, and x_stride_t has no meaning
   const uint8_t* reset_mask;     // (T, B) or null
   const Real* reset_state;       // (G, B, H) or null: reset to zero
   const Real* h_scale;           // (B, G*H) or null

@@ -41,7 +41,7 @@ class Rebuild {
 
  private:
   void gather(int64_t g, int64_t row) const {
-    const int64_t place = c_.place(g, row), t = place / p_.B, b = place % p_.B;
+    const auto [t, b, index] = c_.place(g, row);
     std::memcpy(x_ + row * width_, c_.rows.input_row(g, t, b),
                 static_cast<size_t>(width_) * sizeof(Real));
     for (int64_t tile = 0; tile < c_.tiles; ++tile) {
@@ -66,6 +66,7 @@ class Rebuild {
     step.bias_ih = p_.bias_ih.only(g);
     step.bias_hh = p_.bias_hh.only(g);
     step.lengths = step.order = step.alive_before = nullptr;
+    step.packed = false;
     step.reset_mask = nullptr;
     step.reset_state = nullptr;
     step.h_scale = nullptr;

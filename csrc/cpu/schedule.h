@@ -45,6 +45,8 @@ struct Schedule {
   GRU_MEMBER bool last(int64_t g, int64_t t, int64_t b) const {
     return p.reverse[g] ? t == 0 : t + 1 == length(b);
   }
+  // Where the rows of a time begin in what has (T, B) in front.
+  GRU_MEMBER int64_t start(int64_t t) const { return p.packed ? p.alive_before[t] : t * p.B; }
   // A valid step before which the state is replaced.
   GRU_MEMBER bool reset(int64_t g, int64_t t, int64_t b) const {
     const uint8_t* const mask = resets(g, t);
@@ -70,7 +72,7 @@ struct Schedule {
     const bool first = p.reverse[g] ? t + 1 == length(b) : t == 0;
     if (first) return p.h0 + (g * p.B + b) * p.H;
     const int64_t before = p.reverse[g] ? t + 1 : t - 1;
-    return output + ((before * p.B + b) * p.G + g) * p.H;
+    return output + ((start(before) + b) * p.G + g) * p.H;
   }
   // Of a tile, scaled as the recurrent product reads it.
   GRU_MEMBER Vec<Real> scaled_previous(const Real* output, int64_t g, int64_t t, int64_t b,
@@ -81,7 +83,8 @@ struct Schedule {
     return p.h_scale ? h * load_n(p.h_scale + (b * p.G + g) * p.H + tile * W, n) : h;
   }
   GRU_MEMBER const Real* input_row(int64_t g, int64_t t, int64_t b) const {
-    return p.x + t * p.x_stride_t + b * p.x_stride_b + g * p.x_stride_g;
+    const int64_t before = p.packed ? p.alive_before[t] * p.x_stride_b : t * p.x_stride_t;
+    return p.x + before + b * p.x_stride_b + g * p.x_stride_g;
   }
 };
 

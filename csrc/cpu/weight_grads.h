@@ -132,7 +132,7 @@ class WeightGrads {
   bool wants_grad_x() const { return f_.grad_x != nullptr || f_.grad_shared_x != nullptr; }
 
   void clear_padding(Range batch) const {
-    if (f_.grad_x == nullptr || p_.lengths == nullptr) return;
+    if (f_.grad_x == nullptr || p_.lengths == nullptr || p_.packed) return;
     const int64_t width = !p_.weight_ih ? p_.G * c_.gates * p_.H : p_.x_shared ? p_.I : p_.G * p_.I;
     for (int64_t b = batch.begin; b < batch.end; ++b) {
       for (int64_t t = p_.lengths[b]; t < p_.T; ++t) {
@@ -145,7 +145,7 @@ class WeightGrads {
     if (!wants_grad_x()) return;
     if (!p_.weight_ih) {
       for (int64_t row = rows.begin; row < rows.end; ++row) {
-        Real* to = f_.grad_x + (c_.place(g, row) * p_.G + g) * c_.gates * p_.H;
+        Real* to = f_.grad_x + (c_.place(g, row).index * p_.G + g) * c_.gates * p_.H;
         for (int gate = 0; gate < c_.gates; ++gate) {
           std::memcpy(to + gate * p_.H, c_.d(g, row) + (input_slot_ + gate) * c_.units,
                       static_cast<size_t>(p_.H) * sizeof(Real));
@@ -156,13 +156,13 @@ class WeightGrads {
     input_panels_.multiply(
         {c_.d(g, rows.begin) + input_slot_ * c_.units, c_.ld}, rows.size(), g, tiles, false,
         row_by_row<Real>([&](int64_t i, int64_t tile, const V* sums) GRU_MEMBER_LAMBDA {
-          const int64_t place = c_.place(g, rows.begin + i);
+          const int64_t index = c_.place(g, rows.begin + i).index;
           const int lanes = lanes_of<Real>(tile, p_.I);
           if (f_.grad_shared_x != nullptr) {
-            Number* to = f_.grad_shared_x + place * p_.I + tile * W;
+            Number* to = f_.grad_shared_x + index * p_.I + tile * W;
             store_n(to, load_n(to, lanes) + sums[0], lanes);
           } else {
-            const int64_t at = p_.x_shared ? place : place * p_.G + g;
+            const int64_t at = p_.x_shared ? index : index * p_.G + g;
             store_n(f_.grad_x + at * p_.I + tile * W, sums[0], lanes);
           }
         }));
@@ -171,14 +171,9 @@ class WeightGrads {
   // A word of rows of x and of the state as right-hand operands: [tile][word][lanes].
   void pack_rows(int64_t g, int64_t first) const {
     const int64_t rows = c_.row_count(g), padded = packed_k<Real>(rows);
-    struct {
-      int64_t place, t, b;
-    } at[P] = {};
+    Place at[P] = {};
     const int count = rows - first < P ? static_cast<int>(rows - first) : P;
-    for (int i = 0; i < count; ++i) {
-      const int64_t place = c_.place(g, first + i);
-      at[i] = {place, place / p_.B, place % p_.B};
-    }
+    for (int i = 0; i < count; ++i) at[i] = c_.place(g, first + i);
     auto pack = [&](Real* to, int64_t tile, auto value) GRU_MEMBER_LAMBDA {
       V word[P] = {};
       for (int i = 0; i < count; ++i) word[i] = value(i);
@@ -200,7 +195,7 @@ class WeightGrads {
       pack(state_, tile, state);
       if (gated_ == nullptr) continue;
       pack(gated_, tile, [&](int i) GRU_MEMBER_LAMBDA {
-        return load_n(c_.gate_row(g, first + i, at[i].place) + tile * W, lanes) * state(i);
+        return load_n(c_.gate_row(g, first + i, at[i].index) + tile * W, lanes) * state(i);
       });
     }
   }

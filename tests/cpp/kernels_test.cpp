@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -51,6 +52,7 @@ struct Case {
   bool projects;  // x, else gates_x
   bool shared;    // one x for all groups
   bool lengths, resets, scales, recompute;
+  bool packed = false;
 };
 
 // The tensors that a call reads.
@@ -73,8 +75,11 @@ struct Inputs {
         reset_mask(flags(c.T * c.B)) {
     reverse.back() = c.G > 1;
     for (int64_t b = 0; b < c.B; ++b) {
-      lengths.push_back(b == 0 ? c.T : static_cast<int64_t>(generator() % (c.T + 1)));
+      const int64_t least = c.packed ? 1 : 0;
+      const auto above = static_cast<int64_t>(generator() % (c.T + 1 - least));
+      lengths.push_back(b == 0 ? c.T : least + above);
     }
+    if (c.packed) std::ranges::sort(lengths, std::greater<>());
     order.resize(lengths.size());
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(),
@@ -84,6 +89,11 @@ struct Inputs {
       const auto alive = std::ranges::count_if(lengths, [&](int64_t n) { return n > t; });
       alive_before.push_back(alive_before.back() + alive);
     }
+    rows = c.packed ? alive_before.back() : c.T * c.B;
+    x.resize(static_cast<size_t>(rows * (c.shared ? 1 : c.G) * width));
+    x.shrink_to_fit();
+    grad_output.resize(static_cast<size_t>(rows * c.G * c.H));
+    grad_output.shrink_to_fit();
   }
 
   Problem<float> problem(const Case& c, bool ranked) const {
@@ -101,13 +111,14 @@ struct Inputs {
     p.x_stride_t = p.x_stride_b * c.B;
     p.x_shared = c.shared;
     p.h0 = h0.data();
-    const int64_t rows = N * c.H;
-    p.weight_hh = {weight_hh.data(), rows * c.H};
-    p.bias_hh = {bias_hh.data(), rows};
+    const int64_t gates = N * c.H;
+    p.weight_hh = {weight_hh.data(), gates * c.H};
+    p.bias_hh = {bias_hh.data(), gates};
     if (c.projects) {
-      p.weight_ih = {weight_ih.data(), rows * c.I};
-      p.bias_ih = {bias_ih.data(), rows};
+      p.weight_ih = {weight_ih.data(), gates * c.I};
+      p.bias_ih = {bias_ih.data(), gates};
     }
+    p.packed = c.packed;
     if (c.lengths) {
       p.lengths = lengths.data();
       p.order = ranked ? order.data() : nullptr;
@@ -121,7 +132,7 @@ struct Inputs {
     return p;
   }
 
-  int64_t N, width;
+  int64_t N, width, rows;  // rows: of (T, B)
   Values x, h0, weight_ih, weight_hh, bias_ih, bias_hh, gamma, reset_state, h_scale, grad_output,
       grad_h_n;
   std::vector<uint8_t> reverse, reset_mask;
@@ -177,7 +188,7 @@ Panels packed(const PackedWeight& weight, const Values& values) {
 
 Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = false) {
   const KernelTable<float>& kernels = baseline::table().f32;
-  const int64_t rows = c.T * c.B * c.G, gates = in.N * c.H, states = c.G * c.B * c.H;
+  const int64_t rows = in.rows * c.G, gates = in.N * c.H, states = c.G * c.B * c.H;
   Results results;
   Forward<float> f{};
   f.in = in.problem(c, true);
@@ -200,7 +211,7 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
   b.grad_output = in.grad_output.data();
   b.grad_h_n = in.grad_h_n.data();
   if (c.shared && c.G > 1) {
-    b.grad_shared_x = results.make(c.T * c.B * in.width, true);
+    b.grad_shared_x = results.make(in.rows * in.width, true);
   } else {
     b.grad_x = results.make(static_cast<int64_t>(in.x.size()));
   }
@@ -346,10 +357,12 @@ int main() {
                             true, odd, kind >= 12, kind >= 18, kind >= 6, upper};
       const Case scan_case{cell,  T,     B,          G,          I,         H,
                            false, false, kind >= 12, kind >= 18, kind >= 6, upper};
-      const Inputs x(layer_case), gates_x(scan_case);
+      const Case packed_case{cell, T, B, G, I, H, true, odd, true, false, false, upper, true};
+      const Inputs x(layer_case), gates_x(scan_case), packed_x(packed_case);
       for (int threads : {2, 5}) {
         const bool same = layer(layer_case, x, threads) == layer(layer_case, x, 1) &&
-                          layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1);
+                          layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1) &&
+                          layer(packed_case, packed_x, threads) == layer(packed_case, packed_x, 1);
         const bool packed_alike =
             G > 1 || layer(layer_case, x, threads, true) == layer(layer_case, x, 1);
         const bool norm = cell == Cell::kResetAfter;
