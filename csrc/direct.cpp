@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Layers in float32 and bfloat16 called from Python without torch's dispatcher, which costs more
-// than a few small steps. Plain C functions, not pybind11's, whose conversion of the arguments
-// would cost as much as the rest of a small step.
+// Layers in float32, bfloat16 and float64 called from Python without torch's dispatcher, which
+// costs more than a few small steps. Plain C functions, not pybind11's, whose conversion of the
+// arguments would cost as much as the rest of a small step.
 #include "direct.h"
 
 #include <algorithm>
@@ -360,7 +360,8 @@ PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   shape.recurrent = PyObject_IsTrue(args[2]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if (!read_cell(args[1], shape.cell)) Py_RETURN_NONE;
-  if (!read_weight<float>(args[0], shape) && !read_weight<BFloat16>(args[0], shape)) {
+  if (!read_weight<float>(args[0], shape) && !read_weight<BFloat16>(args[0], shape) &&
+      !read_weight<double>(args[0], shape)) {
     Py_RETURN_NONE;
   }
   return prepack(args[0], shape);

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cell_names.h"
 #include "cpu/isa.h"
@@ -92,21 +93,25 @@ class Failure {
   std::string text_;
 };
 
-// body(table) with the kernels for float, then for bfloat16, null where there are none, until one
+// body(table) with the kernels for each type of numbers, null where there are none, until one
 // returns an object or raises; else None.
 template <class Body>
 PyObject* by_number(Body&& body) {
-  const KernelTable<float>* f32 = nullptr;
-  const KernelTable<BFloat16>* bf16 = nullptr;
+  std::tuple<const KernelTable<float>*, const KernelTable<BFloat16>*, const KernelTable<double>*>
+      tables;
   Failure failure;
   const bool found = failure.guard([&] {  // an instruction set may be asked for that there is not
-    f32 = kernel_table<float>();
-    bf16 = kernel_table<BFloat16>();
+    tables = {kernel_table<float>(), kernel_table<BFloat16>(), kernel_table<double>()};
     return true;
   });
   failure.raise();
-  PyObject* result = found ? body(f32) : nullptr;
-  if (result == nullptr && !PyErr_Occurred()) result = body(bf16);
+  if (!found) return nullptr;
+  PyObject* result = nullptr;
+  auto is_done = [&](const auto* table) {
+    result = body(table);
+    return result != nullptr || PyErr_Occurred() != nullptr;
+  };
+  std::apply([&](const auto*... table) { return (is_done(table) || ...); }, tables);
   if (result != nullptr || PyErr_Occurred()) return result;
   Py_RETURN_NONE;
 }

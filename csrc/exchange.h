@@ -59,9 +59,11 @@ template <class Real>
 bool read(PyObject* object, Rows<Real>& rows, bool again = false);
 extern template bool read(PyObject*, Dense<float>&, bool);
 extern template bool read(PyObject*, Dense<BFloat16>&, bool);
+extern template bool read(PyObject*, Dense<double>&, bool);
 extern template bool read(PyObject*, Dense<int64_t>&, bool);
 extern template bool read(PyObject*, Rows<float>&, bool);
 extern template bool read(PyObject*, Rows<BFloat16>&, bool);
+extern template bool read(PyObject*, Rows<double>&, bool);
 
 // New tensors, as the methods of that name make them; null with a Python exception.
 Reference empty_like(PyObject* tensor);

@@ -121,5 +121,7 @@ template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, 
                                                      const float*, const PackedWeight&);
 template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&, PyObject*,
                                                         const BFloat16*, const PackedWeight&);
+template std::shared_ptr<const double> find_prepacked(const KernelTable<double>&, PyObject*,
+                                                      const double*, const PackedWeight&);
 
 }  // namespace gru_fast

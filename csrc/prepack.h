@@ -28,5 +28,7 @@ extern template std::shared_ptr<const float> find_prepacked(const KernelTable<fl
 extern template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&,
                                                                PyObject*, const BFloat16*,
                                                                const PackedWeight&);
+extern template std::shared_ptr<const double> find_prepacked(const KernelTable<double>&, PyObject*,
+                                                             const double*, const PackedWeight&);
 
 }  // namespace gru_fast

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Float32 and bfloat16 on the CPU past the dispatcher, which costs more than a few small steps do.
+"""Calls on the CPU past the dispatcher, which costs more than a few small steps do.
 
 The kernels are those of the ops, and so are the results, to the bit. A call goes this way only
 where no part of PyTorch would miss the operator: no gradients, and no compiler, tracer, transform,

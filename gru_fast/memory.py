@@ -93,8 +93,7 @@ class _Sizes:
         steps = min(-(-_CHUNK_ROWS // B), T) if B else 0
         self.rows = steps * B  # of a chunk of the backward pass
         self.padded = -(-self.H // _UNITS) * _UNITS
-        self.dtype = module._flat_weights[0].dtype
-        self.kept = _KEPT_BYTES // self.dtype.itemsize
+        self.kept = _KEPT_BYTES // module._flat_weights[0].element_size()
 
     def width(self, k: int) -> int:
         return self.D * self.H if k else self.I
@@ -102,9 +101,9 @@ class _Sizes:
     def weights(self, k: int) -> int:
         return self.D * self.N * self.H * (self.width(k) + self.H + 2 * bool(self.module.bias))
 
-    def stacked(self, k: int, by_operator: bool) -> int:
-        """Copies of the weights: the operators take those of both directions as one tensor."""
-        return self.weights(k) if self.D == 2 and by_operator else 0
+    def stacked(self, k: int) -> int:
+        """Copies of the weights: operators take those of both directions as one tensor."""
+        return self.weights(k) if self.D == 2 else 0
 
     def packed(self, columns: int) -> int:
         """A weight of a layer in the kernels' own layout."""
@@ -132,20 +131,12 @@ class _Sizes:
 
     def inference(self) -> tuple[int, int]:
         kept = self.output + 2 * self.states
-        by_operator = self.dtype != torch.float32
-        peak = max(
-            (self.output if k else 0)
-            + self.forward_scratch(k)
-            + self.stacked(k, by_operator)
-            + (self.stacked(k - 1, by_operator) if k else 0)  # freed once the next are there
-            for k in range(self.L)
-        )
+        peak = max((self.output if k else 0) + self.forward_scratch(k) for k in range(self.L))
         return self.output + self.states, kept + peak
 
     def training(self, recompute: bool, input_grad: bool) -> tuple[int, int]:
-        scales = self.module.recurrent_dropout > 0 and self.module.training
-        by_operator = recompute or scales or self.dtype != torch.float32
-        stacked = [self.stacked(k, by_operator) for k in range(self.L)]
+        by_operator = recompute or (self.module.recurrent_dropout > 0 and self.module.training)
+        stacked = [self.stacked(k) if by_operator else 0 for k in range(self.L)]
         layer = self.output * (1 if recompute else 1 + self.S)
         dropped = 2 * self.output if self.module.dropout and self.module.training else 0
         saved = [layer + stacked[k] + (dropped if k + 1 < self.L else 0) for k in range(self.L)]

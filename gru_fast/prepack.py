@@ -22,8 +22,8 @@ def prepacked(module: nn.Module) -> Iterator[None]:
     when it is first used and again after it has changed; the numbers stay the same to the bit. It
     is for programs that call a layer often with few steps: acting, serving, streaming.
 
-    It serves calls without gradients on the CPU, in float32 or, where the CPU multiplies it
-    (AVX512-BF16), bfloat16, with `num_heads` of 1, without `lengths`, `reset_mask` or
+    It serves calls without gradients on the CPU, in float32, float64 or, where the CPU multiplies
+    it (AVX512-BF16), bfloat16, with `num_heads` of 1, without `lengths`, `reset_mask` or
     `return_gates`, and of at most 8 layers. Every other call, also on other devices, is as
     outside. Meanwhile each weight that is used stands in memory twice.
 

@@ -10,6 +10,16 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import direct
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+"""What goes past the dispatcher, bfloat16 where the processor multiplies it."""
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether that dtype does, on the instruction set that is chosen."""
+    from gru_fast import _C
+
+    return dtype in DTYPES and (dtype is not torch.bfloat16 or _C.multiplies_bfloat16())
+
 
 class Spy:
     """Counts the calls that went past the dispatcher."""

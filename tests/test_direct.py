@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy, assert_as_by_ops, assert_same
+from direct_spy import DTYPES, Spy, assert_as_by_ops, assert_same, serves
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
@@ -70,19 +70,21 @@ def test_gru_is_bitwise_the_op(
 @pytest.mark.parametrize("batch", [None, 1, 3, 33])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
-def test_bfloat16_is_bitwise_the_op_and_taken_where_it_is_multiplied(
-    spy: Spy, isa: str, cell: str, both: bool, batch: int | None, layers: int, steps: int
-) -> None:
+def test_other_dtypes_have_the_bits_of_the_op(
+    spy: Spy, isa: str, dtype: torch.dtype, cell: str, both: bool, batch: int | None, layers: int,
+    steps: int,
+) -> None:  # fmt: skip
     rows = () if batch is None else (batch,)
-    module = gru_fast.GRU(I, H, layers, bidirectional=both, cell=cell).bfloat16()
-    one = gru_fast.GRUCell(I, H, cell=cell).bfloat16()
-    x = torch.randn(steps, *rows, I).bfloat16()
-    h = torch.randn(layers * (1 + both), *rows, H).bfloat16()
+    module = gru_fast.GRU(I, H, layers, bidirectional=both, cell=cell, dtype=dtype)
+    one = gru_fast.GRUCell(I, H, cell=cell, dtype=dtype)
+    x = torch.randn(steps, *rows, I, dtype=dtype)
+    h = torch.randn(layers * (1 + both), *rows, H, dtype=dtype)
     calls = (lambda: module(x, h), lambda: module(x), lambda: one(x[0], h[0]), lambda: one(x[0]))
     for call in calls:
         assert_as_by_ops(call)
-    assert spy.taken == (4 if _C.multiplies_bfloat16() else 0)
+    assert spy.taken == (4 if serves(dtype) else 0)
 
 
 @torch.no_grad()
@@ -321,7 +323,7 @@ def surrounded(tensor: Tensor) -> Tensor:
     return inner.copy_(tensor)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("B", [1, 2, 3, 9])
@@ -339,7 +341,7 @@ def test_nothing_is_read_beside_the_tensors(
         parameter.data = surrounded(parameter.data)
     assert_same(module(surrounded(x), surrounded(h)), expected)
     assert not any(t.isnan().any() for t in expected)
-    assert spy.taken == (2 if dtype is torch.float32 or _C.multiplies_bfloat16() else 0)
+    assert spy.taken == (2 if serves(dtype) else 0)
 
 
 def test_python_threads_step_beside_each_other() -> None:

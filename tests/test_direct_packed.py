@@ -14,17 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy, assert_as_by_ops
+from direct_spy import DTYPES, Spy, assert_as_by_ops, serves
 from gru_fast import direct
 from test_direct import CONTEXTS
-from test_direct_training import backward_spy, leaves_of, serves
+from test_direct_training import backward_spy, leaves_of
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 __all__ = ["backward_spy"]  # a fixture
 
 I, H = 5, 19  # noqa: E741
-DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = {
     "one": [4],
     "one step": [1, 1, 1],

@@ -14,14 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy
+from direct_spy import DTYPES, Spy, serves
 from gru_fast import direct
 from test_direct import CONTEXTS, surrounded
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 I, H = 5, 19  # noqa: E741
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 @pytest.fixture
@@ -60,10 +59,6 @@ def assert_trained_as_by_ops(
             assert a.shape == b.shape and a.dtype == b.dtype
             assert a.requires_grad == b.requires_grad and type(a) is type(b)
             assert torch.equal(a, b)
-
-
-def serves(dtype: torch.dtype) -> bool:
-    return dtype is torch.float32 or _C.multiplies_bfloat16()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

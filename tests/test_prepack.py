@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy
+from direct_spy import Spy, serves
 from gru_fast import direct
 from prepack_stepper import H, I, Stepper
 
@@ -59,18 +59,20 @@ def test_same_bits(
 @pytest.mark.parametrize("steps", [1, 9])
 @pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
 @pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_bfloat16(
-    spy: Spy, isa: str, cell: str, layers: int, batch: int | None, steps: int
+def test_other_dtypes(
+    spy: Spy, isa: str, cell: str, dtype: torch.dtype, layers: int, batch: int | None, steps: int
 ) -> None:
-    module = gru_fast.GRU(I, H, layers, cell=cell).bfloat16()
+    module = gru_fast.GRU(I, H, layers, cell=cell, dtype=dtype)
     rows = () if batch is None else (batch,)
-    x, h = torch.randn(steps, *rows, I).bfloat16(), torch.randn(layers, *rows, H).bfloat16()
+    x = torch.randn(steps, *rows, I, dtype=dtype)
+    h = torch.randn(layers, *rows, H, dtype=dtype)
     before = module(x, h)
     with gru_fast.prepacked(module):
         assert all(map(torch.equal, module(x, h), before))
         module.weight_hh_l0.data.mul_(2)  # not counted: shows whether it is packed
-        assert all(map(torch.equal, module(x, h), before)) == _C.multiplies_bfloat16()
+        assert all(map(torch.equal, module(x, h), before)) == serves(dtype)
     after = module(x, h)
     assert not torch.equal(after[0], before[0])
     with gru_fast.prepacked(module):
@@ -271,13 +273,13 @@ def test_threads_that_step_while_a_block_opens_and_closes() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bidirectional": True}, {"num_heads": 2}, {"dtype": torch.float64}], ids=str
+    "options", [{"num_heads": 2}, {"dtype": torch.float16}, {"num_layers": 9}], ids=str
 )
 def test_what_is_not_served_is_as_outside(options: dict[str, Any]) -> None:
     module = gru_fast.GRU(I, 2 * H, **options)
     dtype = options.get("dtype", torch.float32)
     x = torch.randn(3, 2, I, dtype=dtype)
-    h = torch.randn(2 if module.bidirectional else 1, 2, 2 * H, dtype=dtype)
+    h = torch.randn(module.num_layers, 2, 2 * H, dtype=dtype)
     expected = module(x, h)
     with gru_fast.prepacked(module):
         assert torch.equal(module(x, h)[0], expected[0])
@@ -378,7 +380,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (weight, "lstm", True),
         (weight[:-1], "reset_after", True),
         (weight[:, :-1], "reset_after", False),
-        (weight.double(), "reset_after", False),
+        (weight.half(), "reset_after", False),
         (torch.zeros(3 * H, H + 1), "reset_after", True),
         (torch.zeros(3 * H), "reset_after", False),
         (torch.zeros(0, H), "reset_after", False),
