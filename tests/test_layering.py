@@ -54,7 +54,16 @@ LAYERS = [
     ],
     ["backends", "cudnn"],
     ["ops", "ops_*"],
-    ["autocast", "checks", "errors", "measured", "reference", "reference_*", "kernels"],
+    [
+        "autocast",
+        "checks",
+        "errors",
+        "measured",
+        "packed_rows",
+        "reference",
+        "reference_*",
+        "kernels",
+    ],
     ["_C", "_version"],
 ]
 LEAVES = {"checks", "errors", "measured", "reference", "_version"}

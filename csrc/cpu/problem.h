@@ -52,7 +52,7 @@ struct Problem {
   const int64_t* lengths;        // (B) or null; the next two come with it
   const int64_t* order;          // (B): rows by falling length
   const int64_t* alive_before;   // (T + 1): (t, b) pairs before time t that are not padding
-  bool packed;                   // then rows are in their order, and x_stride_t has no meaning
+  bool packed;                   // with these, rows in their order; x_stride_t has no meaning then
   const uint8_t* reset_mask;     // (T, B) or null
   const Real* reset_state;       // (G, B, H) or null: reset to zero
   const Real* h_scale;           // (B, G*H) or null
