@@ -100,7 +100,7 @@ def _row(suite: str) -> Row:
             Named("nn.GRU.bidirectional", together(nn.GRU, suite)),
         ],
         quick=Case(5, 8, 3, 9),
-        more=[square(256, 1, 256), square(256, 32, 128)],
+        more=[square(256, 1, 256), square(256, 32, 128), square(16, 4, 8), square(512, 4, 8)],
         command="layers",
     )  # fmt: skip
 
