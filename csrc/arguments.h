@@ -18,6 +18,7 @@
 #include "cpu/arena.h"
 #include "cpu/huge_pages.h"
 #include "cpu/problem.h"
+#include "row_order.h"
 
 namespace gru_fast {
 
@@ -145,26 +146,11 @@ class Marshal {
     }
     return values;
   }
-  // The longest rows first, as in a PackedSequence, so that those alive at a time are the first.
   void rank_rows(Problem<Real>& p) {
     if (p.lengths == nullptr) return;
-    alive_before_.assign(static_cast<size_t>(p.T) + 1, 0);
-    std::vector<int64_t> place(static_cast<size_t>(p.T) + 1, 0);  // by length: of its first row
-    for (int64_t b = 0; b < p.B; ++b) ++place[static_cast<size_t>(p.lengths[b])];
-    int64_t longer = 0;
-    for (size_t length = place.size(); length-- > 0;) {
-      const int64_t rows = place[length];
-      place[length] = longer;
-      if (length + 1 < place.size()) alive_before_[length + 1] = longer;
-      longer += rows;
-    }
-    for (size_t t = 1; t < alive_before_.size(); ++t) alive_before_[t] += alive_before_[t - 1];
-    order_.resize(static_cast<size_t>(p.B));
-    for (int64_t b = 0; b < p.B; ++b) {
-      order_[static_cast<size_t>(place[static_cast<size_t>(p.lengths[b])]++)] = b;
-    }
-    p.order = order_.data();
-    p.alive_before = alive_before_.data();
+    order_ = order_by_length(p.lengths, p.B, p.T);
+    p.order = order_.ranks.data();
+    p.alive_before = order_.alive_before.data();
   }
   const uint8_t* read_mask(const MaybeTensor& mask, int64_t T, int64_t B) {
     if (!mask.has_value()) return nullptr;
@@ -232,7 +218,7 @@ class Marshal {
   const Tensor like_;
   const ScalarType given_;
   std::vector<Tensor> kept_;
-  std::vector<int64_t> order_, alive_before_;
+  RowOrder order_;
 };
 
 // The gradients that an op returns, allocated one after the other; those that nobody wants have no

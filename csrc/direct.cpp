@@ -11,8 +11,8 @@
 
 #include "cpu/huge_pages.h"
 #include "direct_call.h"
-#include "packed_rows.h"
 #include "prepack.h"
+#include "ragged_rows.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -28,13 +28,14 @@ struct Arguments {
   long layers;
   bool bias, batch_first;
   int64_t directions;
-  PackedRows* packed;  // null where the input is no PackedSequence's
+  RaggedRows* ragged;  // null where all rows have T steps
   Cell cell;
   bool saves;  // what backward needs
 
   bool is_cell() const { return layers == kCell; }
   long layer_count() const { return is_cell() ? 1 : layers; }
   int64_t state_count() const { return layer_count() * directions; }
+  bool is_packed() const { return ragged != nullptr && ragged->packed(); }
 };
 
 // What a call returns, allocated: a cell's h_n is its output.
@@ -106,15 +107,16 @@ struct Sizes {
     if (!read(a.input, input, again)) return false;
     if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
     by_row = a.batch_first && input.ndim == 3;
-    packed = a.packed != nullptr;
+    packed = a.is_packed();
     rows = input.rows();
     if (packed) {
-      if (input.ndim != 2 || a.packed->rows() != rows) return false;
-      T = a.packed->steps();
-      B = a.packed->batch();
+      if (input.ndim != 2 || a.ragged->count() != rows) return false;
+      T = a.ragged->steps();
+      B = a.ragged->batch();
     } else {
       T = a.is_cell() ? 1 : input.shape[by_row ? 1 : 0];
       B = rows / T;
+      if (a.ragged != nullptr && !a.ragged->fit(T, B)) return false;
     }
     if (a.hx == Py_None) {
       Dense<Real> weight_hh;
@@ -188,7 +190,8 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
   }
   const Py_ssize_t per_group = a.bias ? kMaxWeights : 2, per_layer = per_group * D;
   if (a.weight_count != layers * per_layer) return false;
-  const bool is_state = T == 1 && D == 1;  // the output of a layer
+  // The output of a layer; but that of a row without steps is zero, and its state stays.
+  const bool is_state = T == 1 && D == 1 && a.ragged == nullptr;
   const int64_t layer_output = size.rows * D * H;
   if (!is_state && layers > 1) {
     stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * layer_output)]);
@@ -216,7 +219,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
-    if (a.packed != nullptr) a.packed->describe(f.in);
+    if (a.ragged != nullptr) a.ragged->describe(f.in);
     f.in.h0 = h0 + k * layer_state;
     if (!read_weights(a.weights + k * per_layer, per_group, a.is_cell() || a.saves, f.in))
       return false;
@@ -282,33 +285,32 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 
 // Calls body(arguments, table) with the kernels for each type of numbers, as by_number() does. They
 // are input, hx or None, list or tuple of weights, layers, bias, bidirectional, batch_first, batch
-// sizes of a PackedSequence or None, cell, saves.
+// sizes of a PackedSequence or None, lengths or None, cell, saves.
 template <class Body>
 PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
-  if (nargs != 10) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 10 arguments, got %zd", nargs);
+  if (nargs != 11) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 11 arguments, got %zd", nargs);
     return nullptr;
   }
   const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
   const bool bias = PyObject_IsTrue(args[4]) == 1, bidirectional = PyObject_IsTrue(args[5]) == 1;
-  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[9]) == 1;
+  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[10]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
   Cell cell;
   Items<kMaxLayers * kMaxDirections * kMaxWeights> weights;
-  if (!read_cell(args[8], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
-  PackedRows rows;
-  Failure failure;
-  const bool packed = args[7] != Py_None;
-  if (packed && (layers == kCell || !failure.guard([&] { return rows.read(args[7]); }))) {
-    failure.raise();
+  if (!read_cell(args[9], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  RaggedRows rows;
+  bool is_ragged = false;
+  if (!read_rows(args[7], args[8], rows, is_ragged) || (is_ragged && layers == kCell)) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
   const int64_t directions = bidirectional && layers != kCell ? kMaxDirections : 1;
-  const Arguments given{args[0], args[1],     weights.get(), weights.size(),           layers,
-                        bias,    batch_first, directions,    packed ? &rows : nullptr, cell,
-                        saves};
+  const Arguments given{args[0],        args[1],    weights.get(),
+                        weights.size(), layers,     bias,
+                        batch_first,    directions, is_ragged ? &rows : nullptr,
+                        cell,           saves};
   return by_number([&](const auto* table) { return body(given, table); });
 }
 

@@ -8,7 +8,7 @@
 #include "cpu/huge_pages.h"
 #include "direct.h"
 #include "direct_call.h"
-#include "packed_rows.h"
+#include "ragged_rows.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -23,9 +23,10 @@ struct Arguments {
   bool is_cell;
   Cell cell;
   int64_t directions;
-  PackedRows* packed;  // null where the input is no PackedSequence's
+  RaggedRows* ragged;  // null where all rows have T steps
   bool wanted[kMaxInputs];
 
+  bool is_packed() const { return ragged != nullptr && ragged->packed(); }
   int input_count() const { return static_cast<int>(2 + directions * kMaxWeights); }
 };
 
@@ -57,18 +58,19 @@ struct Call {
   bool read_sizes(const Arguments& a, bool again) {
     Rows<Real> input;
     Dense<Real> hx;
-    const int ndim = a.is_cell || a.packed != nullptr ? 2 : 3;
+    const int ndim = a.is_cell || a.is_packed() ? 2 : 3;
     if (!read(a.inputs[0], input, again) || !read(a.inputs[1], hx, again)) return false;
     if (input.ndim != ndim || hx.ndim != (a.is_cell ? 2 : 3)) return false;
     Problem<Real>& p = f.in;
     rows = input.rows();
-    if (a.packed != nullptr) {
-      if (a.packed->rows() != rows) return false;
-      p.T = a.packed->steps();
-      p.B = a.packed->batch();
+    if (a.is_packed()) {
+      if (a.ragged->count() != rows) return false;
+      p.T = a.ragged->steps();
+      p.B = a.ragged->batch();
     } else {
       p.T = a.is_cell ? 1 : input.shape[0];
       p.B = input.shape[ndim - 2];
+      if (a.ragged != nullptr && !a.ragged->fit(p.T, p.B)) return false;
     }
     p.G = a.directions;
     p.I = input.width();
@@ -96,9 +98,9 @@ struct Call {
     for (int i = 0; i < a.input_count(); ++i) {
       if (!a.wanted[i]) continue;
       PyObject* const like = a.inputs[i];
-      grads[i] = i > 0                              ? empty_like(like)
-                 : a.is_cell || a.packed != nullptr ? new_empty(like, {rows, p.I})
-                                                    : new_empty(like, {p.T, p.B, p.I});
+      grads[i] = i > 0                        ? empty_like(like)
+                 : a.is_cell || a.is_packed() ? new_empty(like, {rows, p.I})
+                                              : new_empty(like, {p.T, p.B, p.I});
       if (grads[i] == nullptr) return false;
     }
     return true;
@@ -137,7 +139,7 @@ struct Call {
   }
 
   void run(const Arguments& a, const KernelTable<Real>& table) {
-    if (a.packed != nullptr) a.packed->describe(f.in);
+    if (a.ragged != nullptr) a.ragged->describe(f.in);
     const int64_t count = rows * f.in.I;
     std::unique_ptr<Number[]> sums;  // of both directions, before they are rounded
     if (f.in.G == 1 || grad_x == nullptr) {
@@ -197,23 +199,20 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 }  // namespace
 
 PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 11) {
-    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 11 arguments, got %zd", nargs);
+  if (nargs != 12) {
+    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 12 arguments, got %zd", nargs);
     return nullptr;
   }
   Items<kMaxDirections * kMaxWeights> weights;
   Items<kMaxInputs> wanted;
   Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, nullptr, {}};
-  a.is_cell = PyObject_IsTrue(args[8]) == 1;
-  bool known = read_cell(args[9], a.cell) && weights.hold(args[4]) && wanted.hold(args[10]);
+  a.is_cell = PyObject_IsTrue(args[9]) == 1;
+  bool known = read_cell(args[10], a.cell) && weights.hold(args[4]) && wanted.hold(args[11]);
   if (!a.is_cell && weights.size() > kMaxWeights) a.directions = kMaxDirections;
-  PackedRows rows;
-  if (args[7] != Py_None) {
-    Failure failure;
-    known = known && !a.is_cell && failure.guard([&] { return rows.read(args[7]); });
-    failure.raise();
-    a.packed = &rows;
-  }
+  RaggedRows rows;
+  bool is_ragged = false;
+  known = read_rows(args[7], args[8], rows, is_ragged) && known && !(is_ragged && a.is_cell);
+  if (is_ragged) a.ragged = &rows;
   if (!known || weights.size() != a.directions * kMaxWeights || wanted.size() != a.input_count()) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;

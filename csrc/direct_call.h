@@ -11,6 +11,7 @@
 #include "cell_names.h"
 #include "cpu/isa.h"
 #include "exchange.h"
+#include "ragged_rows.h"
 #include "signals.h"
 
 namespace gru_fast {
@@ -92,6 +93,20 @@ class Failure {
   PyObject* kind_ = nullptr;
   std::string text_;
 };
+
+// Batch sizes or lengths, of which one at least is None; false if they are not plain, or with a
+// Python exception.
+inline bool read_rows(PyObject* batch_sizes, PyObject* lengths, RaggedRows& rows, bool& found) {
+  found = batch_sizes != Py_None || lengths != Py_None;
+  if (!found) return true;
+  if (batch_sizes != Py_None && lengths != Py_None) return false;
+  Failure failure;
+  const bool done = failure.guard([&] {
+    return batch_sizes != Py_None ? rows.read_batch_sizes(batch_sizes) : rows.read_lengths(lengths);
+  });
+  failure.raise();
+  return done;
+}
 
 // body(table) with the kernels for each type of numbers, null where there are none, until one
 // returns an object or raises; else None.

@@ -48,7 +48,7 @@ def gru_cell(
         return None
     done: Tensor | None = None
     if backend in BACKENDS:
-        done = native(input, hx, weights, None, True, False, False, None, cell, False)
+        done = native(input, hx, weights, None, True, False, False, None, None, cell, False)
     if done is None and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
     return done
@@ -62,6 +62,7 @@ def gru(
     bias: bool,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Tensor | None,
     cell: str,
     backend: str,
 ) -> tuple[Any, Tensor] | None:
@@ -71,13 +72,16 @@ def gru(
     done: tuple[Tensor, Tensor] | None = None
     if backend in BACKENDS:
         done = native(
-            input, hx, params, num_layers, bias, bidirectional, batch_first, None, cell, False
-        )
-    if done is None and type(input) is PackedSequence:
+            input, hx, params, num_layers, bias, bidirectional, batch_first, None, lengths, cell,
+            False,
+        )  # fmt: skip
+    if done is not None or lengths is not None:
+        return done
+    if type(input) is PackedSequence:
         return _packed(input, hx, params, num_layers, bias, bidirectional, cell, backend)
-    if done is None and not bidirectional and type(input) is Tensor and input.is_cuda:
-        done = direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
-    return done
+    if not bidirectional and type(input) is Tensor and input.is_cuda:
+        return direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
+    return None
 
 
 def _packed(
@@ -101,7 +105,7 @@ def _packed(
             return None
         hx = hx.index_select(1, sorted_indices)
     done = native(
-        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, cell, False
+        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, None, cell, False
     )
     if done is None:
         return None
@@ -116,8 +120,9 @@ def layer(
     h0: Tensor,
     weights: Sequence[Tensor],
     directions: int,
-    batch_sizes: Tensor | None = None,
     *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
@@ -129,7 +134,7 @@ def layer(
         return None
     bias = len(weights) > 2 * directions
     return native(  # type: ignore[no-any-return]
-        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, cell, False
+        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, lengths, cell, False
     )
 
 

@@ -38,6 +38,7 @@ class GRULayer(torch.autograd.Function):
         results: tuple[Tensor, ...],
         cell: str,
         batch_sizes: Tensor | None,
+        lengths: Tensor | None,
         *tensors: Tensor | None,
     ) -> Any:
         """Save what backward needs.
@@ -47,6 +48,7 @@ class GRULayer(torch.autograd.Function):
             results: output and h_n, or a cell's new state; then the workspace.
             cell: its name.
             batch_sizes: of a PackedSequence, else None.
+            lengths: (B,) or None.
             tensors: input, hx, then weight_ih, weight_hh, bias_ih, bias_hh of each direction.
 
         Returns:
@@ -55,21 +57,23 @@ class GRULayer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.is_cell, ctx.batch_sizes = cell, len(results) == 2, batch_sizes
         output = results[0].data if ctx.is_cell else ops_rules.unwatched(results[0])
-        ctx.save_for_backward(*tensors, output, results[-1])
+        ctx.save_for_backward(*tensors, output, results[-1], lengths)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradients of results, cell, batch_sizes and tensors; the first three have none."""
+        """The gradients of what forward was given, of which tensors alone have some."""
         *rest, grad_workspace = grads
         grad_output, grad_h_n = (*rest, None)[:2]
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         if grad_output is None and grad_h_n is None and grad_workspace is None:
-            return (None,) * (3 + len(needed))
-        x, h0, *weights, output, workspace = ctx.saved_tensors
+            return (None,) * (4 + len(needed))
+        x, h0, *weights, output, workspace, lengths = ctx.saved_tensors
         found = None
         if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
-            saved = (x, h0, weights, output, workspace, ctx.batch_sizes, ctx.is_cell, ctx.cell)
+            saved = (
+                x, h0, weights, output, workspace, ctx.batch_sizes, lengths, ctx.is_cell, ctx.cell,
+            )  # fmt: skip
             found = direct.native_backward(grad_output, grad_h_n, *saved, needed)
             if found is None:
                 # With batch_first, after sum() and in many other losses they lie in another order.
@@ -78,10 +82,11 @@ class GRULayer(torch.autograd.Function):
                 ]
                 found = direct.native_backward(*dense, *saved, needed)
         if found is not None:
-            return (None, None, None, *found)
+            return (None, None, None, None, *found)
         # The op wants a dimension of groups, one of steps, and padding.
         rows = None if ctx.batch_sizes is None else PackedRows(ctx.batch_sizes)
         if rows is not None:
+            lengths = rows.lengths
             x, output, workspace, grad_output, grad_workspace = (
                 None if t is None else rows.pad(t)
                 for t in (x, output, workspace, grad_output, grad_workspace)
@@ -93,9 +98,8 @@ class GRULayer(torch.autograd.Function):
         kinds = range(_PER_DIRECTION)
         output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
         *by_op, _, _ = ops.layer_backward(
-            grad_output, grad_h_n, grad_workspace, x, h0, *_grouped(weights),
-            None if rows is None else rows.lengths, None, None, None, output, workspace, ctx.cell,
-            reverse, False, [*output_mask, False, False],
+            grad_output, grad_h_n, grad_workspace, x, h0, *_grouped(weights), lengths, None, None,
+            None, output, workspace, ctx.cell, reverse, False, [*output_mask, False, False],
         )  # fmt: skip
         of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
         if rows is not None and needed[0]:
@@ -104,7 +108,7 @@ class GRULayer(torch.autograd.Function):
         for d in range(len(reverse)):
             wanted = needed[2 + d * _PER_DIRECTION :]
             shaped += [by_op[2 + i][d] if wanted[i] else None for i in kinds]
-        return (None, None, None, *shaped)
+        return (None, None, None, None, *shaped)
 
 
 # Function.apply, less what it does for transforms, of which none is active here.
@@ -140,6 +144,7 @@ def _run(
     weights: Sequence[Tensor | None],
     layers: int | None,
     batch_sizes: Tensor | None,
+    lengths: Tensor | None,
     cell: str,
 ) -> tuple[Tensor, ...] | None:
     """The results that `GRULayer` takes, or None where the call is not plain.
@@ -149,7 +154,7 @@ def _run(
     be on for one of them only.
     """
     both = len(weights) > _PER_DIRECTION
-    call = (input, hx, weights, layers, True, both, False, batch_sizes, cell, True)
+    call = (input, hx, weights, layers, True, both, False, batch_sizes, lengths, cell, True)
     if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
@@ -163,7 +168,7 @@ def _run(
                 rows.pad(x), h0, *_grouped(weights), rows.lengths, *rest
             )
             return rows.pack(output), h_n, rows.pack(workspace)
-    results = ops.without_grad(ops.layer, x, h0, *_grouped(weights), None, *rest)
+    results = ops.without_grad(ops.layer, x, h0, *_grouped(weights), lengths, *rest)
     return results if layers else (results[0].squeeze(0).clone(), results[2])
 
 
@@ -175,13 +180,13 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    results = _run(input, hx, weights, None, None, cell)
+    results = _run(input, hx, weights, None, None, None, cell)
     if results is None and (copies := _in_order(input, hx)) is not None:
         input, hx = copies
-        results = _run(input, hx, weights, None, None, cell)
+        results = _run(input, hx, weights, None, None, None, cell)
     if results is None:
         return None
-    return _attach(results, cell, None, input, hx, *weights)[0]  # type: ignore[no-any-return]
+    return _attach(results, cell, None, None, input, hx, *weights)[0]  # type: ignore[no-any-return]
 
 
 def layer(
@@ -189,8 +194,9 @@ def layer(
     h0: Tensor,
     weights: Sequence[Tensor],
     directions: int,
-    batch_sizes: Tensor | None = None,
     *,
+    batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
@@ -200,11 +206,11 @@ def layer(
     own: Sequence[Tensor | None] = weights
     if len(weights) < directions * _PER_DIRECTION:
         own = [w for d in range(directions) for w in (*weights[2 * d : 2 * d + 2], None, None)]
-    results = _run(x, h0, own, 1, batch_sizes, cell)
+    results = _run(x, h0, own, 1, batch_sizes, lengths, cell)
     if results is None and (copies := _in_order(x, h0)) is not None:
         x, start = copies
         assert start is not None
-        results, h0 = _run(x, start, own, 1, batch_sizes, cell), start
+        results, h0 = _run(x, start, own, 1, batch_sizes, lengths, cell), start
     if results is None:
         return None
-    return _attach(results, cell, batch_sizes, x, h0, *own)[:2]  # type: ignore[no-any-return]
+    return _attach(results, cell, batch_sizes, lengths, x, h0, *own)[:2]  # type: ignore[no-any-return]

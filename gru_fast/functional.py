@@ -215,9 +215,9 @@ def gru(
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
     plain = num_heads == 1 and not (return_gates or (training and (dropout or recurrent_dropout)))
-    if plain and lengths is reset_mask is reset_state is h_scale is None:
+    if plain and reset_mask is reset_state is h_scale is None:
         done = direct.gru(
-            input, hx, params, num_layers, bias, bidirectional, batch_first, cell, backend
+            input, hx, params, num_layers, bias, bidirectional, batch_first, lengths, cell, backend
         )
         if done is not None:
             return done

@@ -49,9 +49,10 @@ def run_layers(
             then weight_hh.
         run: one layer of G directions; takes (T, B, I), (G, B, H), each of the layer's tensors
             with G in front, and by keyword lengths, reset_mask, reset_state, h_scale and reverse.
-        run_plain: a shorter way for a layer without any of these but reverse, if there is one:
-            takes (T, B, I), (G, B, H), the tensors of one direction after the other, G and, with
-            packed rows (rows, I), batch sizes; None where it is not for the call.
+        run_plain: a shorter way for a layer without any of these but lengths and reverse, if there
+            is one: takes (T, B, I), (G, B, H), the tensors of one direction after the other, G and,
+            by keyword, lengths or, with packed rows (rows, I), batch_sizes; None where it is not
+            for the call.
         num_layers: number of layers.
         dropout: probability of the dropout between layers, 0 outside training.
         bidirectional: as in `gru`.
@@ -195,7 +196,8 @@ def _run_rows(
     finals: list[Tensor] = []
     for k in range(num_layers):
         own = params[k * per : (k + 1) * per]
-        done = run_plain(data, hx[k * D : (k + 1) * D], own, D, batch_sizes)
+        h0 = hx[k * D : (k + 1) * D]
+        done = run_plain(data, h0, own, D, batch_sizes=batch_sizes)
         if done is None:
             break
         data, h_n = done
@@ -261,14 +263,14 @@ def _stack(
         _check_hx(h_scale, num_layers * D, B, H, "h_scale")
         _, h_scale = matching(x, h_scale, params[0], "h_scale")
     reverse = BOTH if bidirectional else FORWARD
-    if not (lengths is reset_mask is reset_state is h_scale is None):
+    if not (reset_mask is reset_state is h_scale is None):
         run_plain = None
     finals: list[Tensor] = []
     for k in range(num_layers):
         own = params[k * D * per : (k + 1) * D * per]
         rows = slice(k * D, (k + 1) * D)
         h0 = hx if num_layers == 1 else hx[rows]
-        done = None if run_plain is None else run_plain(x, h0, own, D)
+        done = None if run_plain is None else run_plain(x, h0, own, D, lengths=lengths)
         if done is None:
             if bidirectional:
                 weights = [torch.stack((own[i], own[i + per])) for i in range(per)]

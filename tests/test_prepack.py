@@ -317,7 +317,7 @@ def test_with_gradients_it_is_as_outside(spy: Spy) -> None:
 def test_sequences_that_are_not_plain_go_by_the_ops(spy: Spy) -> None:
     module = gru_fast.GRU(I, H)
     x, h = torch.randn(4, 2, 2 * I)[:, :, ::2], torch.randn(1, 2, H)
-    lengths = torch.tensor([4, 2])
+    lengths = torch.tensor([4, 2], dtype=torch.int32)
     expected = module(x, h), module(x, h, lengths=lengths)
     with gru_fast.prepacked(module):
         given = module(x, h), module(x, h, lengths=lengths)
