@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gru_fast
 
@@ -35,16 +36,19 @@ def in_use() -> int:
 
 
 X, LENGTHS = torch.randn(4, 3, 8), torch.tensor([4, 2, 1])
+PACKED = pack_padded_sequence(X, LENGTHS)
 GRU = gru_fast.GRU(8, 16)
 BOTH = gru_fast.GRU(8, 16, 2, bidirectional=True)
+HEADS = gru_fast.GRU(8, 16, 2, num_heads=2)
 NORM = gru_fast.LayerNormGRU(8, 16)
 CELL = gru_fast.GRUCell(8, 16)
 MODEL = gru_fast.GRULanguageModel(10, None, 16)
 
 
-def backward(module, **options):
+def backward(module, x=X, **options):
     module.zero_grad()
-    module(X, **options)[0].sum().backward()
+    output, _ = module(x, **options)
+    (output.data if isinstance(output, PackedSequence) else output).sum().backward()
 
 
 @torch.no_grad()
@@ -61,10 +65,14 @@ def refused():
 
 
 PROGRAMS = {
-    "inference": lambda: torch.no_grad()(GRU)(X),
-    "inference by the op": lambda: torch.no_grad()(BOTH)(X),
+    "inference": lambda: torch.no_grad()(BOTH)(X),
+    "inference by the op": lambda: torch.no_grad()(HEADS)(X),
+    "inference of packed rows": lambda: torch.no_grad()(BOTH)(PACKED),
     "training": lambda: backward(BOTH),
-    "lengths": lambda: backward(GRU, lengths=LENGTHS),
+    "training by the op": lambda: backward(HEADS),
+    "training of packed rows": lambda: backward(BOTH, PACKED),
+    "lengths": lambda: backward(BOTH, lengths=LENGTHS),
+    "lengths by the op": lambda: backward(HEADS, lengths=LENGTHS),
     "layer norm": lambda: backward(NORM),
     "a step of a cell": lambda: CELL(X[0]).sum().backward(),
     "a language model": lambda: MODEL.loss(torch.tensor([[1, 2, 3]])).backward(),
