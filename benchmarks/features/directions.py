@@ -22,7 +22,8 @@ from benchmarks.problem import WEIGHTS as NAMES
 BACK = "_reverse"
 
 
-def _draw(case: Case, generator: torch.Generator) -> Tensors:
+def draw_both(case: Case, generator: torch.Generator) -> Tensors:
+    """`draw` with the weights of both directions, and the gradient of both outputs."""
     there, back = draw(case, generator), draw(case, generator)
     grad_y = torch.cat([there.pop("grad_y"), back["grad_y"]], -1)
     return there | {name + BACK: back[name] for name in NAMES} | {"grad_y": grad_y}
@@ -91,7 +92,7 @@ def _row(suite: str) -> Row:
     return Row(
         Drawn(
             square(64, 1, 256), suite, "float32", "cpu", feature=f"bidirectional/{suite}",
-            draw=_draw, exact=together(nn.GRU, suite),
+            draw=draw_both, exact=together(nn.GRU, suite),
         ),
         [
             Named(name, one_after_the_other(suite), baseline=True, results=joined),

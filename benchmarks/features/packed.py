@@ -15,19 +15,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gru_fast
 from benchmarks.cases import Case, square
-from benchmarks.features.directions import BACK
+from benchmarks.features.directions import draw_both
 from benchmarks.features.layer import draw
 from benchmarks.features.row import Call, Drawn, Named, Row, Tensors, Way, call_of, load
-from benchmarks.problem import WEIGHTS
 
 
 def _draw(both: bool) -> Callable[[Case, torch.Generator], Tensors]:
     def drawn(case: Case, generator: torch.Generator) -> Tensors:
-        tensors = draw(case, generator)
-        if both:
-            back = draw(case, generator)
-            tensors |= {name + BACK: back[name] for name in WEIGHTS}
-            tensors["grad_y"] = torch.cat([tensors["grad_y"], back["grad_y"]], -1)
+        tensors = (draw_both if both else draw)(case, generator)
         lengths = torch.linspace(case.T, max(1, case.T // 2), case.B).round().long()
         for name in ("x", "grad_y"):
             rows = pack_padded_sequence(tensors[name], lengths)
