@@ -97,6 +97,14 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return spy
 
 
+@pytest.fixture
+def backward_spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    """Counts the backward passes that went past the dispatcher."""
+    spy = Spy(direct.native_backward)
+    monkeypatch.setattr(direct, "native_backward", spy)
+    return spy
+
+
 @pytest.fixture(scope="session")
 def quick_results(tmp_path_factory):
     """A folder with the results of quick runs of several benchmark suites."""

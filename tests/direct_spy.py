@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import direct
@@ -61,3 +61,33 @@ def assert_as_by_ops(call: Callable[[], Any]) -> None:
     with direct.turned_off():
         expected = outcome(call)
     assert_same(given, expected)
+
+
+def leaves_of(module: nn.Module, *tensors: Tensor) -> list[Tensor]:
+    return [t for t in (*tensors, *module.parameters()) if t.requires_grad]
+
+
+def trained(
+    call: Callable[[], Any], leaves: list[Tensor], used: tuple[int, ...] = (0, 1)
+) -> list[Tensor | None]:
+    """The results of a call and the gradients of leaves, of some of the results."""
+    results = call()
+    results = results if isinstance(results, tuple) else (results,)
+    outputs = [results[i] for i in used if i < len(results)]
+    generator = torch.Generator().manual_seed(3)
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    return [*results, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)]
+
+
+def assert_trained_as_by_ops(
+    call: Callable[[], Any], leaves: list[Tensor], used: tuple[int, ...] = (0, 1)
+) -> None:
+    given = trained(call, leaves, used)
+    with direct.turned_off():
+        expected = trained(call, leaves, used)
+    for a, b in zip(given, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert a.requires_grad == b.requires_grad and type(a) is type(b)
+            assert torch.equal(a, b)

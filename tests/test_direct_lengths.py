@@ -9,13 +9,17 @@ from torch import Tensor
 
 import gru_fast
 from cases import CELLS
-from direct_spy import DTYPES, Spy, assert_as_by_ops, serves
+from direct_spy import (
+    DTYPES,
+    Spy,
+    assert_as_by_ops,
+    assert_trained_as_by_ops,
+    leaves_of,
+    serves,
+)
 from gru_fast import direct
-from test_direct_training import assert_trained_as_by_ops, backward_spy, leaves_of
 
 pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
-
-__all__ = ["backward_spy"]  # a fixture
 
 I, H = 5, 19  # noqa: E741
 LENGTHS = {

@@ -2,10 +2,9 @@
 """Training past the dispatcher: the operators' bits, forward and backward, where nobody looks."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -14,51 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS
-from direct_spy import DTYPES, Spy, serves
+from direct_spy import DTYPES, Spy, assert_trained_as_by_ops, leaves_of, serves, trained
 from gru_fast import direct
 from test_direct import CONTEXTS, surrounded
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 I, H = 5, 19  # noqa: E741
-
-
-@pytest.fixture
-def backward_spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
-    """Counts the backward passes that went past the dispatcher."""
-    spy = Spy(direct.native_backward)
-    monkeypatch.setattr(direct, "native_backward", spy)
-    yield spy
-
-
-def leaves_of(module: nn.Module, *tensors: Tensor) -> list[Tensor]:
-    return [t for t in (*tensors, *module.parameters()) if t.requires_grad]
-
-
-def trained(
-    call: Callable[[], Any], leaves: list[Tensor], used: tuple[int, ...] = (0, 1)
-) -> list[Tensor | None]:
-    """The results of a call and the gradients of leaves, of some of the results."""
-    results = call()
-    results = results if isinstance(results, tuple) else (results,)
-    outputs = [results[i] for i in used if i < len(results)]
-    generator = torch.Generator().manual_seed(3)
-    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
-    return [*results, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)]
-
-
-def assert_trained_as_by_ops(
-    call: Callable[[], Any], leaves: list[Tensor], used: tuple[int, ...] = (0, 1)
-) -> None:
-    given = trained(call, leaves, used)
-    with direct.turned_off():
-        expected = trained(call, leaves, used)
-    for a, b in zip(given, expected, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            assert a.shape == b.shape and a.dtype == b.dtype
-            assert a.requires_grad == b.requires_grad and type(a) is type(b)
-            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
