@@ -55,8 +55,8 @@ class RaggedRows {
   // To be called once a tensor has been seen to have so many rows.
   template <class Real>
   void describe(Problem<Real>& p) {
-    if (packed_ && lengths_.empty()) order_packed();
-    if (!packed_ && order_.ranks.empty()) order_ = order_by_length(lengths_.data(), p.B, p.T);
+    if (order_.ranks.empty() && packed_) order_packed();
+    if (order_.ranks.empty()) order_ = order_by_length(lengths_.data(), p.B, p.T);
     p.lengths = lengths_.data();
     p.order = order_.ranks.data();
     p.alive_before = order_.alive_before.data();

@@ -69,17 +69,16 @@ def gru(
     """`functional.gru`, or None where the call is not plain."""
     if native is None or torch.is_grad_enabled() or not is_unobserved():
         return None
-    done: tuple[Tensor, Tensor] | None = None
     if backend in BACKENDS:
         done = native(
             input, hx, params, num_layers, bias, bidirectional, batch_first, None, lengths, cell,
             False,
         )  # fmt: skip
-    if done is not None or lengths is not None:
-        return done
-    if type(input) is PackedSequence:
-        return _packed(input, hx, params, num_layers, bias, bidirectional, cell, backend)
-    if not bidirectional and type(input) is Tensor and input.is_cuda:
+        if done is not None:
+            return done  # type: ignore[no-any-return]
+        if type(input) is PackedSequence and lengths is None:
+            return _packed(input, hx, params, num_layers, bias, bidirectional, cell)
+    if lengths is None and not bidirectional and type(input) is Tensor and input.is_cuda:
         return direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
     return None
 
@@ -92,11 +91,8 @@ def _packed(
     bias: bool,
     bidirectional: bool,
     cell: str,
-    backend: str,
 ) -> tuple[PackedSequence, Tensor] | None:
     data, batch_sizes, sorted_indices, unsorted_indices = input
-    if backend not in BACKENDS:
-        return None
     if hx is not None and sorted_indices is not None:
         # Of too many rows the first would be taken.
         if type(hx) not in (Tensor, nn.Parameter) or hx.dim() != 3:

@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from gru_fast import direct, ops, ops_rules
 from gru_fast.ops_past import is_unobserved
-from gru_fast.packed_rows import PackedRows
-from gru_fast.recurrence import BOTH, FORWARD
+from gru_fast.recurrence import BOTH, grouped
 
 _PER_DIRECTION = 4  # weights, of which both biases may be None
 
 
-def _grouped(weights: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Those of one direction after the other as the operators take them: each of all directions."""
-    if len(weights) == _PER_DIRECTION:
-        return [None if weight is None else weight.unsqueeze(0) for weight in weights]
-    pairs = zip(weights[:_PER_DIRECTION], weights[_PER_DIRECTION:], strict=True)
-    return [None if a is None or b is None else torch.stack((a, b)) for a, b in pairs]
+def _padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows (rows, ...) as (T, B, ...), and their lengths."""
+    return pad_packed_sequence(PackedSequence(rows, batch_sizes))
 
 
 class GRULayer(torch.autograd.Function):
@@ -84,28 +81,28 @@ class GRULayer(torch.autograd.Function):
         if found is not None:
             return (None, None, None, None, *found)
         # The op wants a dimension of groups, one of steps, and padding.
-        rows = None if ctx.batch_sizes is None else PackedRows(ctx.batch_sizes)
-        if rows is not None:
-            lengths = rows.lengths
-            x, output, workspace, grad_output, grad_workspace = (
-                None if t is None else rows.pad(t)
-                for t in (x, output, workspace, grad_output, grad_workspace)
+        if ctx.batch_sizes is not None:
+            x, lengths = _padded(x, ctx.batch_sizes)
+            output, workspace, grad_output, grad_workspace = (
+                None if t is None else _padded(t, ctx.batch_sizes)[0]
+                for t in (output, workspace, grad_output, grad_workspace)
             )
         if ctx.is_cell:
             x, h0, output = x.unsqueeze(0), h0.unsqueeze(0), output.unsqueeze(0)
             grad_output = None if grad_output is None else grad_output.unsqueeze(0)
-        reverse = FORWARD if len(weights) == _PER_DIRECTION else BOTH
+        directions = len(weights) // _PER_DIRECTION
         kinds = range(_PER_DIRECTION)
         output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
         *by_op, _, _ = ops.layer_backward(
-            grad_output, grad_h_n, grad_workspace, x, h0, *_grouped(weights), lengths, None, None,
-            None, output, workspace, ctx.cell, reverse, False, [*output_mask, False, False],
+            grad_output, grad_h_n, grad_workspace, x, h0, *grouped(weights, directions), lengths,
+            None, None, None, output, workspace, ctx.cell, BOTH[:directions], False,
+            [*output_mask, False, False],
         )  # fmt: skip
         of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
-        if rows is not None and needed[0]:
-            of_steps[0] = rows.pack(of_steps[0])
+        if ctx.batch_sizes is not None and needed[0]:
+            of_steps[0] = pack_padded_sequence(of_steps[0], lengths).data
         shaped = [grad if wanted else None for grad, wanted in zip(of_steps, needed, strict=False)]
-        for d in range(len(reverse)):
+        for d in range(directions):
             wanted = needed[2 + d * _PER_DIRECTION :]
             shaped += [by_op[2 + i][d] if wanted[i] else None for i in kinds]
         return (None, None, None, None, *shaped)
@@ -153,22 +150,25 @@ def _run(
     stays the same: `torch.utils.checkpoint` compares it between its two passes, and a profiler may
     be on for one of them only.
     """
-    both = len(weights) > _PER_DIRECTION
+    directions = len(weights) // _PER_DIRECTION
+    both = directions == 2
     call = (input, hx, weights, layers, True, both, False, batch_sizes, lengths, cell, True)
     if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None
     x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
-    rest = (None, None, None, cell, BOTH if both else FORWARD, False)
+    rest = (None, None, None, cell, BOTH[:directions], False)
+    weights = grouped(weights, directions)
     if batch_sizes is not None:
         with torch.no_grad():
-            rows = PackedRows(batch_sizes)
-            output, h_n, workspace = ops.layer(
-                rows.pad(x), h0, *_grouped(weights), rows.lengths, *rest
+            x, row_lengths = _padded(x, batch_sizes)
+            output, h_n, workspace = ops.layer(x, h0, *weights, row_lengths, *rest)
+            output, workspace = (
+                pack_padded_sequence(t, row_lengths).data for t in (output, workspace)
             )
-            return rows.pack(output), h_n, rows.pack(workspace)
-    results = ops.without_grad(ops.layer, x, h0, *_grouped(weights), lengths, *rest)
+            return output, h_n, workspace
+    results = ops.without_grad(ops.layer, x, h0, *weights, lengths, *rest)
     return results if layers else (results[0].squeeze(0).clone(), results[2])
 
 

@@ -21,6 +21,15 @@ FORWARD = (False,)
 BOTH = (False, True)
 
 
+def grouped(weights: Sequence[Tensor | None], directions: int) -> list[Tensor | None]:
+    """Those of one direction after the other as `layer` takes them: each of all directions."""
+    if directions == 1:
+        return [None if weight is None else weight.unsqueeze(0) for weight in weights]
+    half = len(weights) // 2
+    pairs = zip(weights[:half], weights[half:], strict=True)
+    return [None if a is None or b is None else torch.stack((a, b)) for a, b in pairs]
+
+
 def _takes_ops(steps: Tensor, backend: str) -> bool:
     """Whether that is plain without looking further: the usual call on a CPU."""
     return (

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gru_fast.checks import check_rows
 from gru_fast.dropout import Dropout, PackedDropout
-from gru_fast.recurrence import BOTH, FORWARD
+from gru_fast.recurrence import BOTH, FORWARD, grouped
 
 __all__ = [
     "check_devices",
@@ -272,14 +272,10 @@ def _stack(
         h0 = hx if num_layers == 1 else hx[rows]
         done = None if run_plain is None else run_plain(x, h0, own, D, lengths=lengths)
         if done is None:
-            if bidirectional:
-                weights = [torch.stack((own[i], own[i + per])) for i in range(per)]
-            else:
-                weights = [w.unsqueeze(0) for w in own]
             done = run(
                 x,
                 h0,
-                *weights,
+                *grouped(own, D),
                 lengths=lengths,
                 reset_mask=reset_mask,
                 reset_state=None if reset_state is None else reset_state[rows],

@@ -59,7 +59,6 @@ LAYERS = [
         "checks",
         "errors",
         "measured",
-        "packed_rows",
         "reference",
         "reference_*",
         "kernels",
