@@ -12,7 +12,6 @@
 #include "cpu/huge_pages.h"
 #include "direct_call.h"
 #include "prepack.h"
-#include "ragged_rows.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -28,14 +27,13 @@ struct Arguments {
   long layers;
   bool bias, batch_first;
   int64_t directions;
-  RaggedRows* ragged;  // null where all rows have T steps
+  RowOptions* options;
   Cell cell;
   bool saves;  // what backward needs
 
   bool is_cell() const { return layers == kCell; }
   long layer_count() const { return is_cell() ? 1 : layers; }
   int64_t state_count() const { return layer_count() * directions; }
-  bool is_packed() const { return ragged != nullptr && ragged->packed(); }
 };
 
 // What a call returns, allocated: a cell's h_n is its output.
@@ -107,16 +105,16 @@ struct Sizes {
     if (!read(a.input, input, again)) return false;
     if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
     by_row = a.batch_first && input.ndim == 3;
-    packed = a.is_packed();
+    packed = a.options->is_packed();
     rows = input.rows();
     if (packed) {
-      if (input.ndim != 2 || a.ragged->count() != rows) return false;
-      T = a.ragged->steps();
-      B = a.ragged->batch();
+      if (input.ndim != 2 || a.options->count() != rows) return false;
+      T = a.options->steps();
+      B = a.options->batch();
     } else {
       T = a.is_cell() ? 1 : input.shape[by_row ? 1 : 0];
       B = rows / T;
-      if (a.ragged != nullptr && !a.ragged->fit(T, B)) return false;
+      if (!a.options->fit(input.ndim, T, B)) return false;
     }
     if (a.hx == Py_None) {
       Dense<Real> weight_hh;
@@ -191,7 +189,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
   const Py_ssize_t per_group = a.bias ? kMaxWeights : 2, per_layer = per_group * D;
   if (a.weight_count != layers * per_layer) return false;
   // The output of a layer; but that of a row without steps is zero, and its state stays.
-  const bool is_state = T == 1 && D == 1 && a.ragged == nullptr;
+  const bool is_state = T == 1 && D == 1 && !a.options->is_ragged();
   const int64_t layer_output = size.rows * D * H;
   if (!is_state && layers > 1) {
     stack.between.reset(new Real[static_cast<size_t>((layers > 2 ? 2 : 1) * layer_output)]);
@@ -219,7 +217,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
-    if (a.ragged != nullptr) a.ragged->describe(f.in);
+    a.options->describe(f.in);
     f.in.h0 = h0 + k * layer_state;
     if (!read_weights(a.weights + k * per_layer, per_group, a.is_cell() || a.saves, f.in))
       return false;
@@ -285,32 +283,29 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 
 // Calls body(arguments, table) with the kernels for each type of numbers, as by_number() does. They
 // are input, hx or None, list or tuple of weights, layers, bias, bidirectional, batch_first, batch
-// sizes of a PackedSequence or None, lengths or None, cell, saves.
+// sizes of a PackedSequence or None, lengths or None, reset_mask or None, cell, saves.
 template <class Body>
 PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
-  if (nargs != 11) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 11 arguments, got %zd", nargs);
+  if (nargs != 12) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 12 arguments, got %zd", nargs);
     return nullptr;
   }
   const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
   const bool bias = PyObject_IsTrue(args[4]) == 1, bidirectional = PyObject_IsTrue(args[5]) == 1;
-  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[10]) == 1;
+  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[11]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
   Cell cell;
   Items<kMaxLayers * kMaxDirections * kMaxWeights> weights;
-  if (!read_cell(args[9], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
-  RaggedRows rows;
-  bool is_ragged = false;
-  if (!read_rows(args[7], args[8], rows, is_ragged) || (is_ragged && layers == kCell)) {
+  if (!read_cell(args[10], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  RowOptions options;
+  if (!options.read(args[7], args[8], args[9], batch_first) || (options.any() && layers == kCell)) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
   const int64_t directions = bidirectional && layers != kCell ? kMaxDirections : 1;
-  const Arguments given{args[0],        args[1],    weights.get(),
-                        weights.size(), layers,     bias,
-                        batch_first,    directions, is_ragged ? &rows : nullptr,
-                        cell,           saves};
+  const Arguments given{args[0],     args[1],    weights.get(), weights.size(), layers, bias,
+                        batch_first, directions, &options,      cell,           saves};
   return by_number([&](const auto* table) { return body(given, table); });
 }
 

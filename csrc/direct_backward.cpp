@@ -8,7 +8,6 @@
 #include "cpu/huge_pages.h"
 #include "direct.h"
 #include "direct_call.h"
-#include "ragged_rows.h"
 #include "run.h"
 
 namespace gru_fast {
@@ -23,10 +22,10 @@ struct Arguments {
   bool is_cell;
   Cell cell;
   int64_t directions;
-  RaggedRows* ragged;  // null where all rows have T steps
+  RowOptions* options;
   bool wanted[kMaxInputs];
 
-  bool is_packed() const { return ragged != nullptr && ragged->packed(); }
+  bool is_packed() const { return options->is_packed(); }
   int input_count() const { return static_cast<int>(2 + directions * kMaxWeights); }
 };
 
@@ -64,13 +63,13 @@ struct Call {
     Problem<Real>& p = f.in;
     rows = input.rows();
     if (a.is_packed()) {
-      if (a.ragged->count() != rows) return false;
-      p.T = a.ragged->steps();
-      p.B = a.ragged->batch();
+      if (a.options->count() != rows) return false;
+      p.T = a.options->steps();
+      p.B = a.options->batch();
     } else {
       p.T = a.is_cell ? 1 : input.shape[0];
       p.B = input.shape[ndim - 2];
-      if (a.ragged != nullptr && !a.ragged->fit(p.T, p.B)) return false;
+      if (!a.options->fit(ndim, p.T, p.B)) return false;
     }
     p.G = a.directions;
     p.I = input.width();
@@ -139,7 +138,7 @@ struct Call {
   }
 
   void run(const Arguments& a, const KernelTable<Real>& table) {
-    if (a.ragged != nullptr) a.ragged->describe(f.in);
+    a.options->describe(f.in);
     const int64_t count = rows * f.in.I;
     std::unique_ptr<Number[]> sums;  // of both directions, before they are rounded
     if (f.in.G == 1 || grad_x == nullptr) {
@@ -199,20 +198,18 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 }  // namespace
 
 PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 12) {
-    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 12 arguments, got %zd", nargs);
+  if (nargs != 13) {
+    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 13 arguments, got %zd", nargs);
     return nullptr;
   }
   Items<kMaxDirections * kMaxWeights> weights;
   Items<kMaxInputs> wanted;
-  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, nullptr, {}};
-  a.is_cell = PyObject_IsTrue(args[9]) == 1;
-  bool known = read_cell(args[10], a.cell) && weights.hold(args[4]) && wanted.hold(args[11]);
+  RowOptions options;
+  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, &options, {}};
+  a.is_cell = PyObject_IsTrue(args[10]) == 1;
+  bool known = read_cell(args[11], a.cell) && weights.hold(args[4]) && wanted.hold(args[12]);
   if (!a.is_cell && weights.size() > kMaxWeights) a.directions = kMaxDirections;
-  RaggedRows rows;
-  bool is_ragged = false;
-  known = read_rows(args[7], args[8], rows, is_ragged) && known && !(is_ragged && a.is_cell);
-  if (is_ragged) a.ragged = &rows;
+  known = options.read(args[7], args[8], args[9], false) && known && !(options.any() && a.is_cell);
   if (!known || weights.size() != a.directions * kMaxWeights || wanted.size() != a.input_count()) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;

@@ -12,6 +12,7 @@
 #include "cpu/isa.h"
 #include "exchange.h"
 #include "ragged_rows.h"
+#include "resets.h"
 #include "signals.h"
 
 namespace gru_fast {
@@ -94,19 +95,49 @@ class Failure {
   std::string text_;
 };
 
-// Batch sizes or lengths, of which one at least is None; false if they are not plain, or with a
-// Python exception.
-inline bool read_rows(PyObject* batch_sizes, PyObject* lengths, RaggedRows& rows, bool& found) {
-  found = batch_sizes != Py_None || lengths != Py_None;
-  if (!found) return true;
-  if (batch_sizes != Py_None && lengths != Py_None) return false;
-  Failure failure;
-  const bool done = failure.guard([&] {
-    return batch_sizes != Py_None ? rows.read_batch_sizes(batch_sizes) : rows.read_lengths(lengths);
-  });
-  failure.raise();
-  return done;
-}
+// What a call may say of its rows and steps beside their number.
+class RowOptions {
+ public:
+  // False if they are not plain, or with a Python exception. Batch sizes are those of a
+  // PackedSequence and come alone; the mask is (B, T) if it is turned.
+  bool read(PyObject* batch_sizes, PyObject* lengths, PyObject* reset_mask, bool turned) {
+    is_ragged_ = batch_sizes != Py_None || lengths != Py_None;
+    has_resets_ = reset_mask != Py_None;
+    if (batch_sizes != Py_None && (lengths != Py_None || has_resets_)) return false;
+    if (!any()) return true;
+    Failure failure;
+    const bool done = failure.guard([&] {
+      if (batch_sizes != Py_None) return ragged_.read_batch_sizes(batch_sizes);
+      return (!is_ragged_ || ragged_.read_lengths(lengths)) &&
+             (!has_resets_ || resets_.read(reset_mask, turned));
+    });
+    failure.raise();
+    return done;
+  }
+
+  bool any() const { return is_ragged_ || has_resets_; }
+  bool is_ragged() const { return is_ragged_; }  // or all rows have T steps
+  bool is_packed() const { return is_ragged_ && ragged_.packed(); }
+  // Of packed rows: their number, that of the first step and that of steps.
+  int64_t count() const { return ragged_.count(); }
+  int64_t batch() const { return ragged_.batch(); }
+  int64_t steps() const { return ragged_.steps(); }
+  // Whether they are those of an input that is not packed.
+  bool fit(int input_ndim, int64_t T, int64_t B) const {
+    return (!is_ragged_ || ragged_.fit(T, B)) && (!has_resets_ || resets_.fit(input_ndim, T, B));
+  }
+  // To be called once a tensor has been seen to have so many rows. May throw std::bad_alloc.
+  template <class Real>
+  void describe(Problem<Real>& p) {
+    if (is_ragged_) ragged_.describe(p);
+    if (has_resets_) p.reset_mask = resets_.data();
+  }
+
+ private:
+  bool is_ragged_ = false, has_resets_ = false;
+  RaggedRows ragged_;
+  Resets resets_;
+};
 
 // body(table) with the kernels for each type of numbers, null where there are none, until one
 // returns an object or raises; else None.

@@ -23,10 +23,12 @@ template <>
 constexpr DLDataType kNumber<double> = {kDLFloat, 64, 1};
 template <>
 constexpr DLDataType kNumber<int64_t> = {kDLInt, 64, 1};
+template <>
+constexpr DLDataType kNumber<bool> = {kDLBool, 8, 1};
 
 // A tensor of such numbers with elements, on the CPU.
 template <class Real>
-bool read_strided(PyObject* object, Rows<Real>& rows, bool again) {
+bool read_any(PyObject* object, Rows<Real>& rows, bool again) {
   if (read_tensor == nullptr) return false;
   if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
   DLTensor t;
@@ -65,15 +67,15 @@ bool read_strided(PyObject* object, Rows<Real>& rows, bool again) {
 template <class Real>
 bool read(PyObject* object, Dense<Real>& dense, bool again) {
   Rows<Real> found;
-  if (!read_strided(object, found, again) || !found.is_dense()) return false;
+  if (!read_any(object, found, again) || !found.is_dense()) return false;
   dense = found;
   return true;
 }
 template <class Real>
 bool read(PyObject* object, Rows<Real>& rows, bool again) {
-  return read_strided(object, rows, again) &&
-         (rows.width() == 1 || rows.strides[rows.ndim - 1] == 1);
+  return read_any(object, rows, again) && (rows.width() == 1 || rows.strides[rows.ndim - 1] == 1);
 }
+bool read_strided(PyObject* object, Rows<bool>& tensor) { return read_any(object, tensor, false); }
 template bool read(PyObject*, Dense<float>&, bool);
 template bool read(PyObject*, Dense<BFloat16>&, bool);
 template bool read(PyObject*, Dense<double>&, bool);

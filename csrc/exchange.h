@@ -57,6 +57,8 @@ template <class Real>
 bool read(PyObject* object, Dense<Real>& dense, bool again = false);
 template <class Real>
 bool read(PyObject* object, Rows<Real>& rows, bool again = false);
+// The same of any strides.
+bool read_strided(PyObject* object, Rows<bool>& tensor);
 extern template bool read(PyObject*, Dense<float>&, bool);
 extern template bool read(PyObject*, Dense<BFloat16>&, bool);
 extern template bool read(PyObject*, Dense<double>&, bool);

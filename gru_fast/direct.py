@@ -48,7 +48,7 @@ def gru_cell(
         return None
     done: Tensor | None = None
     if backend in BACKENDS:
-        done = native(input, hx, weights, None, True, False, False, None, None, cell, False)
+        done = native(input, hx, weights, None, True, False, False, None, None, None, cell, False)
     if done is None and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
     return done
@@ -63,6 +63,7 @@ def gru(
     bidirectional: bool,
     batch_first: bool,
     lengths: Tensor | None,
+    reset_mask: Tensor | None,
     cell: str,
     backend: str,
 ) -> tuple[Any, Tensor] | None:
@@ -71,14 +72,15 @@ def gru(
         return None
     if backend in BACKENDS:
         done = native(
-            input, hx, params, num_layers, bias, bidirectional, batch_first, None, lengths, cell,
-            False,
+            input, hx, params, num_layers, bias, bidirectional, batch_first, None, lengths,
+            reset_mask, cell, False,
         )  # fmt: skip
         if done is not None:
             return done  # type: ignore[no-any-return]
-        if type(input) is PackedSequence and lengths is None:
+        if type(input) is PackedSequence and lengths is reset_mask is None:
             return _packed(input, hx, params, num_layers, bias, bidirectional, cell)
-    if lengths is None and not bidirectional and type(input) is Tensor and input.is_cuda:
+    plain = lengths is reset_mask is None and not bidirectional
+    if plain and type(input) is Tensor and input.is_cuda:
         return direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
     return None
 
@@ -101,8 +103,9 @@ def _packed(
             return None
         hx = hx.index_select(1, sorted_indices)
     done = native(
-        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, None, cell, False
-    )
+        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, None, None, cell,
+        False,
+    )  # fmt: skip
     if done is None:
         return None
     output, h_n = done
@@ -119,6 +122,7 @@ def layer(
     *,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
@@ -130,8 +134,9 @@ def layer(
         return None
     bias = len(weights) > 2 * directions
     return native(  # type: ignore[no-any-return]
-        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, lengths, cell, False
-    )
+        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, lengths, reset_mask, cell,
+        False,
+    )  # fmt: skip
 
 
 def is_only_watched() -> bool:

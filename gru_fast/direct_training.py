@@ -19,6 +19,7 @@ from gru_fast.ops_past import is_unobserved
 from gru_fast.recurrence import BOTH, grouped
 
 _PER_DIRECTION = 4  # weights, of which both biases may be None
+_OTHERS = 5  # arguments of GRULayer before those that may have a gradient
 
 
 def _padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,7 @@ class GRULayer(torch.autograd.Function):
         cell: str,
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
+        reset_mask: Tensor | None,
         *tensors: Tensor | None,
     ) -> Any:
         """Save what backward needs.
@@ -46,6 +48,7 @@ class GRULayer(torch.autograd.Function):
             cell: its name.
             batch_sizes: of a PackedSequence, else None.
             lengths: (B,) or None.
+            reset_mask: (T, B) or None.
             tensors: input, hx, then weight_ih, weight_hh, bias_ih, bias_hh of each direction.
 
         Returns:
@@ -54,7 +57,7 @@ class GRULayer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.is_cell, ctx.batch_sizes = cell, len(results) == 2, batch_sizes
         output = results[0].data if ctx.is_cell else ops_rules.unwatched(results[0])
-        ctx.save_for_backward(*tensors, output, results[-1], lengths)
+        ctx.save_for_backward(*tensors, output, results[-1], lengths, reset_mask)
         return results
 
     @staticmethod
@@ -62,14 +65,15 @@ class GRULayer(torch.autograd.Function):
         """The gradients of what forward was given, of which tensors alone have some."""
         *rest, grad_workspace = grads
         grad_output, grad_h_n = (*rest, None)[:2]
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[_OTHERS:]
         if grad_output is None and grad_h_n is None and grad_workspace is None:
-            return (None,) * (4 + len(needed))
-        x, h0, *weights, output, workspace, lengths = ctx.saved_tensors
+            return (None,) * (_OTHERS + len(needed))
+        x, h0, *weights, output, workspace, lengths, reset_mask = ctx.saved_tensors
         found = None
         if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
             saved = (
-                x, h0, weights, output, workspace, ctx.batch_sizes, lengths, ctx.is_cell, ctx.cell,
+                x, h0, weights, output, workspace, ctx.batch_sizes, lengths, reset_mask,
+                ctx.is_cell, ctx.cell,
             )  # fmt: skip
             found = direct.native_backward(grad_output, grad_h_n, *saved, needed)
             if found is None:
@@ -79,7 +83,7 @@ class GRULayer(torch.autograd.Function):
                 ]
                 found = direct.native_backward(*dense, *saved, needed)
         if found is not None:
-            return (None, None, None, None, *found)
+            return (*((None,) * _OTHERS), *found)
         # The op wants a dimension of groups, one of steps, and padding.
         if ctx.batch_sizes is not None:
             x, lengths = _padded(x, ctx.batch_sizes)
@@ -95,7 +99,7 @@ class GRULayer(torch.autograd.Function):
         output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
         *by_op, _, _ = ops.layer_backward(
             grad_output, grad_h_n, grad_workspace, x, h0, *grouped(weights, directions), lengths,
-            None, None, None, output, workspace, ctx.cell, BOTH[:directions], False,
+            reset_mask, None, None, output, workspace, ctx.cell, BOTH[:directions], False,
             [*output_mask, False, False],
         )  # fmt: skip
         of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
@@ -105,7 +109,7 @@ class GRULayer(torch.autograd.Function):
         for d in range(directions):
             wanted = needed[2 + d * _PER_DIRECTION :]
             shaped += [by_op[2 + i][d] if wanted[i] else None for i in kinds]
-        return (None, None, None, None, *shaped)
+        return (*((None,) * _OTHERS), *shaped)
 
 
 # Function.apply, less what it does for transforms, of which none is active here.
@@ -142,6 +146,7 @@ def _run(
     layers: int | None,
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
+    reset_mask: Tensor | None,
     cell: str,
 ) -> tuple[Tensor, ...] | None:
     """The results that `GRULayer` takes, or None where the call is not plain.
@@ -152,13 +157,15 @@ def _run(
     """
     directions = len(weights) // _PER_DIRECTION
     both = directions == 2
-    call = (input, hx, weights, layers, True, both, False, batch_sizes, lengths, cell, True)
+    call = (
+        input, hx, weights, layers, True, both, False, batch_sizes, lengths, reset_mask, cell, True,
+    )  # fmt: skip
     if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None
     x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
-    rest = (None, None, None, cell, BOTH[:directions], False)
+    rest = (reset_mask, None, None, cell, BOTH[:directions], False)
     weights = grouped(weights, directions)
     if batch_sizes is not None:
         with torch.no_grad():
@@ -180,13 +187,13 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    results = _run(input, hx, weights, None, None, None, cell)
+    results = _run(input, hx, weights, None, None, None, None, cell)
     if results is None and (copies := _in_order(input, hx)) is not None:
         input, hx = copies
-        results = _run(input, hx, weights, None, None, None, cell)
+        results = _run(input, hx, weights, None, None, None, None, cell)
     if results is None:
         return None
-    return _attach(results, cell, None, None, input, hx, *weights)[0]  # type: ignore[no-any-return]
+    return _attach(results, cell, None, None, None, input, hx, *weights)[0]  # type: ignore[no-any-return]
 
 
 def layer(
@@ -197,6 +204,7 @@ def layer(
     *,
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
@@ -206,11 +214,12 @@ def layer(
     own: Sequence[Tensor | None] = weights
     if len(weights) < directions * _PER_DIRECTION:
         own = [w for d in range(directions) for w in (*weights[2 * d : 2 * d + 2], None, None)]
-    results = _run(x, h0, own, 1, batch_sizes, lengths, cell)
+    rows = (batch_sizes, lengths, reset_mask)
+    results = _run(x, h0, own, 1, *rows, cell)
     if results is None and (copies := _in_order(x, h0)) is not None:
         x, start = copies
         assert start is not None
-        results, h0 = _run(x, start, own, 1, batch_sizes, lengths, cell), start
+        results, h0 = _run(x, start, own, 1, *rows, cell), start
     if results is None:
         return None
-    return _attach(results, cell, batch_sizes, lengths, x, h0, *own)[:2]  # type: ignore[no-any-return]
+    return _attach(results, cell, *rows, x, h0, *own)[:2]  # type: ignore[no-any-return]

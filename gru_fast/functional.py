@@ -215,10 +215,11 @@ def gru(
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
     plain = num_heads == 1 and not (return_gates or (training and (dropout or recurrent_dropout)))
-    if plain and reset_mask is reset_state is h_scale is None:
+    if plain and reset_state is h_scale is None:
         done = direct.gru(
-            input, hx, params, num_layers, bias, bidirectional, batch_first, lengths, cell, backend
-        )
+            input, hx, params, num_layers, bias, bidirectional, batch_first, lengths, reset_mask,
+            cell, backend,
+        )  # fmt: skip
         if done is not None:
             return done
     _check_params(params, 4 if bias else 2, num_layers, bias, bidirectional)

@@ -23,7 +23,7 @@ def prepacked(module: nn.Module) -> Iterator[None]:
     is for programs that call a layer often with few steps: acting, serving, streaming.
 
     It serves calls without gradients on the CPU, in float32, float64 or, where the CPU multiplies
-    it (AVX512-BF16), bfloat16, with `num_heads` of 1, without `reset_mask` or `return_gates`, and
+    it (AVX512-BF16), bfloat16, with `num_heads` of 1, without `reset_state` or `return_gates`, and
     of at most 8 layers. Every other call, also on other devices, is as outside. Meanwhile each
     weight that is used stands in memory twice.
 

@@ -49,9 +49,9 @@ def run_layers(
             then weight_hh.
         run: one layer of G directions; takes (T, B, I), (G, B, H), each of the layer's tensors
             with G in front, and by keyword lengths, reset_mask, reset_state, h_scale and reverse.
-        run_plain: a shorter way for a layer without any of these but lengths and reverse, if there
-            is one: takes (T, B, I), (G, B, H), the tensors of one direction after the other, G and,
-            by keyword, lengths or, with packed rows (rows, I), batch_sizes; None where it is not
+        run_plain: a shorter way for a layer without reset_state and h_scale, if there is one: takes
+            (T, B, I), (G, B, H), the tensors of one direction after the other, G and, by keyword,
+            lengths and reset_mask or, with packed rows (rows, I), batch_sizes; None where it is not
             for the call.
         num_layers: number of layers.
         dropout: probability of the dropout between layers, 0 outside training.
@@ -263,14 +263,16 @@ def _stack(
         _check_hx(h_scale, num_layers * D, B, H, "h_scale")
         _, h_scale = matching(x, h_scale, params[0], "h_scale")
     reverse = BOTH if bidirectional else FORWARD
-    if not (reset_mask is reset_state is h_scale is None):
+    if not (reset_state is h_scale is None):
         run_plain = None
     finals: list[Tensor] = []
     for k in range(num_layers):
         own = params[k * D * per : (k + 1) * D * per]
         rows = slice(k * D, (k + 1) * D)
         h0 = hx if num_layers == 1 else hx[rows]
-        done = None if run_plain is None else run_plain(x, h0, own, D, lengths=lengths)
+        done = None
+        if run_plain is not None:
+            done = run_plain(x, h0, own, D, lengths=lengths, reset_mask=reset_mask)
         if done is None:
             done = run(
                 x,

@@ -182,7 +182,7 @@ def test_weights_that_were_replaced_are_used(spy: Spy) -> None:
         {"lengths": torch.tensor([1.0, 0.0])},
         {"lengths": [1, 0]},
         {"lengths": torch.tensor([1, 9, 0, 9])[::2]},
-        {"reset_mask": torch.tensor([[True, False]])},
+        {"reset_mask": torch.tensor([[True, False]]), "reset_state": torch.ones(2, 2, H)},
         {"h_scale": torch.full((2, 2, H), 0.5)},
         {"params": []},
     ],
@@ -242,8 +242,9 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
     nine = gru_fast.GRU(I, H, 9, bias=False)._flat_weights
     both, pair = gru_fast.GRU(I, H, bidirectional=True)._flat_weights, torch.zeros(2, 2, H)
-    last = (False, False, None, None, "reset_after", False)
-    way = (True, False, None, None, "reset_after", False)  # both directions
+    rest = (None, None, None, "reset_after", False)
+    last = (False, False, *rest)
+    way = (True, False, *rest)  # both directions
     run = direct.native
     assert run(x, h, weights, None, True, *last).shape == (2, H)
     assert [t.shape for t in run(x[None], h[None], tuple(weights), 1, True, *last)] == [
@@ -254,13 +255,15 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     assert [t.shape for t in results] == [(1, 2, 2 * H), (2, 2, H)]
     for bad in (
         (x, h, weights, None, False, *last),
-        (x, h, weights, None, True, False, False, None, None, 3, False),
-        (x, h, weights, None, True, False, False, None, None, "gru", False),
+        (x, h, weights, None, True, False, False, *rest[:3], 3, False),
+        (x, h, weights, None, True, False, False, *rest[:3], "gru", False),
+        (x, h, weights, None, True, False, False, None, None, torch.ones(1, 2) > 0, *rest[3:]),
+        (x[None], h[None], weights, 1, True, False, False, None, None, torch.ones(1, 2), *rest[3:]),
         (x, h, dict(enumerate(weights)), None, True, *last),
         (x, h, weights[:3], None, True, *last),
         (x, h, [], None, True, *last),
         (x, h, weights * 1000, None, True, *last),
-        (x, None, weights, None, True, False, False, None, None, "reset_after", True),
+        (x, None, weights, None, True, *last[:-1], True),
         (x, None, [], None, True, *last),
         (x, h[:1], weights, None, True, *last),
         (x[0], h[:1], weights, None, True, *last),
@@ -272,7 +275,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], h[None], weights, 9, True, *last),
         (x[None], torch.zeros(9, 2, H), nine, 9, False, *last),
         (x[None], h[:, None], weights, 1, True, *last),
-        (x[None], states, two, 2, True, False, False, None, None, "reset_after", True),
+        (x[None], states, two, 2, True, *last[:-1], True),
         (x[None], h[None], two, 1, True, *last),
         (x[None], h[None], two, 2, True, *last),
         (x[None], None, [], 1, True, *last),
@@ -283,12 +286,12 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], h[None], both, 1, True, *way),
         (x[None], pair, both, 1, True, *last),
         (x[None], pair, both[:7], 1, True, *way),
-        (x[None], pair, [*both[:6], None, None], 1, True, *way[:5], True),
+        (x[None], pair, [*both[:6], None, None], 1, True, *way[:-1], True),
         (x[None], pair, weights, 1, True, *way),
         (x[None], pair, two, 1, True, *way),
     ):
         assert run(*bad) is None
-    with pytest.raises(TypeError, match="expected 11 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 12 arguments, got 1"):
         run(x)
     with pytest.raises(TypeError):
         run(x[None], h[None], weights, "one", True, *last)
