@@ -291,6 +291,7 @@ Problem<Real> read_problem(Marshal<Real>& m, const Arguments& a) {
   p.B = x.size(1);
   p.G = a.h0.size(0);
   p.H = a.h0.size(2);
+  p.layout = GroupLayout::of_groups(p.B, p.H);
   p.cell = a.cell;
   const int64_t rows = gate_count(p.cell) * p.H;
   p.I = layer ? x.size(x.dim() - 1) : 0;

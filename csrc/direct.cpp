@@ -26,14 +26,14 @@ struct Arguments {
   Py_ssize_t weight_count;
   long layers;
   bool bias, batch_first;
-  int64_t directions;
+  GroupCount groups;
   RowOptions* options;
   Cell cell;
   bool saves;  // what backward needs
 
   bool is_cell() const { return layers == kCell; }
   long layer_count() const { return is_cell() ? 1 : layers; }
-  int64_t state_count() const { return layer_count() * directions; }
+  int64_t state_count() const { return layer_count() * groups.directions; }
 };
 
 // What a call returns, allocated: a cell's h_n is its output.
@@ -48,22 +48,25 @@ struct Layer {
   Forward<Real> forward{};
   std::shared_ptr<const Real> packed_ih[kMaxDirections], packed_hh[kMaxDirections];
 
-  void find_packed(const KernelTable<Real>& table, PyObject* const* weights, Py_ssize_t per_group) {
+  void find_packed(const KernelTable<Real>& table, PyObject* const* weights,
+                   Py_ssize_t per_direction, const GroupCount& count) {
     const Problem<Real>& p = forward.in;
-    for (int64_t g = 0; g < p.G; ++g, weights += per_group) {
-      packed_ih[g] = find_prepacked(table, weights[0], p.weight_ih[g], {p.cell, p.H, p.I, false});
-      packed_hh[g] = find_prepacked(table, weights[1], p.weight_hh[g], {p.cell, p.H, p.H, true});
+    const PackedWeight ih{p.cell, p.H, p.I, false, count.heads};
+    const PackedWeight hh{p.cell, p.H, p.H, true, count.heads};
+    for (int64_t d = 0; d < count.directions; ++d, weights += per_direction) {
+      packed_ih[d] = find_prepacked(table, weights[0], p.weight_ih[d], ih);
+      packed_hh[d] = find_prepacked(table, weights[1], p.weight_hh[d], hh);
     }
-    forward.packed_ih = all_of(packed_ih);
-    forward.packed_hh = all_of(packed_hh);
+    forward.packed_ih = all_of(packed_ih, count, table.packed_weight_size(ih) / count.heads);
+    forward.packed_hh = all_of(packed_hh, count, table.packed_weight_size(hh) / count.heads);
   }
 
  private:
-  // Nothing if a group has none.
-  Groups<const Real> all_of(const std::shared_ptr<const Real> (&packed)[kMaxDirections]) const {
-    const int64_t G = forward.in.G;
-    if (G > 1 && (packed[0] == nullptr || packed[1] == nullptr)) return {};
-    return groups_at<const Real>(G, {packed[0].get(), packed[1].get()});
+  // Nothing if a direction has none.
+  Groups<const Real> all_of(const std::shared_ptr<const Real> (&packed)[kMaxDirections],
+                            const GroupCount& count, int64_t of_head) const {
+    if (count.directions > 1 && (packed[0] == nullptr || packed[1] == nullptr)) return {};
+    return count.spread<const Real>({packed[0].get(), packed[1].get()}, of_head);
   }
 };
 
@@ -120,12 +123,13 @@ struct Sizes {
       Dense<Real> weight_hh;
       // Backward reads the initial state as a tensor.
       if (a.saves || a.weight_count < 2 || !read(a.weights[1], weight_hh, again)) return false;
-      H = weight_hh.width();
+      H = weight_hh.width() * a.groups.heads;
       return true;
     }
     if (!read(a.hx, hx, again) || hx.ndim != (packed ? 3 : input.ndim)) return false;
     if (a.saves && !hx.is_dense()) return false;  // backward reads it where it lies
     H = hx.width();
+    if (H % a.groups.heads != 0) return false;
     return hx.rows() == a.state_count() * B && (a.is_cell() || hx.shape[0] == a.state_count());
   }
 };
@@ -134,7 +138,7 @@ struct Sizes {
 template <class Real>
 bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
-  const int64_t D = a.directions, states = a.state_count();
+  const int64_t D = a.groups.directions, states = a.state_count();
   const bool packed = size.packed, by_row = size.by_row;
   const bool batched = packed || size.input.ndim == (a.is_cell() ? 2 : 3);
   if (a.hx != Py_None && size.hx.is_dense()) {
@@ -147,9 +151,9 @@ bool allocate(const Arguments& a, const Sizes<Real>& size, Results& results) {
   if (results.h_n == nullptr) return false;
   PyObject* const like = results.h_n.get();
   if (a.saves) {
-    const int64_t width = slot_count(a.cell) * H;
+    const int64_t G = a.groups.groups(), width = slot_count(a.cell) * (D * H / G);
     results.workspace =
-        packed ? new_empty(like, {size.rows, D, width}) : new_empty(like, {T, B, D, width});
+        packed ? new_empty(like, {size.rows, G, width}) : new_empty(like, {T, B, G, width});
     if (results.workspace == nullptr) return false;
   }
   if (a.is_cell()) return true;
@@ -178,7 +182,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
   if (!size.read_from(a, true) || !read(results.h_n.get(), h_n, true)) return false;
   const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
   const long layers = a.layer_count();
-  const int64_t D = a.directions, layer_state = D * B * H;
+  const int64_t D = a.groups.directions, layer_state = D * B * H;
   if (h_n.rows() != layers * D * B || h_n.width() != H) return false;
   if (a.is_cell()) {
     output = h_n;
@@ -186,7 +190,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
              output.width() != D * H) {
     return false;
   }
-  const Py_ssize_t per_group = a.bias ? kMaxWeights : 2, per_layer = per_group * D;
+  const Py_ssize_t per_direction = a.bias ? kMaxWeights : 2, per_layer = per_direction * D;
   if (a.weight_count != layers * per_layer) return false;
   // The output of a layer; but that of a row without steps is zero, and its state stays.
   const bool is_state = T == 1 && D == 1 && !a.options->is_ragged();
@@ -208,19 +212,22 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     Forward<Real>& f = stack.layers[k].forward;
     f.in.T = T;
     f.in.B = B;
-    f.in.G = D;
+    f.in.G = a.groups.groups();
     f.in.I = width;
-    f.in.H = H;
+    f.in.H = H / a.groups.heads;
+    f.in.layout = a.groups.layout(B, f.in.H);
     f.in.cell = a.cell;
-    f.in.reverse = kReverse;
+    f.in.reverse = reverse_flags(D);
     f.in.x = x;
     f.in.x_stride_t = stride_t;
     f.in.x_stride_b = stride_b;
     f.in.x_shared = true;
     a.options->describe(f.in);
     f.in.h0 = h0 + k * layer_state;
-    if (!read_weights(a.weights + k * per_layer, per_group, a.is_cell() || a.saves, f.in))
+    const bool optional = a.is_cell() || a.saves;
+    if (!read_weights(a.weights + k * per_layer, per_direction, optional, a.groups, f.in)) {
       return false;
+    }
     f.h_n = h_n.data + k * layer_state;
     f.output = k + 1 == layers ? output.data
                : is_state      ? f.h_n
@@ -238,7 +245,7 @@ bool read_stack(const Arguments& a, const Results& results, const KernelTable<Re
     stack.layers[0].forward.workspace = workspace.data;
   } else {  // a training step changes its weights
     for (long k = 0; k < layers; ++k) {
-      stack.layers[k].find_packed(table, a.weights + k * per_layer, per_group);
+      stack.layers[k].find_packed(table, a.weights + k * per_layer, per_direction, a.groups);
     }
   }
   return true;
@@ -283,29 +290,30 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 
 // Calls body(arguments, table) with the kernels for each type of numbers, as by_number() does. They
 // are input, hx or None, list or tuple of weights, layers, bias, bidirectional, batch_first, batch
-// sizes of a PackedSequence or None, lengths or None, reset_mask or None, cell, saves.
+// sizes of a PackedSequence or None, lengths or None, reset_mask or None, num_heads, cell, saves.
 template <class Body>
 PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
-  if (nargs != 12) {
-    PyErr_Format(PyExc_TypeError, "run_direct: expected 12 arguments, got %zd", nargs);
+  if (nargs != 13) {
+    PyErr_Format(PyExc_TypeError, "run_direct: expected 13 arguments, got %zd", nargs);
     return nullptr;
   }
   const long layers = args[3] == Py_None ? kCell : PyLong_AsLong(args[3]);
   const bool bias = PyObject_IsTrue(args[4]) == 1, bidirectional = PyObject_IsTrue(args[5]) == 1;
-  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[11]) == 1;
+  const bool batch_first = PyObject_IsTrue(args[6]) == 1, saves = PyObject_IsTrue(args[12]) == 1;
   if (PyErr_Occurred()) return nullptr;
   if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
   Cell cell;
   Items<kMaxLayers * kMaxDirections * kMaxWeights> weights;
-  if (!read_cell(args[10], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  if (!read_cell(args[11], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
   RowOptions options;
-  if (!options.read(args[7], args[8], args[9], batch_first) || (options.any() && layers == kCell)) {
+  GroupCount groups{bidirectional && layers != kCell ? kMaxDirections : 1, 1};
+  if (!options.read(args[7], args[8], args[9], batch_first) || !read_heads(args[10], groups) ||
+      (layers == kCell && (options.any() || groups.heads > 1))) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
-  const int64_t directions = bidirectional && layers != kCell ? kMaxDirections : 1;
-  const Arguments given{args[0],     args[1],    weights.get(), weights.size(), layers, bias,
-                        batch_first, directions, &options,      cell,           saves};
+  const Arguments given{args[0],     args[1], weights.get(), weights.size(), layers, bias,
+                        batch_first, groups,  &options,      cell,           saves};
   return by_number([&](const auto* table) { return body(given, table); });
 }
 
@@ -322,16 +330,17 @@ PyObject* takes_direct(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   return with_arguments(
       args, nargs, []<class Real>(const Arguments& a, const KernelTable<Real>* table) -> PyObject* {
         Sizes<Real> size;
-        if (table == nullptr || !a.saves || a.weight_count != a.directions * kMaxWeights) {
+        if (table == nullptr || !a.saves || a.weight_count != a.groups.directions * kMaxWeights) {
           return nullptr;
         }
         if (!size.read_from(a)) return nullptr;
         Problem<Real> p{};
-        p.G = a.directions;
+        p.G = a.groups.groups();
         p.I = size.input.width();
-        p.H = size.H;
+        p.H = size.H / a.groups.heads;
         p.cell = a.cell;
-        return read_weights(a.weights, kMaxWeights, true, p) ? Py_NewRef(Py_True) : nullptr;
+        return read_weights(a.weights, kMaxWeights, true, a.groups, p) ? Py_NewRef(Py_True)
+                                                                       : nullptr;
       });
 }
 
@@ -340,22 +349,25 @@ template <class Real>
 bool read_weight(PyObject* object, PackedWeight& shape) {
   Dense<Real> weight;
   if (!read(object, weight) || weight.ndim != 2) return false;
-  if (weight.shape[0] % gate_count(shape.cell) != 0) return false;
-  shape.H = weight.shape[0] / gate_count(shape.cell);
+  const int64_t of_unit = gate_count(shape.cell) * shape.heads;
+  if (weight.shape[0] % of_unit != 0) return false;
+  shape.H = weight.shape[0] / of_unit;
   shape.K = weight.width();
   return !shape.recurrent || shape.K == shape.H;
 }
 
-// Arguments: weight, cell, whether it is a weight_hh. A capsule, during whose life run_direct() has
-// the weight packed; None if it is not a plain matrix of whole gates.
+// Arguments: weight, cell, whether it is a weight_hh, num_heads. A capsule, during whose life
+// run_direct() has the weight packed; None if it is not a plain matrix of whole gates.
 PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 3) {
-    PyErr_Format(PyExc_TypeError, "prepack: expected 3 arguments, got %zd", nargs);
+  if (nargs != 4) {
+    PyErr_Format(PyExc_TypeError, "prepack: expected 4 arguments, got %zd", nargs);
     return nullptr;
   }
   PackedWeight shape{};
   shape.recurrent = PyObject_IsTrue(args[2]) == 1;
+  shape.heads = PyLong_AsLong(args[3]);
   if (PyErr_Occurred()) return nullptr;
+  if (shape.heads < 1 || shape.heads > kMaxHeads) Py_RETURN_NONE;
   if (!read_cell(args[1], shape.cell)) Py_RETURN_NONE;
   if (!read_weight<float>(args[0], shape) && !read_weight<BFloat16>(args[0], shape) &&
       !read_weight<double>(args[0], shape)) {

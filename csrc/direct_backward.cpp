@@ -21,12 +21,12 @@ struct Arguments {
   PyObject *output, *workspace;
   bool is_cell;
   Cell cell;
-  int64_t directions;
+  GroupCount groups;
   RowOptions* options;
   bool wanted[kMaxInputs];
 
   bool is_packed() const { return options->is_packed(); }
-  int input_count() const { return static_cast<int>(2 + directions * kMaxWeights); }
+  int input_count() const { return static_cast<int>(2 + groups.directions * kMaxWeights); }
 };
 
 void round_to(const float* sums, int64_t count, BFloat16* to) {
@@ -71,24 +71,28 @@ struct Call {
       p.B = input.shape[ndim - 2];
       if (!a.options->fit(ndim, p.T, p.B)) return false;
     }
-    p.G = a.directions;
+    if (hx.width() % a.groups.heads != 0) return false;
+    p.G = a.groups.groups();
     p.I = input.width();
-    p.H = hx.width();
+    p.H = hx.width() / a.groups.heads;
+    p.layout = a.groups.layout(p.B, p.H);
     p.cell = a.cell;
-    p.reverse = kReverse;
+    p.reverse = reverse_flags(a.groups.directions);
     p.x = input.data;
     p.x_stride_t = a.is_cell ? 0 : input.strides[0];
     p.x_stride_b = input.strides[ndim - 2];
     p.x_shared = true;
     p.h0 = hx.data;
-    return hx.rows() == p.G * p.B && (a.is_cell || hx.shape[0] == p.G);
+    const int64_t D = a.groups.directions;
+    return hx.rows() == D * p.B && (a.is_cell || hx.shape[0] == D);
   }
 
   // False if a gradient of a result is not plain, or does not fit.
   bool read_gradients(const Arguments& a, bool again) {
     const Problem<Real>& p = f.in;
     return read_gradient(a.grad_output, rows, p.G * p.H, again, f.grad_output) &&
-           read_gradient(a.grad_h_n, p.G * p.B, p.H, again, f.grad_h_n);
+           read_gradient(a.grad_h_n, a.groups.directions * p.B, a.groups.heads * p.H, again,
+                         f.grad_h_n);
   }
 
   // False with a Python exception.
@@ -110,7 +114,7 @@ struct Call {
   bool read_all(const Arguments& a) {
     if (!read_sizes(a, true)) return false;
     Problem<Real>& p = f.in;
-    if (!read_weights(a.inputs + 2, kMaxWeights, true, p)) return false;
+    if (!read_weights(a.inputs + 2, kMaxWeights, true, a.groups, p)) return false;
     Dense<Real> output, workspace;
     if (!read(a.output, output) || output.rows() != rows || output.width() != p.G * p.H)
       return false;
@@ -123,16 +127,17 @@ struct Call {
     if (!read_gradients(a, true)) return false;
     if (!read_grad(0, rows * p.I, grad_x)) return false;
     if (!read_grad(1, p.G * p.B * p.H, f.grad_h0)) return false;
-    const int64_t gates = gate_count(p.cell) * p.H;
-    const int64_t sizes[kMaxWeights] = {gates * p.I, gates * p.H, gates, gates};
+    const int64_t rows_of_all = gate_count(p.cell) * a.groups.heads * p.H;
+    const int64_t columns[kMaxWeights] = {p.I, p.H, 1, 1};
     Groups<Real>* const to[kMaxWeights] = {&f.grad_weight_ih, &f.grad_weight_hh, &f.grad_bias_ih,
                                            &f.grad_bias_hh};
     for (int i = 0; i < kMaxWeights; ++i) {
       Real* found[kMaxDirections] = {};
-      for (int64_t g = 0; g < p.G; ++g) {
-        if (!read_grad(static_cast<int>(2 + g * kMaxWeights + i), sizes[i], found[g])) return false;
+      for (int64_t d = 0; d < a.groups.directions; ++d) {
+        const auto at = static_cast<int>(2 + d * kMaxWeights + i);
+        if (!read_grad(at, rows_of_all * columns[i], found[d])) return false;
       }
-      *to[i] = groups_at(p.G, found);
+      *to[i] = a.groups.spread(found, p.H * columns[i]);
     }
     return true;
   }
@@ -198,19 +203,22 @@ PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
 }  // namespace
 
 PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  if (nargs != 13) {
-    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 13 arguments, got %zd", nargs);
+  if (nargs != 14) {
+    PyErr_Format(PyExc_TypeError, "run_direct_backward: expected 14 arguments, got %zd", nargs);
     return nullptr;
   }
   Items<kMaxDirections * kMaxWeights> weights;
   Items<kMaxInputs> wanted;
   RowOptions options;
-  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false, {}, 1, &options, {}};
-  a.is_cell = PyObject_IsTrue(args[10]) == 1;
-  bool known = read_cell(args[11], a.cell) && weights.hold(args[4]) && wanted.hold(args[12]);
-  if (!a.is_cell && weights.size() > kMaxWeights) a.directions = kMaxDirections;
-  known = options.read(args[7], args[8], args[9], false) && known && !(options.any() && a.is_cell);
-  if (!known || weights.size() != a.directions * kMaxWeights || wanted.size() != a.input_count()) {
+  Arguments a{args[0], args[1], {args[2], args[3]}, args[5], args[6], false,
+              {},      {1, 1},  &options,           {}};
+  a.is_cell = PyObject_IsTrue(args[11]) == 1;
+  bool known = read_cell(args[12], a.cell) && weights.hold(args[4]) && wanted.hold(args[13]);
+  if (!a.is_cell && weights.size() > kMaxWeights) a.groups.directions = kMaxDirections;
+  known = options.read(args[7], args[8], args[9], false) && known && read_heads(args[10], a.groups);
+  if (a.is_cell && (options.any() || a.groups.heads > 1)) known = false;
+  if (!known || weights.size() != a.groups.directions * kMaxWeights ||
+      wanted.size() != a.input_count()) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
@@ -219,7 +227,7 @@ PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs
     a.wanted[i] = a.inputs[i] != Py_None && PyObject_IsTrue(wanted.get()[i]) == 1;
   }
   if (PyErr_Occurred()) return nullptr;
-  if (a.directions > 1) {  // kernels write a weight's gradient for both or for none
+  if (a.groups.directions > 1) {  // kernels write a weight's gradient for both or for none
     for (int i = 2; i < 2 + kMaxWeights; ++i) {
       const bool either = a.wanted[i] || a.wanted[i + kMaxWeights];
       a.wanted[i] = either && a.inputs[i] != Py_None;

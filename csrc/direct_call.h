@@ -19,7 +19,13 @@ namespace gru_fast {
 
 constexpr int kMaxWeights = 4;  // of a direction
 constexpr int kMaxDirections = 2;
-inline constexpr uint8_t kReverse[kMaxDirections] = {0, 1};
+constexpr int kMaxHeads = 64;
+
+// Whether each of so many groups of a layer goes backwards in time.
+inline const uint8_t* reverse_flags(int64_t directions) {
+  static constexpr uint8_t kBoth[kMaxDirections] = {0, 1}, kForwards[kMaxHeads] = {};
+  return directions > 1 ? kBoth : kForwards;
+}
 
 inline bool read_cell(PyObject* given, Cell& cell) {
   if (!PyUnicode_Check(given)) return false;
@@ -37,26 +43,49 @@ Groups<Number> groups_at(int64_t G, Number* const (&found)[kMaxDirections]) {
   return G > 1 ? Groups<Number>::of_two(found[0], found[1]) : Groups<Number>::of_one(found[0]);
 }
 
-// For each of the groups weight_ih, weight_hh and, of four, bias_ih and bias_hh, which may be None
-// in all groups if they are optional.
+// Which recurrences a layer has: those of its directions, or heads in the one that there is.
+struct GroupCount {
+  int64_t directions, heads;
+
+  int64_t groups() const { return directions * heads; }
+  GroupLayout layout(int64_t B, int64_t H) const {
+    return heads > 1 ? GroupLayout::of_heads(heads, H) : GroupLayout::of_groups(B, H);
+  }
+  // Of what each direction has, in each head `step` numbers from that of the one before.
+  template <class Number>
+  Groups<Number> spread(Number* const (&found)[kMaxDirections], int64_t step) const {
+    return heads > 1 ? Groups<Number>(found[0], step) : groups_at(directions, found);
+  }
+};
+
+// For each direction weight_ih, weight_hh and, of four, bias_ih and bias_hh, which may be None in
+// all directions if they are optional.
 template <class Real>
-bool read_weights(PyObject* const* weights, Py_ssize_t per_group, bool optional, Problem<Real>& p) {
-  const int64_t rows = gate_count(p.cell) * p.H, columns[] = {p.I, p.H};
+bool read_weights(PyObject* const* weights, Py_ssize_t per_direction, bool optional,
+                  const GroupCount& count, Problem<Real>& p) {
+  const int64_t rows = gate_count(p.cell) * count.heads * p.H, columns[] = {p.I, p.H, 1, 1};
   Groups<const Real>* const to[] = {&p.weight_ih, &p.weight_hh, &p.bias_ih, &p.bias_hh};
-  for (Py_ssize_t i = 0; i < per_group; ++i) {
+  for (Py_ssize_t i = 0; i < per_direction; ++i) {
     const Real* found[kMaxDirections] = {};
-    for (int64_t g = 0; g < p.G; ++g) {
-      PyObject* const weight = weights[g * per_group + i];
+    for (int64_t d = 0; d < count.directions; ++d) {
+      PyObject* const weight = weights[d * per_direction + i];
       if (optional && i > 1 && weight == Py_None) continue;
       Dense<Real> dense;
       if (!read(weight, dense)) return false;
       if (!(i > 1 ? dense.is(rows) : dense.is(rows, columns[i]))) return false;
-      found[g] = dense.data;
+      found[d] = dense.data;
     }
-    *to[i] = groups_at(p.G, found);
-    if (p.G > 1 && (found[0] == nullptr) != (found[1] == nullptr)) return false;
+    *to[i] = count.spread(found, p.H * columns[i]);
+    if (count.directions > 1 && (found[0] == nullptr) != (found[1] == nullptr)) return false;
   }
   return true;
+}
+
+// num_heads, of a layer of so many directions; false if that is not plain, or with a Python
+// exception.
+inline bool read_heads(PyObject* given, GroupCount& count) {
+  count.heads = PyLong_AsLong(given);
+  return count.heads == 1 || (count.heads > 1 && count.heads <= kMaxHeads && count.directions == 1);
 }
 
 // What has been thrown, kept until the interpreter's lock is held.

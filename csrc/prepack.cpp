@@ -65,7 +65,8 @@ void drop(PyObject* capsule) {
 }
 
 bool operator==(const PackedWeight& a, const PackedWeight& b) {
-  return a.cell == b.cell && a.H == b.H && a.K == b.K && a.recurrent == b.recurrent;
+  return a.cell == b.cell && a.H == b.H && a.K == b.K && a.recurrent == b.recurrent &&
+         a.heads == b.heads;
 }
 
 }  // namespace

@@ -85,6 +85,7 @@ def run_direct(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     cell: str,
     saves: bool,
     /,
@@ -101,6 +102,7 @@ def run_direct(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     cell: str,
     saves: Literal[False],
     /,
@@ -117,6 +119,7 @@ def run_direct(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     cell: str,
     saves: Literal[True],
     /,
@@ -132,6 +135,7 @@ def takes_direct(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     cell: str,
     saves: bool,
     /,
@@ -147,10 +151,11 @@ def run_direct_backward(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     is_cell: bool,
     cell: str,
     wanted: Sequence[bool],
     /,
 ) -> tuple[Tensor | None, ...] | None: ...
-def prepack(weight: Tensor, cell: str, recurrent: bool, /) -> object | None: ...
+def prepack(weight: Tensor, cell: str, recurrent: bool, num_heads: int, /) -> object | None: ...
 def forget_packed() -> None: ...

@@ -34,6 +34,8 @@ if ops.HAS_CPU_KERNELS and CAN_TELL:
         native_backward = _C.run_direct_backward
 
 BACKENDS = ("auto", "cpu")
+# bidirectional, batch_first, batch_sizes, lengths, reset_mask, num_heads
+_OF_CELL = (False, False, None, None, None, 1)
 
 
 def gru_cell(
@@ -48,7 +50,7 @@ def gru_cell(
         return None
     done: Tensor | None = None
     if backend in BACKENDS:
-        done = native(input, hx, weights, None, True, False, False, None, None, None, cell, False)
+        done = native(input, hx, weights, None, True, *_OF_CELL, cell, False)
     if done is None and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
     return done
@@ -64,6 +66,7 @@ def gru(
     batch_first: bool,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     cell: str,
     backend: str,
 ) -> tuple[Any, Tensor] | None:
@@ -73,13 +76,13 @@ def gru(
     if backend in BACKENDS:
         done = native(
             input, hx, params, num_layers, bias, bidirectional, batch_first, None, lengths,
-            reset_mask, cell, False,
+            reset_mask, num_heads, cell, False,
         )  # fmt: skip
         if done is not None:
             return done  # type: ignore[no-any-return]
         if type(input) is PackedSequence and lengths is reset_mask is None:
-            return _packed(input, hx, params, num_layers, bias, bidirectional, cell)
-    plain = lengths is reset_mask is None and not bidirectional
+            return _packed(input, hx, params, num_layers, bias, bidirectional, num_heads, cell)
+    plain = lengths is reset_mask is None and num_heads == 1 and not bidirectional
     if plain and type(input) is Tensor and input.is_cuda:
         return direct_gpu.gru(input, hx, params, num_layers, bias, batch_first, cell, backend)
     return None
@@ -92,6 +95,7 @@ def _packed(
     num_layers: int,
     bias: bool,
     bidirectional: bool,
+    num_heads: int,
     cell: str,
 ) -> tuple[PackedSequence, Tensor] | None:
     data, batch_sizes, sorted_indices, unsorted_indices = input
@@ -103,8 +107,8 @@ def _packed(
             return None
         hx = hx.index_select(1, sorted_indices)
     done = native(
-        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, None, None, cell,
-        False,
+        data, hx, params, num_layers, bias, bidirectional, False, batch_sizes, None, None,
+        num_heads, cell, False,
     )  # fmt: skip
     if done is None:
         return None
@@ -123,6 +127,7 @@ def layer(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
+    num_heads: int,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
@@ -134,8 +139,8 @@ def layer(
         return None
     bias = len(weights) > 2 * directions
     return native(  # type: ignore[no-any-return]
-        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, lengths, reset_mask, cell,
-        False,
+        x, h0, weights, 1, bias, directions == 2, False, batch_sizes, lengths, reset_mask,
+        num_heads, cell, False,
     )  # fmt: skip
 
 
@@ -178,12 +183,12 @@ _forget_packed._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 @contextmanager
-def prepacked(weights: Iterable[tuple[Tensor, str, bool]]) -> Iterator[None]:
+def prepacked(weights: Iterable[tuple[Tensor, str, bool, int]]) -> Iterator[None]:
     """Within it, calls that go this way find these weights packed.
 
     Args:
-        weights: a weight, the cell that it belongs to, and whether it is a weight_hh. Those that no
-            call could bring here are ignored.
+        weights: a weight, the cell that it belongs to, whether it is a weight_hh, and num_heads.
+            Those that no call could bring here are ignored.
     """
     if native is None:
         yield

@@ -14,17 +14,36 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast import direct, ops, ops_rules
+from gru_fast import direct, heads, ops, ops_rules
 from gru_fast.ops_past import is_unobserved
-from gru_fast.recurrence import BOTH, grouped
+from gru_fast.recurrence import BOTH, FORWARD, grouped
 
 _PER_DIRECTION = 4  # weights, of which both biases may be None
-_OTHERS = 5  # arguments of GRULayer before those that may have a gradient
+_OF_CELL = (None, None, None, None, 1)  # layers, batch_sizes, lengths, reset_mask, num_heads
+_OTHERS = 6  # arguments of GRULayer before those that may have a gradient
 
 
 def _padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Packed rows (rows, ...) as (T, B, ...), and their lengths."""
     return pad_packed_sequence(PackedSequence(rows, batch_sizes))
+
+
+def _reverse(directions: int, num_heads: int) -> tuple[bool, ...]:
+    return FORWARD * num_heads if num_heads > 1 else BOTH[:directions]
+
+
+def _by_head(tensors: list[Any], num_heads: int, cell: str) -> list[Any]:
+    """A state and weights of one direction as the ops take those of heads."""
+    state, *weights = tensors
+    rows = (heads.rows_by_head(weight, num_heads, cell) for weight in weights)
+    return [heads.states_by_head(state, num_heads), *rows]
+
+
+def _whole(grads: list[Tensor], num_heads: int, cell: str) -> list[Tensor]:
+    """What `_by_head` had been given, of its gradients; those not asked for have no elements."""
+    state, *weights = grads
+    rows = (heads.whole_rows(grad, num_heads, cell) if grad.numel() else grad for grad in weights)
+    return [heads.whole_states(state, num_heads) if state.numel() else state, *rows]
 
 
 class GRULayer(torch.autograd.Function):
@@ -38,6 +57,7 @@ class GRULayer(torch.autograd.Function):
         batch_sizes: Tensor | None,
         lengths: Tensor | None,
         reset_mask: Tensor | None,
+        num_heads: int,
         *tensors: Tensor | None,
     ) -> Any:
         """Save what backward needs.
@@ -49,6 +69,7 @@ class GRULayer(torch.autograd.Function):
             batch_sizes: of a PackedSequence, else None.
             lengths: (B,) or None.
             reset_mask: (T, B) or None.
+            num_heads: 1, or more in one direction.
             tensors: input, hx, then weight_ih, weight_hh, bias_ih, bias_hh of each direction.
 
         Returns:
@@ -56,6 +77,7 @@ class GRULayer(torch.autograd.Function):
         """
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.is_cell, ctx.batch_sizes = cell, len(results) == 2, batch_sizes
+        ctx.num_heads = num_heads
         output = results[0].data if ctx.is_cell else ops_rules.unwatched(results[0])
         ctx.save_for_backward(*tensors, output, results[-1], lengths, reset_mask)
         return results
@@ -73,7 +95,7 @@ class GRULayer(torch.autograd.Function):
         if grad_workspace is None and not torch.is_grad_enabled() and is_unobserved():
             saved = (
                 x, h0, weights, output, workspace, ctx.batch_sizes, lengths, reset_mask,
-                ctx.is_cell, ctx.cell,
+                ctx.num_heads, ctx.is_cell, ctx.cell,
             )  # fmt: skip
             found = direct.native_backward(grad_output, grad_h_n, *saved, needed)
             if found is None:
@@ -96,12 +118,18 @@ class GRULayer(torch.autograd.Function):
             grad_output = None if grad_output is None else grad_output.unsqueeze(0)
         directions = len(weights) // _PER_DIRECTION
         kinds = range(_PER_DIRECTION)
+        tensors = [h0, *grouped(weights, directions)]
+        if ctx.num_heads > 1:
+            tensors = _by_head(tensors, ctx.num_heads, ctx.cell)
+            grad_h_n = heads.states_by_head(grad_h_n, ctx.num_heads)
         output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
         *by_op, _, _ = ops.layer_backward(
-            grad_output, grad_h_n, grad_workspace, x, h0, *grouped(weights, directions), lengths,
-            reset_mask, None, None, output, workspace, ctx.cell, BOTH[:directions], False,
+            grad_output, grad_h_n, grad_workspace, x, *tensors, lengths, reset_mask, None, None,
+            output, workspace, ctx.cell, _reverse(directions, ctx.num_heads), False,
             [*output_mask, False, False],
         )  # fmt: skip
+        if ctx.num_heads > 1:
+            by_op[1:] = _whole(by_op[1:], ctx.num_heads, ctx.cell)
         of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
         if ctx.batch_sizes is not None and needed[0]:
             of_steps[0] = pack_padded_sequence(of_steps[0], lengths).data
@@ -147,6 +175,7 @@ def _run(
     batch_sizes: Tensor | None,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
+    num_heads: int,
     cell: str,
 ) -> tuple[Tensor, ...] | None:
     """The results that `GRULayer` takes, or None where the call is not plain.
@@ -158,25 +187,27 @@ def _run(
     directions = len(weights) // _PER_DIRECTION
     both = directions == 2
     call = (
-        input, hx, weights, layers, True, both, False, batch_sizes, lengths, reset_mask, cell, True,
+        input, hx, weights, layers, True, both, False, batch_sizes, lengths, reset_mask, num_heads,
+        cell, True,
     )  # fmt: skip
     if is_unobserved():
         return direct.native(*call)  # type: ignore[no-any-return]
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None
     x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
-    rest = (reset_mask, None, None, cell, BOTH[:directions], False)
-    weights = grouped(weights, directions)
-    if batch_sizes is not None:
-        with torch.no_grad():
-            x, row_lengths = _padded(x, batch_sizes)
-            output, h_n, workspace = ops.layer(x, h0, *weights, row_lengths, *rest)
-            output, workspace = (
-                pack_padded_sequence(t, row_lengths).data for t in (output, workspace)
-            )
-            return output, h_n, workspace
-    results = ops.without_grad(ops.layer, x, h0, *weights, lengths, *rest)
-    return results if layers else (results[0].squeeze(0).clone(), results[2])
+    rest = (reset_mask, None, None, cell, _reverse(directions, num_heads), False)
+    with torch.no_grad():
+        tensors = [h0, *grouped(weights, directions)]
+        if num_heads > 1:
+            tensors = _by_head(tensors, num_heads, cell)
+        if batch_sizes is not None:
+            x, lengths = _padded(x, batch_sizes)
+        output, h_n, workspace = ops.without_grad(ops.layer, x, *tensors, lengths, *rest)
+        if batch_sizes is not None and lengths is not None:
+            output, workspace = (pack_padded_sequence(t, lengths).data for t in (output, workspace))
+        if num_heads > 1:
+            h_n = heads.whole_states(h_n, num_heads)
+        return (output, h_n, workspace) if layers else (output.squeeze(0).clone(), workspace)
 
 
 def gru_cell(
@@ -187,13 +218,13 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    results = _run(input, hx, weights, None, None, None, None, cell)
+    results = _run(input, hx, weights, *_OF_CELL, cell)
     if results is None and (copies := _in_order(input, hx)) is not None:
         input, hx = copies
-        results = _run(input, hx, weights, None, None, None, None, cell)
+        results = _run(input, hx, weights, *_OF_CELL, cell)
     if results is None:
         return None
-    return _attach(results, cell, None, None, None, input, hx, *weights)[0]  # type: ignore[no-any-return]
+    return _attach(results, cell, *_OF_CELL[1:], input, hx, *weights)[0]  # type: ignore[no-any-return]
 
 
 def layer(
@@ -205,6 +236,7 @@ def layer(
     batch_sizes: Tensor | None = None,
     lengths: Tensor | None = None,
     reset_mask: Tensor | None = None,
+    num_heads: int,
     cell: str,
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
@@ -214,12 +246,12 @@ def layer(
     own: Sequence[Tensor | None] = weights
     if len(weights) < directions * _PER_DIRECTION:
         own = [w for d in range(directions) for w in (*weights[2 * d : 2 * d + 2], None, None)]
-    rows = (batch_sizes, lengths, reset_mask)
-    results = _run(x, h0, own, 1, *rows, cell)
+    options = (batch_sizes, lengths, reset_mask, num_heads)
+    results = _run(x, h0, own, 1, *options, cell)
     if results is None and (copies := _in_order(x, h0)) is not None:
         x, start = copies
         assert start is not None
-        results, h0 = _run(x, start, own, 1, *rows, cell), start
+        results, h0 = _run(x, start, own, 1, *options, cell), start
     if results is None:
         return None
-    return _attach(results, cell, *rows, x, h0, *own)[:2]  # type: ignore[no-any-return]
+    return _attach(results, cell, *options, x, h0, *own)[:2]  # type: ignore[no-any-return]

@@ -214,11 +214,11 @@ def gru(
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """
-    plain = num_heads == 1 and not (return_gates or (training and (dropout or recurrent_dropout)))
+    plain = not (return_gates or (training and (dropout or recurrent_dropout)))
     if plain and reset_state is h_scale is None:
         done = direct.gru(
             input, hx, params, num_layers, bias, bidirectional, batch_first, lengths, reset_mask,
-            cell, backend,
+            num_heads, cell, backend,
         )  # fmt: skip
         if done is not None:
             return done
@@ -244,9 +244,9 @@ def gru(
         run = layer if num_heads == 1 else partial(heads.layer, num_heads=num_heads)
         run = partial(run, cell=cell, backend=backend, recompute=recompute)
     one = None
-    if num_heads == 1 and not (return_gates or recompute):
+    if not (return_gates or recompute):
         past = direct_training if torch.is_grad_enabled() else direct
-        one = partial(past.layer, cell=cell, backend=backend)
+        one = partial(past.layer, num_heads=num_heads, cell=cell, backend=backend)
     results = run_layers(
         input,
         hx,

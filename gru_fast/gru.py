@@ -360,7 +360,6 @@ class GRU(Recurrent):
         weights = self._flat_weights
         if (
             reset_state is None
-            and self.num_heads == 1
             and not return_gates
             and not (self.training and (self.dropout or self.recurrent_dropout))
         ):
@@ -368,7 +367,7 @@ class GRU(Recurrent):
             # else of Python in a small call.
             done = direct.gru(
                 input, hx, weights, self.num_layers, self.bias, self.bidirectional,
-                self.batch_first, lengths, reset_mask, self.cell, self.backend,
+                self.batch_first, lengths, reset_mask, self.num_heads, self.cell, self.backend,
             )  # fmt: skip
             if done is not None:
                 return done

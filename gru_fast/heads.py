@@ -9,7 +9,7 @@ its head only: the rule by which torch stores the weights of a grouped convoluti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def _run(
     cell: str,
     options: dict[str, Any],
 ) -> tuple[Tensor, ...]:
-    D, B, H = h0.shape
+    D, _, H = h0.shape
     N, units = GATES[cell], H // num_heads
     weight_hh = tensors[1]
     assert weight_hh is not None
@@ -94,30 +94,56 @@ def _run(
             f"num_heads={num_heads}, got {tuple(weight_hh.shape)}"
         )
 
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        """(D, N*H, *) as (D*K, N*H/K, *)."""
-        if tensor is None:
-            return None
-        columns = tensor.shape[2:]
-        by_head = tensor.reshape(D, N, num_heads, units, *columns).transpose(1, 2)
-        return by_head.reshape(D * num_heads, N * units, *columns)
-
-    def states(tensor: Tensor | None) -> Tensor | None:
-        """(D, B, H) as (D*K, B, H/K)."""
-        if tensor is None:
-            return None
-        by_head = tensor.reshape(D, B, num_heads, units).transpose(1, 2)
-        return by_head.reshape(D * num_heads, B, units)
-
     options = dict(options)
     flags = options.pop("reverse", FORWARD)
     output, h_n, *others = run(
         x,
-        states(h0),
-        *map(rows, tensors),
+        states_by_head(h0, num_heads),
+        *(rows_by_head(tensor, num_heads, cell) for tensor in tensors),
         cell=cell,
         reverse=[flag for flag in flags for _ in range(num_heads)],
-        reset_state=states(options.pop("reset_state", None)),
+        reset_state=states_by_head(options.pop("reset_state", None), num_heads),
         **options,
     )
-    return output, h_n.reshape(D, num_heads, B, units).transpose(1, 2).reshape(D, B, H), *others
+    return output, whole_states(h_n, num_heads), *others
+
+
+@overload
+def rows_by_head(tensor: Tensor, num_heads: int, cell: str) -> Tensor: ...
+@overload
+def rows_by_head(tensor: Tensor | None, num_heads: int, cell: str) -> Tensor | None: ...
+def rows_by_head(tensor: Tensor | None, num_heads: int, cell: str) -> Tensor | None:
+    """(D, N*H, *) as (D*K, N*H/K, *)."""
+    if tensor is None:
+        return None
+    D, rows, *columns = tensor.shape
+    N = GATES[cell]
+    by_head = tensor.reshape(D, N, num_heads, rows // (N * num_heads), *columns).transpose(1, 2)
+    return by_head.reshape(D * num_heads, rows // num_heads, *columns)
+
+
+def whole_rows(tensor: Tensor, num_heads: int, cell: str) -> Tensor:
+    """What `rows_by_head` had been given."""
+    D, N, units = tensor.shape[0] // num_heads, GATES[cell], tensor.shape[1] // GATES[cell]
+    by_gate = tensor.reshape(D, num_heads, N, units, *tensor.shape[2:]).transpose(1, 2)
+    return by_gate.reshape(D, N * num_heads * units, *tensor.shape[2:])
+
+
+@overload
+def states_by_head(tensor: Tensor, num_heads: int) -> Tensor: ...
+@overload
+def states_by_head(tensor: Tensor | None, num_heads: int) -> Tensor | None: ...
+def states_by_head(tensor: Tensor | None, num_heads: int) -> Tensor | None:
+    """(D, B, H) as (D*K, B, H/K)."""
+    if tensor is None:
+        return None
+    D, B, H = tensor.shape
+    by_head = tensor.reshape(D, B, num_heads, H // num_heads).transpose(1, 2)
+    return by_head.reshape(D * num_heads, B, H // num_heads)
+
+
+def whole_states(tensor: Tensor, num_heads: int) -> Tensor:
+    """What `states_by_head` had been given."""
+    groups, B, units = tensor.shape
+    by_row = tensor.reshape(groups // num_heads, num_heads, B, units).transpose(1, 2)
+    return by_row.reshape(groups // num_heads, B, num_heads * units)

@@ -23,9 +23,9 @@ def prepacked(module: nn.Module) -> Iterator[None]:
     is for programs that call a layer often with few steps: acting, serving, streaming.
 
     It serves calls without gradients on the CPU, in float32, float64 or, where the CPU multiplies
-    it (AVX512-BF16), bfloat16, with `num_heads` of 1, without `reset_state` or `return_gates`, and
-    of at most 8 layers. Every other call, also on other devices, is as outside. Meanwhile each
-    weight that is used stands in memory twice.
+    it (AVX512-BF16), bfloat16, without `reset_state` or `return_gates`, of at most 8 layers and, in
+    one direction only, at most 64 heads. Every other call, also on other devices, is as outside.
+    Meanwhile each weight that is used stands in memory twice.
 
     PyTorch counts changes in place, as those by `load_state_dict` or by `copy_` under
     `torch.no_grad()`, and each step of any optimiser counts as one of all weights. Another tensor
@@ -63,6 +63,7 @@ def prepacked(module: nn.Module) -> Iterator[None]:
                     "torch.inference_mode(), which does not count changes"
                 )
             if weight.device.type == "cpu":
-                weights.append((weight, layer.cell, own.startswith("weight_hh")))
+                heads = layer.num_heads if isinstance(layer, GRU) else 1
+                weights.append((weight, layer.cell, own.startswith("weight_hh"), heads))
     with direct.prepacked(weights):
         yield

@@ -375,9 +375,9 @@ def test_without_the_exchange_api_the_ops_take_it() -> None:
         from gru_fast import _C, direct
         assert direct.native is None
         x, h = torch.zeros(2, 3), torch.zeros(2, 4)
-        rest = (None, True, False, False, None, None, None, "reset_after", False)
+        rest = (None, True, False, False, None, None, None, 1, "reset_after", False)
         assert _C.run_direct(x, h, [], *rest) is None
-        assert _C.prepack(torch.zeros(12, 4), "reset_after", True) is None
+        assert _C.prepack(torch.zeros(12, 4), "reset_after", True, 1) is None
         with torch.no_grad():
             print(gru_fast.GRUCell(3, 4)(torch.zeros(2, 3), torch.zeros(2, 4)).shape)
     """

@@ -21,7 +21,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     grad, workspace = torch.ones(2, H), torch.zeros(1, 2, 1, 4 * H)
     wanted = [True] * 6
     run = _C.run_direct_backward
-    good = [grad, None, x, h, weights, h, workspace, *[None] * 3, True, "reset_after", wanted]
+    good = [grad, None, x, h, weights, h, workspace, *[None] * 3, 1, True, "reset_after", wanted]
     found = run(*good)
     assert found is not None
     assert [t.shape for t in found] == [t.shape for t in (x, h, *weights)]
@@ -33,12 +33,13 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (0, 3), (1, grad[:1]), (2, x[:1]), (2, x[None]), (2, x[:, 1:]), (2, None), (2, x.double()),
         (3, h[:1]), (3, h[:, 1:]), (3, None), (4, weights[:3]), (4, {}), (4, [None] * 4),
         (4, [weights[1], weights[0], *weights[2:]]), (5, h[:1]), (5, None), (6, None),
-        (6, workspace[..., 1:]), (6, workspace[:, :1]), (10, False), (11, "gru"), (11, None),
-        (12, wanted[1:]), (12, None), (8, torch.tensor([2, 2])), (7, torch.tensor([2])), (7, 3),
+        (6, workspace[..., 1:]), (6, workspace[:, :1]), (11, False), (12, "gru"), (12, None),
+        (13, wanted[1:]), (13, None), (10, 2), (10, 0), (10, -1), (10, 65),
+        (8, torch.tensor([2, 2])), (7, torch.tensor([2])), (7, 3),
         (9, torch.tensor([[True, False]])),
     ):  # fmt: skip
         assert run(*good[:place], bad, *good[place + 1 :]) is None
-    with pytest.raises(TypeError, match="expected 13 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 14 arguments, got 1"):
         run(x)  # type: ignore[call-arg]
     both = gru_fast.GRU(I, H, bidirectional=True)._flat_weights
     states, steps, grad = torch.zeros(2, 2, H), x[None], torch.ones(1, 2, 2 * H)
@@ -54,6 +55,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         None,
         None,
         None,
+        1,
         False,
         "reset_after",
         [True] * 10,
@@ -64,22 +66,22 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     for place, bad in (
         (0, grad[..., :H].contiguous()), (1, states[:1]), (3, states[:1]), (4, both[:7]),
         (4, both[:4]), (4, [*both[:6], None, None]), (4, [*both, None]),
-        (5, grad[..., :H].contiguous()), (6, saved[:, :, :1].contiguous()), (10, True),
-        (12, wanted), (3, states.view(1, 4, H)), (2, torch.zeros(1, 4, I)),
+        (5, grad[..., :H].contiguous()), (6, saved[:, :, :1].contiguous()), (11, True),
+        (13, wanted), (3, states.view(1, 4, H)), (2, torch.zeros(1, 4, I)),
         (9, torch.tensor([True, False])), (9, torch.ones(1, 3, dtype=torch.bool)),
         (9, torch.ones(1, 2)),
     ):  # fmt: skip
         assert run(*good[:place], bad, *good[place + 1 :]) is None
     bare = [*both[:2], None, None, *both[4:6], None, None]
     assert run(*good[:4], bare, *good[5:]) is not None
-    assert run(*good[:11], "no_reset", good[12]) is None  # weights of another cell
+    assert run(*good[:12], "no_reset", good[13]) is None  # weights of another cell
 
     class Undecided:
         def __bool__(self) -> bool:
             raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        run(*good[:10], Undecided(), "gru", wanted)
+        run(*good[:11], Undecided(), "gru", wanted)
 
 
 def test_packed_rows_are_checked() -> None:
@@ -98,6 +100,7 @@ def test_packed_rows_are_checked() -> None:
         sizes,
         None,
         None,
+        1,
         False,
         "reset_after",
         wanted,
@@ -112,11 +115,11 @@ def test_packed_rows_are_checked() -> None:
         (7, torch.tensor([large, large, large])), (7, torch.tensor([7])), (7, sizes[None]),
         (7, torch.tensor(7)), (7, torch.tensor([3, 9, 2, 9, 2, 9])[::2]), (7, sizes[:0]),
         (2, x[:6]), (2, x[None]), (3, h[:, :2]), (3, h[0]), (0, grad[:6]), (5, output[:6]),
-        (6, saved[:6]), (10, True), (8, torch.tensor([3, 2, 2])),
+        (6, saved[:6]), (11, True), (10, 2), (8, torch.tensor([3, 2, 2])),
         (9, torch.ones(3, 3, dtype=torch.bool)),
     ):  # fmt: skip
         assert _C.run_direct_backward(*good[:place], bad, *good[place + 1 :]) is None
-    call = [x, h, weights, 1, True, False, False, sizes, None, None, "reset_after", False]
+    call = [x, h, weights, 1, True, False, False, sizes, None, None, 1, "reset_after", False]
     results = _C.run_direct(*call)
     assert results is not None and [t.shape for t in results] == [output.shape, h.shape]
     for place, bad in (
@@ -145,7 +148,7 @@ def test_nothing_is_allocated_for_a_gradient_that_is_not_plain() -> None:
     plain = (torch.ones_like(output), torch.ones_like(h))
     strided = torch.ones(2, 3, H).transpose(0, 1)
     spread = torch.ones(1, 1, 1).expand(3, 2, H)
-    rest = (x, h, weights, output, workspace, *[None] * 3, False, "reset_after", [True] * 6)
+    rest = (x, h, weights, output, workspace, *[None] * 3, 1, False, "reset_after", [True] * 6)
     for grads in (
         (strided, None),
         (spread, plain[1]),
@@ -188,6 +191,7 @@ def test_what_grows_while_gradients_are_allocated_is_refused() -> None:
         None,
         None,
         None,
+        1,
         False,
         "reset_after",
         [True] * 6,

@@ -242,7 +242,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
     nine = gru_fast.GRU(I, H, 9, bias=False)._flat_weights
     both, pair = gru_fast.GRU(I, H, bidirectional=True)._flat_weights, torch.zeros(2, 2, H)
-    rest = (None, None, None, "reset_after", False)
+    rest = (None, None, None, 1, "reset_after", False)
     last = (False, False, *rest)
     way = (True, False, *rest)  # both directions
     run = direct.native
@@ -255,8 +255,8 @@ def test_the_native_function_checks_what_it_is_given() -> None:
     assert [t.shape for t in results] == [(1, 2, 2 * H), (2, 2, H)]
     for bad in (
         (x, h, weights, None, False, *last),
-        (x, h, weights, None, True, False, False, *rest[:3], 3, False),
-        (x, h, weights, None, True, False, False, *rest[:3], "gru", False),
+        (x, h, weights, None, True, False, False, *rest[:4], 3, False),
+        (x, h, weights, None, True, False, False, *rest[:4], "gru", False),
         (x, h, weights, None, True, False, False, None, None, torch.ones(1, 2) > 0, *rest[3:]),
         (x[None], h[None], weights, 1, True, False, False, None, None, torch.ones(1, 2), *rest[3:]),
         (x, h, dict(enumerate(weights)), None, True, *last),
@@ -291,7 +291,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (x[None], pair, two, 1, True, *way),
     ):
         assert run(*bad) is None
-    with pytest.raises(TypeError, match="expected 12 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 13 arguments, got 1"):
         run(x)
     with pytest.raises(TypeError):
         run(x[None], h[None], weights, "one", True, *last)

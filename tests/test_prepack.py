@@ -376,21 +376,25 @@ def test_bad_arguments() -> None:
 def test_the_native_function_checks_what_it_is_given() -> None:
     weight = torch.zeros(3 * H, H)
     for bad in (
-        (None, "reset_after", True),
-        (weight, "lstm", True),
-        (weight[:-1], "reset_after", True),
-        (weight[:, :-1], "reset_after", False),
-        (weight.half(), "reset_after", False),
-        (torch.zeros(3 * H, H + 1), "reset_after", True),
-        (torch.zeros(3 * H), "reset_after", False),
-        (torch.zeros(0, H), "reset_after", False),
-        (weight.to("meta"), "reset_after", False),
-        (weight.to_sparse(), "reset_after", False),
+        (None, "reset_after", True, 1),
+        (weight, "lstm", True, 1),
+        (weight[:-1], "reset_after", True, 1),
+        (weight[:, :-1], "reset_after", False, 1),
+        (weight.half(), "reset_after", False, 1),
+        (torch.zeros(3 * H, H + 1), "reset_after", True, 1),
+        (torch.zeros(3 * H), "reset_after", False, 1),
+        (torch.zeros(0, H), "reset_after", False, 1),
+        (weight.to("meta"), "reset_after", False, 1),
+        (weight.to_sparse(), "reset_after", False, 1),
+        (weight, "reset_after", True, 2),
+        (weight, "reset_after", False, 0),
+        (weight, "reset_after", False, 7),
+        (torch.zeros(3 * 65, 1), "reset_after", True, 65),
     ):
         assert _C.prepack(*bad) is None
-    with pytest.raises(TypeError, match="expected 3 arguments, got 1"):
+    with pytest.raises(TypeError, match="expected 4 arguments, got 1"):
         _C.prepack(weight)  # type: ignore[call-arg]
-    assert _C.prepack(weight, "reset_after", True) is not None
+    assert _C.prepack(weight, "reset_after", True, 1) is not None
 
 
 def test_no_optimizer_is_watched_afterwards() -> None:

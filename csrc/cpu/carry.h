@@ -43,7 +43,7 @@ class Carry {
   void begin(const Share& share) {
     first_ = apart_.first(share);
     share.each_tile(p_.B, [&](int64_t g, int64_t row, int64_t tile) {
-      const int64_t offset = (g * p_.B + rows_.row(share.ranks[row])) * p_.H + tile * W;
+      const int64_t offset = p_.layout.state(g, rows_.row(share.ranks[row])) + tile * W;
       store(at(g, row, tile), load_or_zero(grad_h_n_, offset, lanes_of<Real>(tile, p_.H)));
     });
   }
@@ -52,7 +52,7 @@ class Carry {
   void finish(const Share& share) const {
     if (grad_h0_ == nullptr) return;
     share.each_tile(p_.B, [&](int64_t g, int64_t row, int64_t tile) {
-      const int64_t offset = (g * p_.B + rows_.row(share.ranks[row])) * p_.H + tile * W;
+      const int64_t offset = p_.layout.state(g, rows_.row(share.ranks[row])) + tile * W;
       store_n(grad_h0_ + offset, load(at(g, row, tile)), lanes_of<Real>(tile, p_.H));
     });
   }

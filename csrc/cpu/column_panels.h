@@ -14,8 +14,8 @@ template <class Real>
 struct ColumnPanels {
   static constexpr int W = kLanes<Real>;
 
-  Groups<const Real> weight;  // (gates * H, columns)
-  int64_t H, units, columns, gates;
+  Groups<const Real> weight;  // rows of `columns`
+  int64_t gate_rows, H, units, columns;
   int order[3];      // the gate that belongs to each slot
   int64_t slots;     // of D, `units` columns each
   Real* packed;      // (G, tiles) panels, or null: on the fly, for panels that are used once
@@ -72,7 +72,7 @@ struct ColumnPanels {
 
  private:
   GRU_MEMBER const Real* block(int64_t g, int64_t slot) const {
-    return weight[g] + order[slot] * H * columns;
+    return weight[g] + order[slot] * gate_rows * columns;
   }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int count) const {
     if (packed != nullptr) return packed + (g * tiles() + tile) * panel_size();

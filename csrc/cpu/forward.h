@@ -56,8 +56,10 @@ class ForwardScan {
     Real* mine = layout.take<Real>(few || input_once ? threads * panel : 0) + member * panel;
     auto panels = [&](int gate, int count, Groups<const Real> weight, int64_t K, bool on_the_fly,
                       Groups<const Real> given) {
-      GatePanels<Real> made{p_.H, K,     m_.tiles, count, weight.from(gate * p_.H * K),
-                            mine, given, nullptr};
+      const int64_t gate_rows = p_.layout.gate_rows;
+      GatePanels<Real> made{gate_rows, p_.H,  K,
+                            m_.tiles,  count, weight.from(gate * gate_rows * K),
+                            mine,      given, nullptr};
       if (!on_the_fly && !given) made.take(p_.G, layout);
       return made;
     };
@@ -147,7 +149,7 @@ class ForwardScan {
         const int64_t b = m_.rows.row(share_.ranks[i]), length = m_.rows.length(b);
         for (int64_t tile = share_.tiles.begin; tile < share_.tiles.end; ++tile) {
           const int n = lanes_of<Real>(tile, p_.H);
-          const int64_t offset = (g * p_.B + b) * p_.H + tile * W;
+          const int64_t offset = p_.layout.state(g, b) + tile * W;
           const V h = load_n(p_.h0 + offset, n);
           if (length == 0) {
             store_n(f_.h_n + offset, h, n);
@@ -214,7 +216,7 @@ class ForwardScan {
   // b_ih, and the b_hh that may be added before the gate.
   GRU_MEMBER V input_bias(int64_t g, int gate, int64_t tile) const {
     const int n = lanes_of<Real>(tile, p_.H);
-    const int64_t at = gate * p_.H + tile * W;
+    const int64_t at = gate * p_.layout.gate_rows + tile * W;
     const bool separate = p_.cell == Cell::kResetAfter && gate == 2;
     return load_or_zero(p_.bias_ih[g], at, n) +
            load_or_zero(separate ? nullptr : p_.bias_hh[g], at, n);
@@ -306,7 +308,7 @@ class ForwardScan {
   template <bool PLAIN>
   __attribute__((noinline)) void step_reset_after(int64_t g, int64_t step, int64_t in_chunk) {
     const Rows<PLAIN> rows(m_, share_.ranks, g, step, in_chunk);
-    const Real* const bias = p_.bias_hh.from(2 * p_.H)[g];
+    const Real* const bias = p_.bias_hh.from(2 * p_.layout.gate_rows)[g];
     multiply(first_, m_.operand + m_.at(step, g, 0, 0), g, step,
              [&]<int N>(const Sums<Real>& at) GRU_MEMBER_LAMBDA {
                const int64_t tile = at.tile;
@@ -372,7 +374,7 @@ class ForwardScan {
   template <int N, bool PLAIN, class Between = Nothing>
   GRU_MEMBER void close(const Rows<PLAIN>& rows, int64_t g, int64_t tile, const V (&sums)[3][N],
                         Between between = {}) {
-    const Real* const bias = p_.bias_hh.from(2 * p_.H)[g];
+    const Real* const bias = p_.bias_hh.from(2 * p_.layout.gate_rows)[g];
     const Number* const gx = rows.gates_x(0, tile);
     V rz[2 * N], q[N], n[N];
     reset_after_gates<Real, N>(

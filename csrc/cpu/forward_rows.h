@@ -139,7 +139,8 @@ class StepRows {
     output_row_ = p.G * H_;
     saved_ = m.f.workspace == nullptr ? nullptr : m.f.workspace + start * m.slots * H_;
     saved_row_ = output_row_ * m.slots;
-    h_n_ = m.f.h_n + g * p.B * H_;
+    h_n_ = m.f.h_n + p.layout.state(g, 0);
+    h_n_row_ = p.layout.state_row;
     last_ = m.rows.ends(g, t);
     if constexpr (PLAIN) return;
     order_ = p.order;
@@ -188,7 +189,7 @@ class StepRows {
     V h = n + z * (previous - n);
     store_n(output_ + b * output_row_ + tile * W, h, lanes);
     if (last_ || (!PLAIN && lengths_ != nullptr && lengths_[b] == after_)) {
-      store_n(h_n_ + b * H_ + tile * W, h, lanes);
+      store_n(h_n_ + b * h_n_row_ + tile * W, h, lanes);
       return;
     }
     if (!PLAIN && reset_ != nullptr && reset_[b] != 0) {
@@ -214,7 +215,7 @@ class StepRows {
   const Real *operand_, *reset_state_, *h_scale_;
   Number *next_, *update_ = nullptr;
   Real *next_operand_, *gated_ = nullptr, *output_, *saved_, *h_n_;
-  int64_t H_, ld_, gates_x_row_, output_row_, saved_row_, after_;
+  int64_t H_, ld_, gates_x_row_, output_row_, saved_row_, h_n_row_, after_;
   int gates_;
   bool last_;
 };

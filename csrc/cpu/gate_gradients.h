@@ -41,7 +41,8 @@ class GateGradients {
     begins_ = c.rows.begins(g, t);
     // To the rows of the step before; beyond the first there are none.
     const int64_t ahead = begins_ ? 0 : c.rows.start(p.reverse[g] ? t + 1 : t - 1) - start;
-    h0_ = p.h0 + g * p.B * H_;
+    h0_ = p.h0 + p.layout.state(g, 0);
+    h0_row_ = p.layout.state_row;
     before_ = c.f.output + out + ahead * row_;
     lengths_ = p.reverse[g] ? p.lengths : nullptr;
     after_ = t + 1;
@@ -90,12 +91,12 @@ class GateGradients {
  private:
   // The state that the step starts from, as Schedule::previous() has it.
   GRU_MEMBER V previous(int64_t b, int64_t tile, int64_t out, int lanes) const {
-    const int64_t at = b * H_ + tile * W;
     const bool late = lengths_ != nullptr && lengths_[b] == after_;
     if (reset_ != nullptr && reset_[b] != 0 && !late) {
-      return load_or_zero(reset_state_, at, lanes);
+      return load_or_zero(reset_state_, b * H_ + tile * W, lanes);
     }
-    return begins_ || late ? load_n(h0_ + at, lanes) : load_n(before_ + out, lanes);
+    if (begins_ || late) return load_n(h0_ + b * h0_row_ + tile * W, lanes);
+    return load_n(before_ + out, lanes);
   }
 
   // What the step before will read of a row and tile lies a step away in memory, in lines that no
@@ -107,7 +108,7 @@ class GateGradients {
   }
 
   Ranks ranks_;
-  int64_t H_, units_, row_, d_row_, saved_row_, after_, away_;
+  int64_t H_, units_, row_, d_row_, saved_row_, h0_row_, after_, away_;
   const int64_t *order_, *lengths_;
   const uint8_t* reset_;
   Real* d_;

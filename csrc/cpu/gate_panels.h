@@ -21,9 +21,9 @@ constexpr Weights weights_of() {
 // they lie, and for many they are packed tile by tile.
 template <class Real>
 struct GatePanels {
-  int64_t H, K, tiles;
+  int64_t gate_rows, H, K, tiles;
   int count;
-  Groups<const Real> weight;  // (N*H, K), from the first of the gates on
+  Groups<const Real> weight;  // rows of K, from the first of the gates on
   Real* on_the_fly;           // of this member
   Groups<const Real> packed;  // panels of `tiles` tiles, or null: on the fly
   Real* own;                  // where this call packs those of all groups, or null
@@ -38,7 +38,7 @@ struct GatePanels {
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
     if (packed) return packed[g] + tile * panel_size();
     for (int i = 0; i < abreast; ++i) {
-      pack_gates(weight[g], H, K, count, tile + i, on_the_fly + i * panel_size());
+      pack_gates(weight[g], gate_rows, H, K, count, tile + i, on_the_fly + i * panel_size());
     }
     return on_the_fly;
   }
@@ -49,7 +49,7 @@ struct GatePanels {
     if (!packed && rows <= kMaxRowsInPlace) {
       sweep_in_place<Real>(
           a, rows, K, count, range.begin, range.end, pace_of<Real>(rows, count * H, K),
-          [&](int64_t tile, int v) { return weight[g] + (v * H + tile * kLanes<Real>)*K; },
+          [&](int64_t tile, int v) { return weight[g] + (v * gate_rows + tile * kLanes<Real>)*K; },
           [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
       return;
     }
@@ -70,28 +70,31 @@ struct GatePanels {
   GRU_MEMBER void pack(Range range) const {
     if (own == nullptr) return;
     for (int64_t i = range.begin; i < range.end; ++i) {
-      pack_gates(weight[i / tiles], H, K, count, i % tiles, own + i * panel_size());
+      pack_gates(weight[i / tiles], gate_rows, H, K, count, i % tiles, own + i * panel_size());
     }
   }
 };
 
-// The panels of weight_ih, or of weight_hh: those of the first product, then those of the second.
+// The panels of weight_ih, or of weight_hh: for each of the heads those of the first product, then
+// those of the second.
 template <class Real>
 int64_t packed_weight_size(const PackedWeight& w) {
-  return tiles_of<Real>(w.H) * gate_count(w.cell) * packed_k<Real>(w.K) * kLanes<Real>;
+  return w.heads * tiles_of<Real>(w.H) * gate_count(w.cell) * packed_k<Real>(w.K) * kLanes<Real>;
 }
 template <class Real>
 void pack_weight(const PackedWeight& w, const Real* weight, Real* to) {
-  const int64_t tiles = tiles_of<Real>(w.H);
+  const int64_t tiles = tiles_of<Real>(w.H), gate_rows = w.heads * w.H;
   const int first = w.recurrent ? first_gates(w.cell) : gate_count(w.cell);
-  auto pack = [&](int gate, int count) {
-    const auto rows = Groups<const Real>::of_one(weight + gate * w.H * w.K);
-    const GatePanels<Real> panels{w.H, w.K, tiles, count, rows, nullptr, {}, to};
+  auto pack = [&](int64_t head, int gate, int count) {
+    const auto rows = Groups<const Real>::of_one(weight + (gate * gate_rows + head * w.H) * w.K);
+    const GatePanels<Real> panels{gate_rows, w.H, w.K, tiles, count, rows, nullptr, {}, to};
     panels.pack({0, tiles});
     to += panels.size();
   };
-  pack(0, first);
-  if (first < gate_count(w.cell)) pack(first, 1);
+  for (int64_t head = 0; head < w.heads; ++head) {
+    pack(head, 0, first);
+    if (first < gate_count(w.cell)) pack(head, first, 1);
+  }
 }
 
 }  // namespace

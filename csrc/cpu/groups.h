@@ -42,4 +42,16 @@ class Groups {
   int64_t step_ = 0;  // bytes
 };
 
+// How the rows of groups of H units lie. Those of a group by themselves are dense; heads share the
+// rows of each gate, and the units of a state.
+struct GroupLayout {
+  int64_t gate_rows;    // from one gate to the next in a weight or bias, in rows
+  int64_t state_row;    // from one row of the batch to the next in a state, in units
+  int64_t state_group;  // from one group to the next in a state
+
+  static GroupLayout of_groups(int64_t B, int64_t H) { return {H, H, B * H}; }
+  static GroupLayout of_heads(int64_t heads, int64_t H) { return {heads * H, heads * H, H}; }
+  GRU_MEMBER int64_t state(int64_t g, int64_t b) const { return g * state_group + b * state_row; }
+};
+
 }  // namespace gru_fast

@@ -89,7 +89,7 @@ class NormForwardScan {
     const bool on_the_fly = p_.T == 1;
     const int64_t per_member = kMostVectorsAbreast * W * p_.H;
     Real* mine = layout.take<Real>(on_the_fly ? threads * per_member : 0) + member * per_member;
-    panels_ = {p_.H, p_.H, tiles_, 3, p_.weight_hh, mine, {}, nullptr};
+    panels_ = {p_.H, p_.H, p_.H, tiles_, 3, p_.weight_hh, mine, {}, nullptr};
     if (!on_the_fly) panels_.take(p_.G, layout);
     scratch_bytes_ = layout.used();
   }

@@ -50,13 +50,15 @@ void pack_transposed(const Real* rows, int64_t row_stride, int n, int64_t K, Rea
   }
 }
 
-// The weight rows of one unit tile for `count` gates, side by side: [word][count][lanes].
+// The weight rows of one unit tile for `count` gates, gate_rows apart, side by side:
+// [word][count][lanes].
 template <class Real>
-void pack_gates(const Real* weight, int64_t H, int64_t K, int count, int64_t tile, Real* panel) {
+void pack_gates(const Real* weight, int64_t gate_rows, int64_t H, int64_t K, int count,
+                int64_t tile, Real* panel) {
   constexpr int W = kLanes<Real>;
   constexpr int P = kPack<Real>;
   for (int i = 0; i < count; ++i) {
-    pack_transposed(weight + (i * H + tile * W) * K, K, lanes_of<Real>(tile, H), K,
+    pack_transposed(weight + (i * gate_rows + tile * W) * K, K, lanes_of<Real>(tile, H), K,
                     panel + i * (W * P), count * (W * P));
   }
 }

@@ -33,12 +33,13 @@ static constexpr int first_gates(Cell cell) { return cell == Cell::kResetAfter ?
 static constexpr bool has_second_product(Cell cell) { return cell == Cell::kResetBefore; }
 
 // G independent recurrences over (T, B), none of T, B, G, H zero. All tensors are contiguous but x,
-// whose rows are, and the weights, which are within a group. What has (T, B) in front may be
-// packed, as in a PackedSequence: without padding, the rows of a time behind those of the time
-// before.
+// whose rows are, and weights, biases, first and last states and the gradients of these, which lie
+// as `layout` says. What has (T, B) in front may be packed, as in a PackedSequence: without
+// padding, the rows of a time behind those of the time before.
 template <class Real>
 struct Problem {
   int64_t T, B, G, I, H;
+  GroupLayout layout;
   Cell cell;
   const uint8_t* reverse;  // (G)
   const Real* x;           // rows of I, or of the N*H projected gates when weight_ih is null
@@ -69,11 +70,12 @@ struct Forward {
   Groups<const Real> packed_hh;
 };
 
-// A weight of shape (N*H, K) to be packed for many calls.
+// A weight of shape (N*heads*H, K) to be packed for many calls.
 struct PackedWeight {
   Cell cell;
   int64_t H, K;
   bool recurrent;  // weight_hh
+  int64_t heads;   // groups that have rows of it
 };
 
 // A null gradient pointer means: not asked for. Those that several steps add to in the result

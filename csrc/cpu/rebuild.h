@@ -56,6 +56,7 @@ class Rebuild {
     step.T = 1;
     step.B = rows;
     step.G = 1;
+    step.layout.state_row = p_.H;
     step.reverse = &kForward;
     step.x = x_;
     step.x_stride_t = step.x_stride_g = 0;

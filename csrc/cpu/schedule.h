@@ -70,7 +70,7 @@ struct Schedule {
   GRU_MEMBER const Real* previous(const Real* output, int64_t g, int64_t t, int64_t b) const {
     if (reset(g, t, b)) return reset_row(g, b);
     const bool first = p.reverse[g] ? t + 1 == length(b) : t == 0;
-    if (first) return p.h0 + (g * p.B + b) * p.H;
+    if (first) return p.h0 + p.layout.state(g, b);
     const int64_t before = p.reverse[g] ? t + 1 : t - 1;
     return output + ((start(before) + b) * p.G + g) * p.H;
   }

@@ -19,13 +19,15 @@ struct ChunkSum {
   Groups<Real> result;
   Groups<Compute<Real>> so_far;
 
-  // Of G groups of `count` numbers.
-  GRU_MEMBER ChunkSum(Groups<Real> to, int64_t G, int64_t count, bool one_chunk, Layout& layout)
+  // Of `gates` gates with rows of `columns`.
+  GRU_MEMBER ChunkSum(Groups<Real> to, const Problem<Real>& p, int64_t gates, int64_t columns,
+                      bool one_chunk, Layout& layout)
       : result(to) {
     if constexpr (std::is_same_v<Real, Compute<Real>>) {
       so_far = to;
     } else if (to && !one_chunk) {
-      so_far = {layout.template take<Compute<Real>>(G * count), count};
+      const int64_t rows = p.layout.gate_rows == p.H ? gates * p.H : p.H;
+      so_far = {layout.template take<Compute<Real>>(p.G * gates * p.H * columns), rows * columns};
     }
   }
   GRU_MEMBER void add(int64_t g, int64_t at, Vec<Real> sum, int lanes, bool first,
@@ -84,17 +86,18 @@ class WeightGrads {
         input_tiles_(tiles_of<Real>(p_.I)),
         input_slot_(p_.cell == Cell::kResetAfter ? 1 : 0),
         unit_blocks_((p_.H + kRowBlock - 1) / kRowBlock),
-        weight_ih_(f.grad_weight_ih, p_.G, c_.gates * p_.H * p_.I, c_.only(), layout),
-        weight_hh_(f.grad_weight_hh, p_.G, c_.gates * p_.H * p_.H, c_.only(), layout),
-        bias_ih_(f.grad_bias_ih, p_.G, c_.gates * p_.H, c_.only(), layout),
-        bias_hh_(f.grad_bias_hh, p_.G, c_.gates * p_.H, c_.only(), layout) {
+        weight_ih_(f.grad_weight_ih, p_, c_.gates, p_.I, c_.only(), layout),
+        weight_hh_(f.grad_weight_hh, p_, c_.gates, p_.H, c_.only(), layout),
+        bias_ih_(f.grad_bias_ih, p_, c_.gates, 1, c_.only(), layout),
+        bias_hh_(f.grad_bias_hh, p_, c_.gates, 1, c_.only(), layout) {
     const int64_t rows = packed_k<Real>(c_.capacity);
     auto take = [&](bool wanted, int64_t count) {
       return wanted ? layout.template take<Real>(count) : nullptr;
     };
     if (wants_grad_x() && p_.weight_ih) {
-      input_panels_ = {p_.weight_ih, p_.H,     c_.units, p_.I,   c_.gates,
-                       {0, 1, 2},    c_.gates, nullptr,  nullptr};
+      input_panels_ = {p_.weight_ih, p_.layout.gate_rows, p_.H,     c_.units,
+                       p_.I,         {0, 1, 2},           c_.gates, nullptr,
+                       nullptr};
       input_panels_.take(p_.G, c_.only(), layout, threads, member);
     }
     x_ = take(bool(f.grad_weight_ih), input_tiles_ * rows * W);
@@ -221,7 +224,7 @@ class WeightGrads {
     }
     const bool after = p_.cell == Cell::kResetAfter;
     const bool input_side = !(after && slot == 0), hidden_side = !(after && slot == 3);
-    const int64_t first_row = c_.gate_of(slot) * p_.H + unit;
+    const int64_t first_row = c_.gate_of(slot) * p_.layout.gate_rows + unit;
     Number sums[W > kRowBlock ? W : kRowBlock] = {};
     for (int i = 0; i < valid; ++i) sums[i] = static_cast<Number>(total[i]);
     for (int i = 0; i < valid; i += W) {

@@ -57,7 +57,7 @@ void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
       [&](int64_t tile, int count) {
         const int64_t size = packed_k<Real>(K) * vectors * W;
         for (int i = 0; i < count; ++i) {
-          pack_gates(weight.data(), H, K, vectors, tile + i, panels.data() + i * size);
+          pack_gates(weight.data(), H, H, K, vectors, tile + i, panels.data() + i * size);
         }
         return panels.data();
       },

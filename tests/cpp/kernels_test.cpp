@@ -53,6 +53,16 @@ struct Case {
   bool shared;    // one x for all groups
   bool lengths, resets, scales, recompute;
   bool packed = false;
+  bool heads = false;  // groups have rows of one weight
+
+  GroupLayout layout() const {
+    return heads ? GroupLayout::of_heads(G, H) : GroupLayout::of_groups(B, H);
+  }
+  // Where each group has its part of a weight, a bias or a gradient of these.
+  template <class Number>
+  Groups<Number> spread(Number* all, int64_t columns) const {
+    return {all, (heads ? H : gate_count(cell) * H) * columns};
+  }
 };
 
 // The tensors that a call reads.
@@ -103,6 +113,7 @@ struct Inputs {
     p.G = c.G;
     p.I = c.projects ? c.I : 0;
     p.H = c.H;
+    p.layout = c.layout();
     p.cell = c.cell;
     p.reverse = reverse.data();
     p.x = x.data();
@@ -111,12 +122,11 @@ struct Inputs {
     p.x_stride_t = p.x_stride_b * c.B;
     p.x_shared = c.shared;
     p.h0 = h0.data();
-    const int64_t gates = N * c.H;
-    p.weight_hh = {weight_hh.data(), gates * c.H};
-    p.bias_hh = {bias_hh.data(), gates};
+    p.weight_hh = c.spread(weight_hh.data(), c.H);
+    p.bias_hh = c.spread(bias_hh.data(), 1);
     if (c.projects) {
-      p.weight_ih = {weight_ih.data(), gates * c.I};
-      p.bias_ih = {bias_ih.data(), gates};
+      p.weight_ih = c.spread(weight_ih.data(), c.I);
+      p.bias_ih = c.spread(bias_ih.data(), 1);
     }
     p.packed = c.packed;
     if (c.lengths) {
@@ -197,10 +207,12 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
   if (!c.recompute) f.workspace = results.make(rows * slot_count(c.cell) * c.H);
   Panels packed_ih, packed_hh;
   if (prepacked) {
-    packed_ih = packed({c.cell, c.H, c.I, false}, in.weight_ih);
-    packed_hh = packed({c.cell, c.H, c.H, true}, in.weight_hh);
-    f.packed_ih = Groups<const float>::of_one(packed_ih.get());
-    f.packed_hh = Groups<const float>::of_one(packed_hh.get());
+    const int64_t heads = c.heads ? c.G : 1;
+    const PackedWeight ih{c.cell, c.H, c.I, false, heads}, hh{c.cell, c.H, c.H, true, heads};
+    packed_ih = packed(ih, in.weight_ih);
+    packed_hh = packed(hh, in.weight_hh);
+    f.packed_ih = {packed_ih.get(), kernels.packed_weight_size(ih) / heads};
+    f.packed_hh = {packed_hh.get(), kernels.packed_weight_size(hh) / heads};
   }
   on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
 
@@ -217,11 +229,11 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
   }
   b.grad_h0 = results.make(states);
   if (c.projects) {
-    b.grad_weight_ih = {results.make(c.G * gates * c.I), gates * c.I};
-    b.grad_bias_ih = {results.make(c.G * gates), gates};
+    b.grad_weight_ih = c.spread(results.make(c.G * gates * c.I), c.I);
+    b.grad_bias_ih = c.spread(results.make(c.G * gates), 1);
   }
-  b.grad_weight_hh = {results.make(c.G * gates * c.H), gates * c.H};
-  b.grad_bias_hh = {results.make(c.G * gates), gates};
+  b.grad_weight_hh = c.spread(results.make(c.G * gates * c.H), c.H);
+  b.grad_bias_hh = c.spread(results.make(c.G * gates), 1);
   if (c.resets) b.grad_reset_state = results.make(states, true);
   if (c.scales) b.grad_h_scale = results.make(states, true);
   on_team(b, threads, kernels.backward_scratch_bytes, kernels.backward);
@@ -346,8 +358,9 @@ int main() {
       // T, B, G, I, H: one step; one row; rows left over; more than a chunk of the backward pass;
       // more than a block of the sum; weights beyond the second level of the cache, in rows of
       // 2.6 and of 4 KB
-      {1, 3, 2, 5, 7},  {1, 2, 1, 3, 19},  {9, 1, 1, 6, 33},    {5, 13, 2, 4, 10},
-      {40, 9, 1, 3, 9}, {3, 2, 1, 270, 5}, {1, 1, 1, 660, 210}, {1, 1, 1, 1030, 131},
+      {1, 3, 2, 5, 7},   {1, 2, 1, 3, 19},    {9, 1, 1, 6, 33},
+      {5, 13, 2, 4, 10}, {40, 9, 1, 3, 9},    {30, 9, 3, 4, 9},
+      {3, 2, 1, 270, 5}, {1, 1, 1, 660, 210}, {1, 1, 1, 1030, 131},
   };
   for (const auto& [T, B, G, I, H] : kSizes) {
     for (int kind = 0; kind < 24; ++kind) {
@@ -358,13 +371,18 @@ int main() {
       const Case scan_case{cell,  T,     B,          G,          I,         H,
                            false, false, kind >= 12, kind >= 18, kind >= 6, upper};
       const Case packed_case{cell, T, B, G, I, H, true, odd, true, false, false, upper, true};
-      const Inputs x(layer_case), gates_x(scan_case), packed_x(packed_case);
+      const Case heads_case{cell, T,          B,     G,     I,     H,     true,
+                            true, kind >= 12, false, false, upper, false, true};
+      const Inputs x(layer_case), gates_x(scan_case), packed_x(packed_case), heads_x(heads_case);
       for (int threads : {2, 5}) {
-        const bool same = layer(layer_case, x, threads) == layer(layer_case, x, 1) &&
-                          layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1) &&
-                          layer(packed_case, packed_x, threads) == layer(packed_case, packed_x, 1);
+        const bool same =
+            layer(layer_case, x, threads) == layer(layer_case, x, 1) &&
+            layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1) &&
+            layer(packed_case, packed_x, threads) == layer(packed_case, packed_x, 1) &&
+            layer(heads_case, heads_x, threads) == layer(heads_case, heads_x, 1);
         const bool packed_alike =
-            G > 1 || layer(layer_case, x, threads, true) == layer(layer_case, x, 1);
+            (G > 1 || layer(layer_case, x, threads, true) == layer(layer_case, x, 1)) &&
+            layer(heads_case, heads_x, threads, true) == layer(heads_case, heads_x, 1);
         const bool norm = cell == Cell::kResetAfter;
         if (!same || !packed_alike ||
             (norm &&
