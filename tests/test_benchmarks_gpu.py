@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from repository_tools import ROOT, load, run
+from versions import needs_triton_interpreter
 
 cases = load("benchmarks.cases")
 providers_kernels = load("benchmarks.providers_kernels")
@@ -30,6 +31,7 @@ def a_plan(out, **changes):
 
 
 class TestGpuProgram:
+    @needs_triton_interpreter
     def test_a_cut_off_dry_run_is_resumed(self, tmp_path):
         """Killed in the middle, it goes on where it was and keeps what it had."""
         path = tmp_path / worker.RESULTS

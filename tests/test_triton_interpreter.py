@@ -8,17 +8,15 @@ triton_support/interpreted*.py cannot share this process.
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from versions import needs_triton_interpreter
+
 TESTS = Path(__file__).parent
 
-pytestmark = pytest.mark.skipif(
-    find_spec("triton") is None, reason="triton is not installed: pip install triton"
-)
-
+pytestmark = needs_triton_interpreter
 
 SCANS = ("interpreted", "interpreted_edges", "interpreted_norm")
 
