@@ -145,7 +145,7 @@ struct Call {
   void run(const Arguments& a, const KernelTable<Real>& table) {
     a.options->describe(f.in);
     const int64_t count = rows * f.in.I;
-    std::unique_ptr<Number[]> sums;  // of both directions, before they are rounded
+    std::unique_ptr<Number[]> sums;  // of all groups, before they are rounded
     if (f.in.G == 1 || grad_x == nullptr) {
       f.grad_x = grad_x;
     } else if constexpr (kRounds) {

@@ -16,34 +16,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from gru_fast import direct, heads, ops, ops_rules
 from gru_fast.ops_past import is_unobserved
-from gru_fast.recurrence import BOTH, FORWARD, grouped
+from gru_fast.recurrence import BOTH, grouped
 
 _PER_DIRECTION = 4  # weights, of which both biases may be None
-_OF_CELL = (None, None, None, None, 1)  # layers, batch_sizes, lengths, reset_mask, num_heads
+_OF_CELL = (None, None, None, 1)  # batch_sizes, lengths, reset_mask, num_heads
 _OTHERS = 6  # arguments of GRULayer before those that may have a gradient
 
 
 def _padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
     """Packed rows (rows, ...) as (T, B, ...), and their lengths."""
     return pad_packed_sequence(PackedSequence(rows, batch_sizes))
-
-
-def _reverse(directions: int, num_heads: int) -> tuple[bool, ...]:
-    return FORWARD * num_heads if num_heads > 1 else BOTH[:directions]
-
-
-def _by_head(tensors: list[Any], num_heads: int, cell: str) -> list[Any]:
-    """A state and weights of one direction as the ops take those of heads."""
-    state, *weights = tensors
-    rows = (heads.rows_by_head(weight, num_heads, cell) for weight in weights)
-    return [heads.states_by_head(state, num_heads), *rows]
-
-
-def _whole(grads: list[Tensor], num_heads: int, cell: str) -> list[Tensor]:
-    """What `_by_head` had been given, of its gradients; those not asked for have no elements."""
-    state, *weights = grads
-    rows = (heads.whole_rows(grad, num_heads, cell) if grad.numel() else grad for grad in weights)
-    return [heads.whole_states(state, num_heads) if state.numel() else state, *rows]
 
 
 class GRULayer(torch.autograd.Function):
@@ -118,18 +100,15 @@ class GRULayer(torch.autograd.Function):
             grad_output = None if grad_output is None else grad_output.unsqueeze(0)
         directions = len(weights) // _PER_DIRECTION
         kinds = range(_PER_DIRECTION)
-        tensors = [h0, *grouped(weights, directions)]
-        if ctx.num_heads > 1:
-            tensors = _by_head(tensors, ctx.num_heads, ctx.cell)
-            grad_h_n = heads.states_by_head(grad_h_n, ctx.num_heads)
+        tensors = heads.by_head(h0, grouped(weights, directions), ctx.num_heads, ctx.cell)
+        grad_h_n = heads.states_by_head(grad_h_n, ctx.num_heads)
         output_mask = [*needed[:2], *(any(needed[2 + i :: _PER_DIRECTION]) for i in kinds)]
         *by_op, _, _ = ops.layer_backward(
             grad_output, grad_h_n, grad_workspace, x, *tensors, lengths, reset_mask, None, None,
-            output, workspace, ctx.cell, _reverse(directions, ctx.num_heads), False,
-            [*output_mask, False, False],
+            output, workspace, ctx.cell, heads.flags_by_head(BOTH[:directions], ctx.num_heads),
+            False, [*output_mask, False, False],
         )  # fmt: skip
-        if ctx.num_heads > 1:
-            by_op[1:] = _whole(by_op[1:], ctx.num_heads, ctx.cell)
+        by_op[1:] = heads.whole(by_op[1:], ctx.num_heads, ctx.cell)
         of_steps = [grad.squeeze(0) if ctx.is_cell else grad for grad in by_op[:2]]
         if ctx.batch_sizes is not None and needed[0]:
             of_steps[0] = pack_padded_sequence(of_steps[0], lengths).data
@@ -195,18 +174,16 @@ def _run(
     if hx is None or not direct.is_only_watched() or direct.native_takes(*call) is None:
         return None
     x, h0 = (input, hx) if layers else (input.unsqueeze(0), hx.unsqueeze(0))
-    rest = (reset_mask, None, None, cell, _reverse(directions, num_heads), False)
+    flags = heads.flags_by_head(BOTH[:directions], num_heads)
+    rest = (reset_mask, None, None, cell, flags, False)
     with torch.no_grad():
-        tensors = [h0, *grouped(weights, directions)]
-        if num_heads > 1:
-            tensors = _by_head(tensors, num_heads, cell)
+        tensors = heads.by_head(h0, grouped(weights, directions), num_heads, cell)
         if batch_sizes is not None:
             x, lengths = _padded(x, batch_sizes)
         output, h_n, workspace = ops.without_grad(ops.layer, x, *tensors, lengths, *rest)
         if batch_sizes is not None and lengths is not None:
             output, workspace = (pack_padded_sequence(t, lengths).data for t in (output, workspace))
-        if num_heads > 1:
-            h_n = heads.whole_states(h_n, num_heads)
+        h_n = heads.whole_states(h_n, num_heads)
         return (output, h_n, workspace) if layers else (output.squeeze(0).clone(), workspace)
 
 
@@ -218,13 +195,13 @@ def gru_cell(
         return None
     if not isinstance(input, Tensor) or input.dim() != 2:
         return None
-    results = _run(input, hx, weights, *_OF_CELL, cell)
+    results = _run(input, hx, weights, None, *_OF_CELL, cell)
     if results is None and (copies := _in_order(input, hx)) is not None:
         input, hx = copies
-        results = _run(input, hx, weights, *_OF_CELL, cell)
+        results = _run(input, hx, weights, None, *_OF_CELL, cell)
     if results is None:
         return None
-    return _attach(results, cell, *_OF_CELL[1:], input, hx, *weights)[0]  # type: ignore[no-any-return]
+    return _attach(results, cell, *_OF_CELL, input, hx, *weights)[0]  # type: ignore[no-any-return]
 
 
 def layer(

@@ -9,7 +9,7 @@ its head only: the rule by which torch stores the weights of a grouped convoluti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 from torch import Tensor
 
@@ -93,57 +93,70 @@ def _run(
             f"weight_hh: expected shape (D, {N}*H, H/num_heads) = {(D, N * H, units)} with "
             f"num_heads={num_heads}, got {tuple(weight_hh.shape)}"
         )
-
     options = dict(options)
-    flags = options.pop("reverse", FORWARD)
     output, h_n, *others = run(
         x,
-        states_by_head(h0, num_heads),
-        *(rows_by_head(tensor, num_heads, cell) for tensor in tensors),
+        *by_head(h0, tensors, num_heads, cell),
         cell=cell,
-        reverse=[flag for flag in flags for _ in range(num_heads)],
+        reverse=flags_by_head(options.pop("reverse", FORWARD), num_heads),
         reset_state=states_by_head(options.pop("reset_state", None), num_heads),
         **options,
     )
     return output, whole_states(h_n, num_heads), *others
 
 
-@overload
-def rows_by_head(tensor: Tensor, num_heads: int, cell: str) -> Tensor: ...
-@overload
-def rows_by_head(tensor: Tensor | None, num_heads: int, cell: str) -> Tensor | None: ...
-def rows_by_head(tensor: Tensor | None, num_heads: int, cell: str) -> Tensor | None:
+def by_head(
+    h0: Tensor, weights: Sequence[Tensor | None], num_heads: int, cell: str
+) -> list[Tensor | None]:
+    """The state (D, B, H) and the weights (D, N*H, *) of D directions as those of D*K groups."""
+    rows = (_rows_by_head(weight, num_heads, cell) for weight in weights)
+    return [states_by_head(h0, num_heads), *rows]
+
+
+def whole(grads: Sequence[Tensor], num_heads: int, cell: str) -> list[Tensor]:
+    """What `by_head` had been given, of gradients; those not asked for have no elements."""
+    state, *weights = grads
+    rows = (_whole_rows(grad, num_heads, cell) if grad.numel() else grad for grad in weights)
+    return [whole_states(state, num_heads) if state.numel() else state, *rows]
+
+
+def flags_by_head(flags: Sequence[bool], num_heads: int) -> list[bool]:
+    """For each group the flag of its direction."""
+    return [flag for flag in flags for _ in range(num_heads)]
+
+
+def _rows_by_head(tensor: Tensor | None, num_heads: int, cell: str) -> Tensor | None:
     """(D, N*H, *) as (D*K, N*H/K, *)."""
-    if tensor is None:
-        return None
+    if tensor is None or num_heads == 1:
+        return tensor
     D, rows, *columns = tensor.shape
     N = GATES[cell]
-    by_head = tensor.reshape(D, N, num_heads, rows // (N * num_heads), *columns).transpose(1, 2)
-    return by_head.reshape(D * num_heads, rows // num_heads, *columns)
+    apart = tensor.reshape(D, N, num_heads, rows // (N * num_heads), *columns).transpose(1, 2)
+    return apart.reshape(D * num_heads, rows // num_heads, *columns)
 
 
-def whole_rows(tensor: Tensor, num_heads: int, cell: str) -> Tensor:
-    """What `rows_by_head` had been given."""
+def _whole_rows(tensor: Tensor, num_heads: int, cell: str) -> Tensor:
+    """What `_rows_by_head` had been given."""
+    if num_heads == 1:
+        return tensor
     D, N, units = tensor.shape[0] // num_heads, GATES[cell], tensor.shape[1] // GATES[cell]
     by_gate = tensor.reshape(D, num_heads, N, units, *tensor.shape[2:]).transpose(1, 2)
     return by_gate.reshape(D, N * num_heads * units, *tensor.shape[2:])
 
 
-@overload
-def states_by_head(tensor: Tensor, num_heads: int) -> Tensor: ...
-@overload
-def states_by_head(tensor: Tensor | None, num_heads: int) -> Tensor | None: ...
 def states_by_head(tensor: Tensor | None, num_heads: int) -> Tensor | None:
     """(D, B, H) as (D*K, B, H/K)."""
-    if tensor is None:
-        return None
+    if tensor is None or num_heads == 1:
+        return tensor
     D, B, H = tensor.shape
-    by_head = tensor.reshape(D, B, num_heads, H // num_heads).transpose(1, 2)
-    return by_head.reshape(D * num_heads, B, H // num_heads)
+    apart = tensor.reshape(D, B, num_heads, H // num_heads).transpose(1, 2)
+    return apart.reshape(D * num_heads, B, H // num_heads)
 
 
 def whole_states(tensor: Tensor, num_heads: int) -> Tensor:
     """What `states_by_head` had been given."""
+    if num_heads == 1:
+        return tensor
     groups, B, units = tensor.shape
     by_row = tensor.reshape(groups // num_heads, num_heads, B, units).transpose(1, 2)
     return by_row.reshape(groups // num_heads, B, num_heads * units)
