@@ -81,10 +81,10 @@ bool read_weights(PyObject* const* weights, Py_ssize_t per_direction, bool optio
   return true;
 }
 
-// num_heads, of a layer of so many directions; false if that is not plain, or with a Python
-// exception.
+// num_heads of a layer of so many directions; false if it is none that kernels have.
 inline bool read_heads(PyObject* given, GroupCount& count) {
   count.heads = PyLong_AsLong(given);
+  if (count.heads == -1) PyErr_Clear();  // who checks arguments has a better message
   return count.heads == 1 || (count.heads > 1 && count.heads <= kMaxHeads && count.directions == 1);
 }
 

@@ -21,7 +21,7 @@ from direct_spy import (
     serves,
     trained,
 )
-from gru_fast import direct
+from gru_fast import direct, functional
 
 pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
@@ -221,4 +221,14 @@ def test_a_weight_for_another_number_of_heads_is_refused(spy: Spy) -> None:
                 pytest.raises((RuntimeError, ValueError), match=r"heads|hidden|weight_hh"),
             ):
                 module(x, torch.zeros(1, 2, 36))
+    assert spy.taken == 0
+
+
+@pytest.mark.parametrize("heads", [0, -1, 7, 2**70, "3"])
+def test_what_is_no_number_of_heads_is_refused_as_by_the_ops(spy: Spy, heads: Any) -> None:
+    module, x = gru_fast.GRU(I, 36, num_heads=3), torch.randn(3, 2, I)
+    with torch.no_grad():
+        assert_as_by_ops(
+            lambda: functional.gru(x, None, module._flat_weights, num_heads=heads)  # type: ignore
+        )
     assert spy.taken == 0
