@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+import gru_fast
 from gru_fast import direct
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -63,6 +64,21 @@ def assert_as_by_ops(call: Callable[[], Any]) -> None:
     assert_same(given, expected)
 
 
+def assert_inferred_as_by_ops(module: nn.Module, *calls: Callable[[], Any]) -> None:
+    """Calls of the module without gradients, outside of `prepacked` and within it."""
+    for call in calls:
+        assert_as_by_ops(call)
+    with gru_fast.prepacked(module):
+        for call in calls:
+            assert_as_by_ops(call)
+
+
+def profiled(call: Callable[[], Any]) -> Any:
+    """The results of a call that somebody watches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        return call()
+
+
 def leaves_of(module: nn.Module, *tensors: Tensor) -> list[Tensor]:
     return [t for t in (*tensors, *module.parameters()) if t.requires_grad]
 
@@ -91,3 +107,21 @@ def assert_trained_as_by_ops(
             assert a.shape == b.shape and a.dtype == b.dtype
             assert a.requires_grad == b.requires_grad and type(a) is type(b)
             assert torch.equal(a, b)
+
+
+def assert_twice_differentiated_as_by_ops(
+    spy: Spy, call: Callable[[], Tensor], leaves: list[Tensor]
+) -> None:
+    """The second derivatives of the output that the call returns."""
+
+    def twice() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore
+
+    before = spy.taken
+    given = twice()
+    assert spy.taken > before
+    with direct.turned_off():
+        expected = twice()
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads past the dispatcher: weights are read where they lie, and the bits are the operator's."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,23 +16,21 @@ from direct_spy import (
     DTYPES,
     Spy,
     assert_as_by_ops,
+    assert_inferred_as_by_ops,
     assert_trained_as_by_ops,
+    assert_twice_differentiated_as_by_ops,
     leaves_of,
+    profiled,
     serves,
     trained,
 )
-from gru_fast import direct, functional
+from gru_fast import functional
 
 pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 I = 5  # noqa: E741
 HEADS = {"two": (2, 38), "three": (3, 33), "of one unit": (4, 4), "of tiles": (2, 64)}
 SIZES = {"one": (1, 1), "a step": (1, 3), "a row": (7, 1), "many": (8, 33)}
-
-
-def profiled(call: Callable[[], Any]) -> Any:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-        return call()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -51,15 +49,13 @@ def test_inference(
         shape = (B, T) if batch_first else (T, B)
         x, mask = torch.randn(*shape, I, dtype=dtype), torch.rand(*shape) < 0.3
         module = gru_fast.GRU(I, H, 2, batch_first=batch_first, **options)
-
-        def check(module: Any = module, x: Tensor = x, mask: Tensor = mask) -> None:
-            assert_as_by_ops(lambda: module(x, h))
-            assert_as_by_ops(lambda: module(x))
-            assert_as_by_ops(lambda: module(x, h, reset_mask=mask, lengths=lengths))
-
-        check()
-        with gru_fast.prepacked(module):
-            check()
+        given: dict[str, Any] = {"reset_mask": mask, "lengths": lengths}
+        assert_inferred_as_by_ops(
+            module,
+            partial(module, x, h),
+            partial(module, x),
+            partial(module, x, h, **given),
+        )
     assert spy.taken == (12 if serves(dtype) else 0)
 
 
@@ -186,17 +182,8 @@ def test_second_derivatives(spy: Spy) -> None:
     module, x = gru_fast.GRU(I, 12, num_heads=3), torch.randn(4, 3, I, requires_grad=True)
     leaves = leaves_of(module, x)
 
-    def twice() -> tuple[Tensor, ...]:
-        loss = module(x)[0].square().sum()
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore
-
-    found = twice()
+    assert_twice_differentiated_as_by_ops(spy, lambda: module(x)[0], leaves)
     assert spy.taken == 1
-    with direct.turned_off():
-        expected = twice()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_both_directions_and_very_many_heads_go_to_the_ops(spy: Spy) -> None:

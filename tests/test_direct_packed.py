@@ -19,11 +19,11 @@ from direct_spy import (
     Spy,
     assert_as_by_ops,
     assert_trained_as_by_ops,
+    assert_twice_differentiated_as_by_ops,
     leaves_of,
     serves,
     trained,
 )
-from gru_fast import direct
 from test_direct import CONTEXTS
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
@@ -150,17 +150,10 @@ def test_second_derivatives(spy: Spy, both: bool) -> None:
     data = given.data.clone().requires_grad_()
     leaves = leaves_of(module, data)
 
-    def twice() -> tuple[Tensor, ...]:
-        loss = module(in_order(given, data))[0].data.square().sum()
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore
-
-    found = twice()
+    assert_twice_differentiated_as_by_ops(
+        spy, lambda: module(in_order(given, data))[0].data, leaves
+    )
     assert spy.taken == 1
-    with direct.turned_off():
-        expected = twice()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("name", ["profiler", "dispatch mode"])

@@ -2,6 +2,7 @@
 """Calls with a reset_mask past the dispatcher: the bits of the operator, wherever the mask lies."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ from direct_spy import (
     DTYPES,
     Spy,
     assert_as_by_ops,
+    assert_inferred_as_by_ops,
     assert_trained_as_by_ops,
+    assert_twice_differentiated_as_by_ops,
     leaves_of,
+    profiled,
     serves,
 )
 
@@ -53,15 +57,12 @@ def test_inference(
         x, mask = torch.randn(*shape, I, dtype=dtype), drawn(*shape)
         options: dict[str, Any] = {"bidirectional": both, "cell": cell, "dtype": dtype}
         module = gru_fast.GRU(I, H, layers, batch_first=batch_first, **options)
-
-        def check(module: Any = module, x: Tensor = x, mask: Tensor = mask) -> None:
-            assert_as_by_ops(lambda: module(x, h, reset_mask=mask))
-            assert_as_by_ops(lambda: module(x, reset_mask=mask))
-            assert_as_by_ops(lambda: module(x, h, reset_mask=mask, lengths=lengths))
-
-        check()
-        with gru_fast.prepacked(module):
-            check()
+        assert_inferred_as_by_ops(
+            module,
+            partial(module, x, h, reset_mask=mask),
+            partial(module, x, reset_mask=mask),
+            partial(module, x, h, reset_mask=mask, lengths=lengths),
+        )
     assert spy.taken == (12 if serves(dtype) else 0)
 
 
@@ -173,20 +174,7 @@ def test_under_a_profiler_and_twice_differentiated(spy: Spy) -> None:
     module, x = gru_fast.GRU(I, H), torch.randn(4, 3, I, requires_grad=True)
     mask, leaves = drawn(4, 3), leaves_of(module, x)
 
-    def twice() -> tuple[Tensor, ...]:
-        loss = module(x, reset_mask=mask)[0].square().sum()
-        first = torch.autograd.grad(loss, leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore
-
-    def profiled() -> Any:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-            return module(x, reset_mask=mask)
-
-    found = twice()
+    assert_twice_differentiated_as_by_ops(spy, lambda: module(x, reset_mask=mask)[0], leaves)
     assert spy.taken == 1
-    with gru_fast.direct.turned_off():
-        expected = twice()
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    assert_trained_as_by_ops(profiled, leaves)
+    assert_trained_as_by_ops(lambda: profiled(lambda: module(x, reset_mask=mask)), leaves)
     assert spy.taken == 1

@@ -13,7 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 import gru_fast
 from cases import CELLS
-from direct_spy import DTYPES, Spy, assert_trained_as_by_ops, leaves_of, serves, trained
+from direct_spy import (
+    DTYPES,
+    Spy,
+    assert_trained_as_by_ops,
+    assert_twice_differentiated_as_by_ops,
+    leaves_of,
+    serves,
+    trained,
+)
 from gru_fast import direct
 from test_direct import CONTEXTS, surrounded
 
@@ -199,23 +207,13 @@ def test_second_derivatives(spy: Spy, cell: str) -> None:
     module, gru = gru_fast.GRUCell(I, H, cell=cell), gru_fast.GRU(I, H, cell=cell)
     x, h = torch.randn(3, 2, I, requires_grad=True), torch.randn(1, 2, H, requires_grad=True)
 
-    def twice(call: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(call().square().sum(), leaves, create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)  # type: ignore
-
     both = gru_fast.GRU(I, H, cell=cell, bidirectional=True)
     for call, leaves in (
         (lambda: module(x[0], module(x[1], h[0])), leaves_of(module, x, h)),
         (lambda: gru(x, h)[0], leaves_of(gru, x, h)),
         (lambda: both(x)[0], leaves_of(both, x)),
     ):
-        before = spy.taken
-        given = twice(call, leaves)
-        assert spy.taken > before
-        with direct.turned_off():
-            expected = twice(call, leaves)
-        for a, b in zip(given, expected, strict=True):
-            torch.testing.assert_close(a, b)
+        assert_twice_differentiated_as_by_ops(spy, call, leaves)
 
 
 def test_the_gradient_of_a_gradient_of_the_saved_gates(spy: Spy) -> None:
