@@ -123,12 +123,14 @@ class GRULayer(torch.autograd.Function):
 _attach: Any = super(torch.autograd.Function, GRULayer).apply
 
 
-def _is_served(tensors: Sequence[Tensor | None], backend: str) -> bool:
+def _is_served(input: Any, others: Sequence[Tensor | None], backend: str) -> bool:
     return (
         direct.native is not None
         and torch.is_grad_enabled()
         and backend in direct.BACKENDS
-        and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+        and isinstance(input, Tensor)
+        and input.is_cpu
+        and any(isinstance(t, Tensor) and t.requires_grad for t in (*others, input))
     )
 
 
@@ -191,9 +193,7 @@ def gru_cell(
     input: Tensor, hx: Tensor | None, weights: list[Tensor | None], cell: str, backend: str
 ) -> Tensor | None:
     """`functional.gru_cell`, or None where the call is not plain or nothing is to be trained."""
-    if not _is_served((*weights, hx, input), backend):
-        return None
-    if not isinstance(input, Tensor) or input.dim() != 2:
+    if not _is_served(input, (*weights, hx), backend) or input.dim() != 2:
         return None
     results = _run(input, hx, weights, None, *_OF_CELL, cell)
     if results is None and (copies := _in_order(input, hx)) is not None:
@@ -218,7 +218,7 @@ def layer(
     backend: str,
 ) -> tuple[Tensor, Tensor] | None:
     """`direct.layer`, or None as `gru_cell`."""
-    if not _is_served((*weights, h0, x), backend):
+    if not _is_served(x, (*weights, h0), backend):
         return None
     own: Sequence[Tensor | None] = weights
     if len(weights) < directions * _PER_DIRECTION:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from direct_spy import (
     serves,
     trained,
 )
-from gru_fast import direct
+from gru_fast import direct, direct_training
 from test_direct import CONTEXTS, surrounded
 
 _C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
@@ -382,3 +383,13 @@ def test_threads_train_beside_each_other() -> None:
     for k in range(4):
         run(k)
         assert all(map(torch.equal, together[k], results[k]))
+
+
+def test_nothing_is_tried_on_another_device(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input with the batch first would be copied for nothing."""
+    copied: list[Any] = []
+    monkeypatch.setattr(direct_training, "_in_order", lambda *given: copied.append(given))
+    gru = gru_fast.GRU(I, H, batch_first=True, device="meta")
+    gru(torch.empty(3, 2, I, device="meta"))
+    gru_fast.GRUCell(I, H, device="meta")(torch.empty(2, 2 * I, device="meta")[:, ::2])
+    assert spy.taken == 0 and copied == []
