@@ -17,6 +17,7 @@ from gru_fast import functional, sampling
 from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
+from gru_fast.ops_past import is_unobserved
 from gru_fast.recurrent import check_int, check_probability, refuse_tracing
 from gru_fast.sampled_model import has_own, is_read, why_not_weights
 from gru_fast.sampling import GenerateOutput, Streamer
@@ -27,6 +28,16 @@ __all__ = ["GRULanguageModel"]
 
 # One-hot inputs of more tokens are compared with all ids, not looked up in a V x V table.
 _SMALL_VOCABULARY = 256
+
+
+def _has_none(ids: Tensor, id: int) -> bool:
+    """Whether they can be looked at, and none of them is this one."""
+    return (
+        type(ids) is Tensor
+        and ids.is_cpu
+        and is_unobserved()
+        and not bool((ids.numpy() == id).any())
+    )
 
 
 class GRULanguageModel(nn.Module):
@@ -202,6 +213,8 @@ class GRULanguageModel(nn.Module):
                     return F.embedding(inputs, eye)
                 F.embedding(inputs, torch.empty(V + 1, 1, device=inputs.device))
             return (inputs[..., None] == torch.arange(V, device=inputs.device)).to(dtype)
+        if called and _has_none(inputs, V):
+            return embedding(inputs)  # type: ignore[no-any-return]
         zero = inputs == V
         ids = inputs.masked_fill(zero, 0)
         x: Tensor = embedding(ids) if called else F.embedding(ids, embedding.weight)

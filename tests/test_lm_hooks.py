@@ -362,3 +362,15 @@ def test_options_of_another_gru_that_have_no_meaning_here() -> None:
     model.gru = GRU(V, H // 2, bidirectional=True)
     with pytest.raises(RuntimeError, match="gru: expected one direction, got bidirectional=True"):
         model(TOKENS.clamp(min=0))
+
+
+@pytest.mark.parametrize("embedding_size", [None, 5])
+@pytest.mark.parametrize("ids", [[3, 1], [V, 1], [3, V], [V, V]], ids=str)
+def test_start_is_zero_wherever_it_stands(embedding_size: int | None, ids: list[int]) -> None:
+    model, inputs = language_model(embedding_size), torch.tensor([ids, [0, 6]])
+    expected = model.run(inputs)
+    seen: list[Tensor] = []
+    model.gru.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    torch.testing.assert_close(model.run(inputs), expected)
+    zero = ~seen[0].any(-1).T
+    assert torch.equal(zero, inputs == V)
