@@ -120,6 +120,7 @@ BY_VERSION: dict[str, dict[str, int]] = {
         "sm_90 forward_grid 16 reset_after everything to 512: B32 H64 K64 w8": 32,
         "sm_90 forward_grid 16 reset_before everything to 512: B8 H64 K64 w8": 16,
         "sm_90 forward_grid tf32 reset_after everything to 256: B8 H64 K64 w8": 8,
+        "sm_90 forward_grid tf32 reset_after plain to 256: B8 H64 K64 w8": 8,
         "sm_90 forward_grid tf32 reset_before everything to 256: B8 H64 K64 w8": 8,
         "sm_90 forward_grid tf32x3 reset_after everything to 1024: B16 H32 K32 w8": 8,
         "sm_90 generate_cta 16 reset_after filters L3 H64 V128: B8 H64 K0 w8": 8,
