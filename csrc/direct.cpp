@@ -57,16 +57,21 @@ struct Layer {
       packed_ih[d] = find_prepacked(table, weights[0], p.weight_ih[d], ih);
       packed_hh[d] = find_prepacked(table, weights[1], p.weight_hh[d], hh);
     }
-    forward.packed_ih = all_of(packed_ih, count, table.packed_weight_size(ih) / count.heads);
-    forward.packed_hh = all_of(packed_hh, count, table.packed_weight_size(hh) / count.heads);
+    forward.packed_ih = all_of(packed_ih, count, table, ih);
+    forward.packed_hh = all_of(packed_hh, count, table, hh);
   }
 
  private:
   // Nothing if a direction has none.
-  Groups<const Real> all_of(const std::shared_ptr<const Real> (&packed)[kMaxDirections],
-                            const GroupCount& count, int64_t of_head) const {
-    if (count.directions > 1 && (packed[0] == nullptr || packed[1] == nullptr)) return {};
-    return count.spread<const Real>({packed[0].get(), packed[1].get()}, of_head);
+  static Groups<const Real> all_of(const std::shared_ptr<const Real> (&packed)[kMaxDirections],
+                                   const GroupCount& count, const KernelTable<Real>& table,
+                                   const PackedWeight& shape) {
+    const Real* found[kMaxDirections] = {};
+    for (int64_t d = 0; d < count.directions; ++d) {
+      if (packed[d] == nullptr) return {};
+      found[d] = packed[d].get();
+    }
+    return count.spread(found, table.packed_weight_size(shape) / count.heads);
   }
 };
 

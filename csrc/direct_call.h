@@ -38,11 +38,6 @@ inline bool read_cell(PyObject* given, Cell& cell) {
   return false;
 }
 
-template <class Number>
-Groups<Number> groups_at(int64_t G, Number* const (&found)[kMaxDirections]) {
-  return G > 1 ? Groups<Number>::of_two(found[0], found[1]) : Groups<Number>::of_one(found[0]);
-}
-
 // Which recurrences a layer has: those of its directions, or heads in the one that there is.
 struct GroupCount {
   int64_t directions, heads;
@@ -54,7 +49,9 @@ struct GroupCount {
   // Of what each direction has, in each head `step` numbers from that of the one before.
   template <class Number>
   Groups<Number> spread(Number* const (&found)[kMaxDirections], int64_t step) const {
-    return heads > 1 ? Groups<Number>(found[0], step) : groups_at(directions, found);
+    if (heads > 1) return {found[0], step};
+    if (directions > 1) return Groups<Number>::of_two(found[0], found[1]);
+    return Groups<Number>::of_one(found[0]);
   }
 };
 
