@@ -95,6 +95,9 @@ def train_distributed(rank, port, queue):
     queue.put((rank, results))
     dist.barrier()
     dist.destroy_process_group()
+    # Threads of gloo may still hold tensors, and one that frees them while the interpreter ends
+    # aborts the process (pytorch/pytorch#179291); a SimpleQueue has written what was put into it.
+    os._exit(0)
 
 
 def add_one(rank, module, queue):
