@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.precision import float32_as
 from benchmarks.problem import Problem
 from benchmarks.providers import Prepared, Provider
 from benchmarks.providers_gru_fast import Layer
-from gru_fast import direct
+from gru_fast import direct, ops
 
 OPERATORS = ("layer", "scan", "layer_backward", "scan_backward")
 
@@ -40,16 +40,16 @@ def kernel_names() -> tuple[list[str], str | None]:
 
 
 @contextmanager
-def served_by(functions: dict[str, Callable[..., Any]], key: str) -> Iterator[None]:
-    """Serve operators of `gru_fast` by these functions instead, on one dispatch key."""
+def served_by(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Serve operators of `gru_fast` on CPU tensors by these functions instead."""
     library = torch.library.Library("gru_fast", "IMPL")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*only once for all operators", UserWarning)
             for name, function in functions.items():
-                library.impl(name, function, key, allow_override=True)
-        # Calls on a CPU would not come to the operators.
-        with direct.turned_off() if key == "CPU" else nullcontext():
+                library.impl(name, function, "CPU", allow_override=True)
+        # Most calls would not come to the operators.
+        with direct.turned_off():
             yield
     finally:
         library._destroy()
@@ -73,14 +73,6 @@ _selection = _Selection()
 def _functions() -> dict[str, Callable[..., Any]]:
     kernels: ModuleType = importlib.import_module("gru_fast.kernels")
     return {name: partial(_selection.serve, getattr(kernels, name)) for name in OPERATORS}
-
-
-@cache
-def _serve_cuda() -> AbstractContextManager[None]:
-    """For the rest of the process: a block whose context is let go ends."""
-    serving = served_by(_functions(), "CUDA")
-    serving.__enter__()
-    return serving
 
 
 class Kernel(Layer):
@@ -117,12 +109,12 @@ class Kernel(Layer):
                 _selection.kernel = None
 
         def interpreted() -> Any:
-            with served_by(_functions(), "CPU"):
+            with served_by(_functions()):
                 return call()
 
         if problem.device == "cpu":
             return Prepared(interpreted, plain.results)
-        _serve_cuda()
+        ops.cuda_functions.update(_functions())
         return Prepared(call, plain.results)
 
 

@@ -110,6 +110,7 @@ def why_not(
     h_scale: bool = False,
     gates: bool = False,
     grouped: bool = False,
+    empty: bool = False,
     composed: bool = False,
 ) -> dict[str, str]:
     """The backends that cannot take a call, with the reason of each.
@@ -124,6 +125,7 @@ def why_not(
         gates: whether it returns the values of the gates.
         grouped: whether it is anything but one layer in one or both directions: a call of `scan`,
             other groups, a batch of layers under `torch.vmap`, one bias of two.
+        empty: whether it has no step or no sequence.
         composed: whether `needs_composition()` holds for the input.
 
     Returns:
@@ -157,7 +159,9 @@ def why_not(
         "recurrent dropout": h_scale,
         "the values of the gates": gates,
         "other groups than the directions of one layer": grouped,
+        "calls without steps or sequences": empty,
         f"{dtype}": dtype not in KERNEL_DTYPES,
+        f"{dtype} here": dtype == torch.bfloat16 and not cudnn.has_bfloat16(),
     }
     lacking = [what for what, asked in cannot.items() if asked]
     absent = cudnn.missing()
@@ -234,6 +238,7 @@ def select(
     h_scale: bool = False,
     gates: bool = False,
     grouped: bool = False,
+    empty: bool = False,
     composed: bool = False,
     prefer_cudnn: bool = True,
 ) -> str:
@@ -249,6 +254,7 @@ def select(
         h_scale: as in `why_not`.
         gates: as in `why_not`.
         grouped: as in `why_not`.
+        empty: as in `why_not`.
         composed: as in `why_not`.
         prefer_cudnn: whether "auto" takes cuDNN before Triton, see `why_cudnn`.
 
@@ -268,6 +274,7 @@ def select(
         h_scale=h_scale,
         gates=gates,
         grouped=grouped,
+        empty=empty,
         composed=composed,
     )
     if backend == "auto":

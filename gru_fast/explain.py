@@ -179,6 +179,7 @@ def explain(
     given = weights[0].dtype if torch._C._is_any_autocast_enabled() else data.dtype
     dtype = backends.dtype_of_call(data.device.type, given)
     T, B, steps = _sizes(module, input, lengths)
+    facts["empty"] = T == 0 or B == 0
     if hx is not None and (reset_mask is None or reset_state is not None):
         h0 = None
     tensors = (data, hx, reset_state, h0, *weights)

@@ -54,14 +54,16 @@ def _route(
         if torch.compiler.is_compiling():
             prefer_cudnn = backends.nothing_measured()
         else:
-            T, B = steps.shape[:2]
-            sizes = (T, B, h0.shape[0], h0.shape[2])
-            prefer_cudnn = _prefers_cudnn(steps.device, dtype, sizes, cell, training)
+            sizes = (*steps.shape[:2], h0.shape[0], h0.shape[2])
+            prefer_cudnn = (
+                backends.why_cudnn(steps.device, dtype, sizes, cell, training) is not None
+            )
     name = backends.select(
         backend,
         steps.device.type,
         dtype,
         cell,
+        empty=_is_empty(steps),
         composed=needs_composition(steps),
         prefer_cudnn=prefer_cudnn,
         **features,
@@ -69,16 +71,9 @@ def _route(
     return _route_to(name)
 
 
-def _prefers_cudnn(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: tuple[int, int, int, int],
-    cell: str,
-    training: bool,
-) -> bool:
-    """Whether "auto" gives T, B, G, H to cuDNN, which takes neither T nor B of 0."""
-    reason = backends.why_cudnn(device, dtype, sizes, cell, training)
-    return reason is not None and 0 not in sizes[:2]
+def _is_empty(steps: Tensor) -> bool:
+    """Whether a CUDA call has no step or no sequence; compiled code is not made for one."""
+    return steps.is_cuda and not torch.compiler.is_compiling() and 0 in steps.shape[:2]
 
 
 def _route_to(backend: str) -> str:
@@ -88,10 +83,13 @@ def _route_to(backend: str) -> str:
 def route_of_inference(x: Tensor, H: int, backend: str, cell: str) -> str:
     """`_route` of a plain layer in one direction on CUDA that `is_unobserved`, with H units."""
     prefer_cudnn = True
+    T, B = x.shape[:2]
     if backend == "auto":
-        sizes = (x.shape[0], x.shape[1], 1, H)
-        prefer_cudnn = _prefers_cudnn(x.device, x.dtype, sizes, cell, False)
-    return _route_to(backends.select(backend, "cuda", x.dtype, cell, prefer_cudnn=prefer_cudnn))
+        prefer_cudnn = backends.why_cudnn(x.device, x.dtype, (T, B, 1, H), cell, False) is not None
+    name = backends.select(
+        backend, "cuda", x.dtype, cell, empty=T == 0 or B == 0, prefer_cudnn=prefer_cudnn
+    )
+    return _route_to(name)
 
 
 def _is_grouped(

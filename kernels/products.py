@@ -6,7 +6,7 @@ They are deterministic and follow, in float32, the same TF32 switch as the scan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 
@@ -15,13 +15,19 @@ from torch import Tensor
 
 _SETTINGS = torch.backends.cuda.matmul
 
+_is_tuned: Callable[[], bool] = getattr(torch._C, "_cuda_tunableop_is_enabled", lambda: False)
+"""Whether TunableOp is on; a PyTorch for CPUs does not have it."""
+
 
 def matmul_precision(precision: str, tensor: Tensor) -> AbstractContextManager[None]:
     """Round float32 products on CUDA as the scan does: TF32 or not at all."""
     if not tensor.is_cuda or tensor.dtype != torch.float32:
         return nullcontext()
     wanted, before = "tf32" if precision == "tf32" else "ieee", _SETTINGS.fp32_precision
-    return nullcontext() if before == wanted else _rounding(wanted, before)
+    # TunableOp reads PyTorch's older switch too, and is refused where the two disagree.
+    if before == wanted or _is_tuned():
+        return nullcontext()
+    return _rounding(wanted, before)
 
 
 @contextmanager

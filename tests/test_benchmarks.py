@@ -231,7 +231,7 @@ class TestGate:
         gate = runner.Gate(small("train"), 1)
         ours = providers_gru_fast.Layer("auto")
         assert gate.verdict(ours) is None
-        with providers_kernels.served_by({operator: broken}, "CPU"):
+        with providers_kernels.served_by({operator: broken}):
             verdict = gate.verdict(ours)
         assert ("output" if operator == "layer" else "grad_weight_hh_l0") in verdict
         assert gate.verdict(ours) is None

@@ -215,17 +215,34 @@ class TestModule:
 class TestCuDNN:
     """What "auto" hands to cuDNN."""
 
+    @pytest.mark.parametrize("moved", [False, True], ids=["", "weights apart"])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("sizes", [(16, 24), (3, 5)], ids=str)
     @pytest.mark.parametrize("bidirectional", [False, True])
-    def test_same_numbers_as_nn_gru(self, bidirectional):
+    def test_same_numbers_as_nn_gru(self, bidirectional, sizes, bias, moved):
         torch.manual_seed(0)
-        theirs = nn.GRU(16, 24, num_layers=2, bidirectional=bidirectional, device="cuda")
-        ours = gru_fast.GRU(
-            16, 24, num_layers=2, bidirectional=bidirectional, device="cuda", backend="cudnn"
-        )
+        same = {"num_layers": 2, "bias": bias, "bidirectional": bidirectional, "device": "cuda"}
+        theirs = nn.GRU(*sizes, **same)
+        ours = gru_fast.GRU(*sizes, **same, backend="cudnn")
         ours.load_state_dict(theirs.state_dict())
-        x = torch.randn(7, 5, 16, device="cuda")
+        if moved:
+            for parameter in ours.parameters():
+                parameter.data = parameter.data.clone()
+        x = torch.randn(7, 5, sizes[0], device="cuda")
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
         for a, b in zip(call_of(ours, x)(), call_of(theirs, x)(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", [(7, 5, 16), (0, 5, 16), (7, 0, 16)], ids=str)
+    def test_other_dtypes_and_nothing_to_compute(self, shape, dtype):
+        module = gru_fast.GRU(16, 24, device="cuda", dtype=dtype)
+        x = torch.randn(shape, device="cuda", dtype=dtype)
+        output, h_n = module(x)
+        module.backend = "reference"
+        expected = module(x)
+        torch.testing.assert_close((output, h_n), expected, rtol=0.02, atol=0.02)
 
     @pytest.mark.parametrize("backend", ["auto", "cudnn"])
     def test_backward_in_eval(self, backend):
@@ -263,6 +280,20 @@ class TestCuDNN:
         x = torch.randn(7, 5, 16, device="cuda")
         found = torch.compile(module, fullgraph=True)(x)[0]
         torch.testing.assert_close(found, module(x)[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
+@pytest.mark.parametrize("backend", ["auto", "triton", "cudnn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_device_than_the_current_one(backend, dtype):
+    here = gru_fast.GRU(16, 24, num_layers=2, device="cuda:0", dtype=dtype, backend=backend)
+    there = gru_fast.GRU(16, 24, num_layers=2, device="cuda:1", dtype=dtype, backend=backend)
+    there.load_state_dict(here.state_dict())
+    x = torch.randn(7, 5, 16, device="cuda:0", dtype=dtype)
+    for a, b in zip(call_of(here, x)(), call_of(there, x.to("cuda:1"))(), strict=True):
+        assert b.device.index == 1
+        torch.testing.assert_close(b.to("cuda:0"), a, rtol=1e-2, atol=1e-2)
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton", "cudnn", "reference"])
@@ -316,6 +347,8 @@ def test_memory_of_a_training_step():
 
 def test_offsets_beyond_32_bits():
     """The last rows of an output of more than 2**31 values are those of a small call."""
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("it takes about 24 GB")
     T, B, H = 1100, 16384, 128
     like = {"device": "cuda", "dtype": torch.bfloat16}
     module = gru_fast.GRU(8, H, backend="triton", **like)

@@ -11,6 +11,17 @@ pytest.importorskip("triton")
 from gru_fast.kernels import products
 
 
+def test_products_round_as_they_do_where_they_are_tuned(monkeypatch):
+    """TunableOp asks PyTorch's older switch, which it refuses where the two disagree."""
+    settings = SimpleNamespace(fp32_precision="ieee")
+    monkeypatch.setattr(products, "_SETTINGS", settings)
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    for tuned, expected in ((False, "tf32"), (True, "ieee")):
+        monkeypatch.setattr(products, "_is_tuned", lambda tuned=tuned: tuned)
+        with products.matmul_precision("tf32", tensor):
+            assert settings.fp32_precision == expected
+
+
 def test_how_products_round_is_restored_where_two_threads_overlap(monkeypatch):
     """Both have looked before either begins."""
     settings = SimpleNamespace(fp32_precision="ieee")

@@ -2,13 +2,11 @@
 """Which kernel takes a CUDA call; without a GPU, on tensors that hold no data."""
 
 import math
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 
 import pytest
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import CELLS, Case, layer_inputs
@@ -245,6 +243,44 @@ class TestCalls:
                 module(torch.empty(5, 3, 4, device="cuda"))
         assert cuda_calls == ["cudnn", "ops"]
 
+    @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4)])
+    def test_nothing_to_compute(self, cuda_calls, shape):
+        """cuDNN refuses it, and there is no Triton kernel for float64."""
+        with torch.no_grad(), FakeTensorMode():
+            x = torch.empty(shape, device="cuda", dtype=torch.float64)
+            module = GRU(4, 8, device="cuda", dtype=torch.float64)
+            found = explain(module, x)
+            h0 = torch.empty(1, shape[1], 8, device="cuda", dtype=torch.float64)
+            features = dict.fromkeys(("lengths", "resets", "h_scale", "gates", "grouped"), False)
+            route = recurrence._route(x, h0, "auto", "reset_after", False, **features)
+            module.backend = "cudnn"
+            with pytest.raises(RuntimeError, match="does not have calls without steps or seq"):
+                module(x)
+        assert cuda_calls == [] and found.backend == route == "reference"
+
+    @pytest.mark.parametrize(
+        "version, capability, takes",
+        [
+            (91900, (9, 0), True),
+            (91300, (8, 0), True),
+            (91002, (9, 0), False),
+            (91900, (7, 5), False),
+        ],
+    )
+    def test_bfloat16_as_pytorch_has_it(self, monkeypatch, version, capability, takes):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+        for name, value in (
+            ("is_available", True), ("current_device", 0), ("get_device_capability", capability)
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+        cudnn._has_bfloat16.cache_clear()
+        monkeypatch.setattr(cudnn, "_has_bfloat16", cudnn._has_bfloat16.__wrapped__)
+        for dtype in (torch.bfloat16, torch.float16):
+            expected = "cudnn" if takes or dtype == torch.float16 else "triton"
+            assert backends.select("auto", "cuda", dtype) == expected
+
     def test_float64(self, cuda_calls):
         with torch.no_grad(), FakeTensorMode():
             found = self.run(GRU(4, 8, device="cuda", dtype=torch.float64))
@@ -278,26 +314,6 @@ def test_the_short_way_is_the_same_way(hopper, points, backend, cell):
             seen.add(short)
     wanted = {"ops", "reference"} | ({"cudnn"} if cell == "reset_after" else set())
     assert backend != "auto" or seen == wanted
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("reverse", [(False,), (False, True)])
-def test_weights_reach_cudnn_in_its_order(monkeypatch, reverse, bias):
-    """PyTorch's CPU recurrence stands in for cuDNN: it takes the same list of weights."""
-
-    def stand_in(x, weights, stride, buffer, h0, c0, mode, H, P, layers, first, p, train, both, *_):
-        assert (stride, mode, H, P, layers, first) == (4 if bias else 2, 3, 7, 0, 1, False)
-        assert train and buffer is None and c0 is None
-        assert h0.is_contiguous()  # cuDNN's operator checks it
-        output, h_n = torch._VF.gru(x, h0, weights, bias, layers, p, train, both, first)
-        return output, h_n, None, None, None
-
-    monkeypatch.setattr(torch, "_cudnn_rnn", stand_in)
-    inputs = layer_inputs(Case(reverse=reverse, bias=bias), grad=True)
-    inputs = replace(inputs, h0=inputs.h0[:, :1].expand(inputs.h0.shape))
-    output, h_n = cudnn.layer(*inputs.arguments()[:6], True)
-    expected = reference.layer(*inputs.arguments())
-    torch.testing.assert_close((output, h_n), expected[:2])
 
 
 def test_cudnn_is_not_called_where_it_is_switched_off_or_absent(monkeypatch):
@@ -343,6 +359,7 @@ def test_without_triton_or_in_float64_the_reference_serves_cuda(cell, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(ops, "find_spec", lambda name: None)
         for dtype in (torch.float64, torch.float32):
+            patch.setattr(ops, "cuda_functions", {})
             results = ops._cuda_kernel("layer")(*inputs.to(dtype).arguments())
             torch.testing.assert_close(results, expected, check_dtype=False)
 
@@ -362,31 +379,6 @@ def test_the_choice_can_be_compiled(cell, fresh_compiler):
         return x + 1 if name == "triton" else x
 
     assert choice(torch.zeros(2, 2, 2)).all()
-
-
-class TestWeightsOfCuDNN:
-    """The block that cuDNN reads, found where the weights lie so already."""
-
-    @staticmethod
-    def block(*sizes):
-        whole = nn.Parameter(torch.randn(sum(map(math.prod, sizes))))
-        parts = whole.detach().split([math.prod(size) for size in sizes])
-        return whole, [part.view(size) for part, size in zip(parts, sizes, strict=True)]
-
-    def test_in_one_block(self):
-        whole, weights = self.block((6, 4), (6, 2), (6,), (6,))
-        weights = [nn.Parameter(w) for w in weights]
-        found = cudnn.block_of([w.unsqueeze(0).unbind(0)[0] for w in weights])
-        assert torch.equal(found, whole) and found.data_ptr() == whole.data_ptr()
-        assert not found.requires_grad
-
-    def test_elsewhere(self):
-        _, weights = self.block((6, 4), (6, 2), (6,), (6,))
-        assert cudnn.block_of([*weights[:2], weights[3], weights[2]]) is None
-        assert cudnn.block_of([*weights[:3], weights[3].clone()]) is None
-        assert cudnn.block_of([weights[0].t(), *weights[1:]]) is None
-        _, weights = self.block((1,), (6, 4), (6, 2), (6,), (6,))
-        assert cudnn.block_of(weights[1:]) is None  # 4 bytes into an allocation
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,38 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gru_fast
 from cases import Case, layer_inputs
-from gru_fast import GRU, GRUCell, cudnn, direct, direct_gpu, functional, ops, ops_past, reference
+from gru_fast import (
+    GRU,
+    GRUCell,
+    cudnn,
+    direct,
+    direct_gpu,
+    functional,
+    kernels,
+    ops,
+    ops_past,
+    reference,
+)
+from repository_tools import load
+
+providers_kernels = load("benchmarks.providers_kernels")
+Layer = load("benchmarks.providers_gru_fast").Layer
+Problem = load("benchmarks.problem").Problem
+Sizes = load("benchmarks.cases").Case
 
 
 @pytest.fixture
-def past(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors claim to be on CUDA, where no layer takes cuDNN."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(direct, "native", lambda *args: None)
+    monkeypatch.setattr(direct_gpu, "route_of_inference", lambda *args: "ops")
+
+
+@pytest.fixture
+def past(monkeypatch: pytest.MonkeyPatch, on_cuda: None) -> list[str]:
     """Names of the ops whose CUDA kernel was called past the dispatcher; the reference runs."""
     called: list[str] = []
 
@@ -30,9 +56,6 @@ def past(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = ("layer", "scan", "layer_backward", "scan_backward")
     monkeypatch.setattr(ops, "_cuda_kernels", {getattr(ops, name): spy(name) for name in names})
     monkeypatch.setattr(ops, "layer_of_fitting", spy("layer"))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    monkeypatch.setattr(direct, "native", lambda *args: None)
-    monkeypatch.setattr(direct_gpu, "route_of_inference", lambda *args: "ops")
     return called
 
 
@@ -287,3 +310,34 @@ def test_the_short_way_to_cudnn(past, through_functional, monkeypatch, layers, b
         ours = module(x, hx)
     assert calls == [True] * layers and not past and not through_functional
     torch.testing.assert_close(ours, module(x, hx))
+
+
+@pytest.mark.parametrize("suite", ["infer", "train"])
+def test_the_benchmarks_hold_each_call_to_the_kernel_they_name(on_cuda, monkeypatch, suite):
+    """Such calls reach no operator that another function could serve."""
+    held = []
+
+    def spy(name: str) -> Callable[..., Any]:
+        def function(*args: Any, kernel: str | None = None) -> tuple[Tensor, ...]:
+            held.append((name, kernel))
+            return ops._reference_kernel(name)(*args)
+
+        return function
+
+    for name in providers_kernels.OPERATORS:
+        monkeypatch.setattr(kernels, name, spy(name))
+    monkeypatch.setattr(ops, "cuda_functions", {})
+    # On a CPU no backend by name reaches an operator.
+    monkeypatch.setattr(gru_fast, "GRU", lambda *args, device, backend, **rest: GRU(*args, **rest))
+    problem = Problem(Sizes(4, 5, 2, 3), suite, "float32", "cpu")
+    plain = Layer("auto").prepare(problem, 1)
+    expected = plain.results(plain.call())
+    object.__setattr__(problem, "device", "cuda")
+    held.clear()
+    prepared = providers_kernels.Kernel("grid").prepare(problem, 1)
+    found = prepared.results(prepared.call())
+    names = ["layer", "layer_backward"] if suite == "train" else ["layer"]
+    assert held == [(name, "grid") for name in names]
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
