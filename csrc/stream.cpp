@@ -43,6 +43,7 @@ class Stream {
         memory_(zeroed(stack_->kernels().stream_bytes(stack_->shape()))),
         width_(stack_->shape().outputs > 0 ? stack_->shape().outputs : stack_->shape().H),
         output_(width_) {
+    std::fill_n(output_.mutable_data(), width_, 0.0f);
     reset();
   }
 

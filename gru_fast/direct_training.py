@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast import direct, heads, ops, ops_rules
+from gru_fast import direct, heads, ops
 from gru_fast.ops_past import is_unobserved
 from gru_fast.recurrence import BOTH, grouped
 
@@ -60,7 +60,9 @@ class GRULayer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.is_cell, ctx.batch_sizes = cell, len(results) == 2, batch_sizes
         ctx.num_heads = num_heads
-        output = results[0].data if ctx.is_cell else ops_rules.unwatched(results[0])
+        steps = results[0] if batch_sizes is None else batch_sizes
+        # As ops_rules.unwatched: that of a single step may be changed in place.
+        output = results[0].data if ctx.is_cell or len(steps) == 1 else results[0]
         ctx.save_for_backward(*tensors, output, results[-1], lengths, reset_mask)
         return results
 

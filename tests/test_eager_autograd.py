@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gru_fast
@@ -156,6 +157,20 @@ class TestOneStepMayBeChanged:
                 output.fill_(torch.nan)
             grads.append(torch.autograd.grad(total, list(module.parameters())))
         torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+    @pytest.mark.parametrize("bidirectional", [False, True])
+    def test_packed_rows(self, bidirectional: bool) -> None:
+        torch.manual_seed(0)
+        theirs = nn.GRU(4, 5, 2, bidirectional=bidirectional)
+        ours = gru_fast.GRU(4, 5, 2, bidirectional=bidirectional)
+        ours.load_state_dict(theirs.state_dict())
+        packed = pack_sequence([torch.randn(1, 4) for _ in range(3)])
+        grads = []
+        for module in (ours, theirs):
+            rows = module(packed)[0].data
+            rows.mul_(2)
+            grads.append(torch.autograd.grad(rows.square().sum(), list(module.parameters())))
+        torch.testing.assert_close(*grads)
 
     def test_a_state_that_is_reset_in_place(self) -> None:
         torch.manual_seed(0)

@@ -103,6 +103,8 @@ class Generator {
         next_ = b;
         return;
       }
+      // Another member may not be done with the row: its last sequence's state or logits.
+      if (b >= most_rows_) crew_.wait();
       const int64_t begin = g_.input_begin[b];
       slots_[active_] = {b, 0, g_.inputs + begin, g_.input_begin[b + 1] - begin, 0, false};
       load_state(active_, b);
