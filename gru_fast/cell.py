@@ -74,13 +74,9 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
         self.backend = backend
         super().__init__(input_size, hidden_size, bias, GATES[cell], device=device, dtype=dtype)
 
-    @property
-    def _flat_weights(self) -> list[Any]:
-        params = self._parameters
-        try:
-            return [params[name] for name in WEIGHTS]
-        except KeyError:
-            return [getattr(self, name, None) for name in WEIGHTS]
+    def _own_weights(self) -> list[Any]:
+        # Not a property: torch would report an attribute that is missing as the property itself.
+        return [getattr(self, name) for name in WEIGHTS]
 
     def extra_repr(self) -> str:
         """`torch.nn.GRUCell`'s, and the extras that are not at their defaults."""
@@ -98,6 +94,8 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
 
         Raises:
             ValueError: `input` or `hx` is not 1-D or 2-D.
+            AttributeError: A weight or a bias was deleted.
+            TypeError: A weight is None.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
@@ -107,12 +105,16 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
             if self.cell != DEFAULT_CELL or self.backend != "auto":
                 refuse_tracing(f"cell={self.cell!r}, backend={self.backend!r}")
             return TorchGRUCell.forward(self, input, hx)  # type: ignore[arg-type]
-        weights = self._flat_weights
+        params: dict[str, Any] = self._parameters
+        try:
+            weights = [params[name] for name in WEIGHTS]
+        except KeyError:  # parametrized, weight_norm, a DataParallel replica, or deleted
+            weights = self._own_weights()
         h = direct.gru_cell(input, hx, weights, self.cell, self.backend)
         if h is not None:
             return h
         for name, weight in zip(WEIGHTS[:2], weights, strict=False):
-            if weight is None and getattr(self, name) is None:
+            if weight is None:
                 raise TypeError(f"{name} should be a Tensor, got: NoneType")
         dtype = weights[0].dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():

@@ -18,6 +18,7 @@ from gru_fast.checks import check_rows
 from gru_fast.gru import GRU
 from gru_fast.layer_norm_gru import LayerNormGRU
 from gru_fast.recurrence_norm import needs_composition
+from gru_fast.recurrent import weights_of
 from gru_fast.reference import GATES, SLOTS
 from gru_fast.reference_norm import NORM_SLOTS
 from gru_fast.stack import check_input_width
@@ -165,7 +166,7 @@ def explain(
         if not isinstance(module, GRUCell):
             check_rows(input.shape[:-1], module.batch_first, lengths, reset_mask, reset_state)
     with _undisturbed(module):
-        weights = module._flat_weights
+        weights = module._own_weights() if isinstance(module, GRUCell) else weights_of(module)
         h0 = module.h0 if getattr(module, "learn_h0", False) else None
     check_input_width(data, weights[0])
     facts: dict[str, Any] = {

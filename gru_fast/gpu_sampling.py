@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gru_fast import backends
 from gru_fast.autocast import without_autocast
+from gru_fast.recurrent import weights_of
 from gru_fast.sampled_model import LanguageModel, why_not_layers
 
 __all__ = ["chosen_form", "generate", "why_not", "why_not_form", "why_not_forms"]
@@ -27,7 +28,7 @@ def why_not(model: LanguageModel) -> str | None:
     reason = model.why_not_weights_alone() or why_not_layers(gru, head)
     if reason is not None:
         return reason
-    tensors = [*gru._flat_weights, *head.parameters()]
+    tensors = [*weights_of(gru), *head.parameters()]
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         return f"its weights have several dtypes: {sorted(map(str, dtypes))}"

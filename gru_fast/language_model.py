@@ -18,7 +18,7 @@ from gru_fast.autocast import without_autocast
 from gru_fast.checks import check_integers
 from gru_fast.gru import GRU
 from gru_fast.ops_past import is_unobserved
-from gru_fast.recurrent import check_int, check_probability, refuse_tracing
+from gru_fast.recurrent import check_int, check_probability, refuse_tracing, weights_of
 from gru_fast.sampled_model import has_own, is_read, why_not_weights
 from gru_fast.sampling import GenerateOutput, Streamer
 from gru_fast.stack import matching
@@ -167,7 +167,7 @@ class GRULanguageModel(nn.Module):
         Row v is embedding[v] @ weight_ih^T + bias_ih (without the embedding for one-hot inputs);
         the last row, for x<1> = 0, is bias_ih alone.
         """
-        return self._table_of(self.gru._flat_weights)
+        return self._table_of(weights_of(self.gru))
 
     def _table_of(self, weights: list[Tensor]) -> Tensor:
         """`token_table` of `gru`'s weights."""
@@ -266,6 +266,7 @@ class GRULanguageModel(nn.Module):
         Raises:
             RuntimeError: Shapes that do not fit, a named backend that cannot take the call, or a
                 `gru` with two directions.
+            TypeError: A weight of `gru` is missing.
             IndexError: An id is outside its range (on the CPU).
         """
         refuse_tracing("GRULanguageModel")
@@ -281,7 +282,7 @@ class GRULanguageModel(nn.Module):
             raise RuntimeError("gru: expected one direction, got bidirectional=True")
         if not is_read(gru, embedding):
             return self._call_layers(inputs, hidden, lengths, dropout)
-        weights = gru._flat_weights
+        weights = weights_of(gru)
         # ONNX's GRU projects its input itself: given gates, it would multiply them by an identity.
         exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
         features = exporting and weights[0].shape[1] <= weights[0].shape[0]

@@ -20,6 +20,7 @@ from gru_fast.recurrent import (
     node_of_call,
     options_repr,
     refuse_tracing,
+    weights_of,
 )
 from gru_fast.stack import run_layers, state_shape
 
@@ -197,7 +198,7 @@ class LayerNormGRU(Recurrent):
         Raises:
             ValueError: `input` is not 2-D or 3-D, or not of the weights' dtype; or `lengths` is
                 given beside a `PackedSequence`, which has its own.
-            TypeError: `lengths`, `reset_mask` or `reset_state` is not a Tensor.
+            TypeError: `lengths`, `reset_mask`, `reset_state` or a weight is not a Tensor.
             RuntimeError: A shape, dtype or device does not fit, or `backend` was named and cannot
                 take the call.
         """
@@ -206,7 +207,7 @@ class LayerNormGRU(Recurrent):
                 self, input, hx, lengths=lengths, reset_mask=reset_mask, reset_state=reset_state
             )
         refuse_tracing("LayerNormGRU")
-        weights = self._flat_weights  # once: each look evaluates the parametrizations
+        weights = weights_of(self)  # once: each look evaluates the parametrizations
         h_scale = None
         if self.recurrent_dropout and self.training:
             shape = state_shape(

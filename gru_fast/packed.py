@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gru_fast import ops
 from gru_fast.gru import GRU
+from gru_fast.recurrent import weights_of
 from gru_fast.sampled_model import LanguageModel, why_not_layers
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def why_not(gru: GRU, head: nn.Linear | None = None) -> str | None:
     reason = why_not_layers(gru, head)
     if reason is not None:
         return reason
-    tensors = [*gru._flat_weights, *([] if head is None else head.parameters())]
+    tensors = [*weights_of(gru), *([] if head is None else head.parameters())]
     for tensor in tensors:
         if tensor.device.type != "cpu":
             return f"weights are on {tensor.device}"

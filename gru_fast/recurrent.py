@@ -20,6 +20,7 @@ __all__ = [
     "node_of_call",
     "options_repr",
     "refuse_tracing",
+    "weights_of",
 ]
 
 DEFAULT_CELL = "reset_after"
@@ -161,3 +162,12 @@ class Recurrent(Unscriptable, nn.RNNBase):
         # Not RNNBase's, which copies the stored list of weights.
         replica: Recurrent = nn.Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
         return replica
+
+
+def weights_of(module: Recurrent) -> list[Any]:
+    """The weights that a call computes with; a TypeError names one that is missing or None."""
+    weights = module._flat_weights
+    for name, weight in zip(module._flat_weights_names, weights, strict=False):
+        if weight is None:
+            raise TypeError(f"{name} should be a Tensor, got: NoneType")
+    return weights

@@ -158,6 +158,28 @@ def test_a_weight_that_is_missing_is_named():
         cell(x)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("hx", [None, torch.ones(2, 4)])
+def test_a_bias_that_was_deleted_is_not_left_out(hx, grad):
+    for name in ("bias_ih", "bias_hh"):
+        for cell in pair(3, 4):
+            delattr(cell, name)
+            message = f"'GRUCell' object has no attribute '{name}'$"
+            with torch.set_grad_enabled(grad), pytest.raises(AttributeError, match=message):
+                cell(torch.zeros(2, 3), hx)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("names", [["bias_ih"], ["bias_hh"], ["bias_ih", "bias_hh"]])
+def test_a_bias_of_none_is_left_out_as_by_torch(names, grad):
+    x, (ours, theirs) = torch.randn(2, 3), pair(3, 4)
+    for cell in (ours, theirs):
+        for name in names:
+            setattr(cell, name, None)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
 CONSTRUCTOR_ERRORS = [
     ((), {}),
     ((3,), {}),

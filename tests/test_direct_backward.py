@@ -16,7 +16,7 @@ I, H = 5, 19  # noqa: E741
 
 
 def test_the_native_function_checks_what_it_is_given() -> None:
-    weights = gru_fast.GRUCell(I, H)._flat_weights
+    weights = gru_fast.GRUCell(I, H)._own_weights()
     x, h = torch.zeros(2, I), torch.zeros(2, H)
     grad, workspace = torch.ones(2, H), torch.zeros(1, 2, 1, 4 * H)
     wanted = [True] * 6

@@ -211,7 +211,7 @@ def test_other_options_go_to_the_ops(spy: Spy, changes: dict[str, Any]) -> None:
 )
 @torch.no_grad()
 def test_other_options_of_a_cell_go_to_the_ops(spy: Spy, option: dict[str, str]) -> None:
-    weights = gru_fast.GRUCell(I, H)._flat_weights
+    weights = gru_fast.GRUCell(I, H)._own_weights()
     x, h = torch.randn(2, I), torch.randn(2, H)
     assert_as_by_ops(lambda: functional.gru_cell(x, h, *weights, **option))
     assert spy.taken == 0
@@ -237,7 +237,7 @@ def test_a_missing_weight_goes_to_the_ops(spy: Spy, missing: int) -> None:
 
 
 def test_the_native_function_checks_what_it_is_given() -> None:
-    weights = gru_fast.GRUCell(I, H)._flat_weights
+    weights = gru_fast.GRUCell(I, H)._own_weights()
     x, h = torch.zeros(2, I), torch.zeros(2, H)
     two, states = gru_fast.GRU(I, H, 2)._flat_weights, torch.zeros(2, 2, H)
     nine = gru_fast.GRU(I, H, 9, bias=False)._flat_weights

@@ -225,6 +225,19 @@ def test_sizes_of_other_types(arguments, message):
         GRULanguageModel(*arguments)
 
 
+@pytest.mark.parametrize("embedding_size", [None, 5])
+@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_ih_l0", "bias_hh_l1"])
+def test_a_weight_that_is_missing_is_named(name, embedding_size):
+    lm, tokens = model(embedding_size, 2), TOKENS.relu()
+    delattr(lm.gru, name)
+    for call in (
+        lambda: lm(tokens), lambda: lm.loss(tokens), lambda: lm.score(tokens), lm.token_table,
+        lambda: lm.generate(max_new_tokens=3),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{name} should be a Tensor, got: NoneType"):
+            call()
+
+
 def test_narrow_integers_are_tokens():
     lm, tokens = model(), torch.tensor([[1, 2, PADDING], [0, 1, 2]])
     assert torch.equal(lm.loss(tokens.int()), lm.loss(tokens))

@@ -3,6 +3,7 @@
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -303,6 +304,17 @@ class TestInterface:
         rnn.backend = "cudnn"
         with pytest.raises(RuntimeError, match="backend='cudnn' cannot take this call"):
             rnn(torch.randn(4, 2, 3))
+
+    @pytest.mark.parametrize("missing", (True, False))
+    @pytest.mark.parametrize(
+        "name", ("weight_ih_l1", "weight_hh_l0", "gamma_ih_l0", "gamma_hh_l1", "bias_hh_l0")
+    )
+    def test_a_parameter_that_is_missing_is_named(self, name: str, missing: bool) -> None:
+        rnn = LayerNormGRU(3, 5, 2, recurrent_dropout=0.5)
+        delattr(rnn, name) if missing else setattr(rnn, name, None)
+        for call in (rnn, partial(gru_fast.explain, rnn)):
+            with pytest.raises(TypeError, match=f"^{name} should be a Tensor, got: NoneType"):
+                call(torch.zeros(4, 2, 3))
 
     def test_is_no_gru(self) -> None:
         """What converts or packs a GRU must not take this one for it."""
