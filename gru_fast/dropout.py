@@ -21,7 +21,8 @@ class Dropout:
 
         The random numbers are dealt out in the order of memory, which a composed layer may change.
         """
-        return F.dropout(output.contiguous(), self.p, True)
+        # Not F.dropout, which raises a ValueError where nn.GRU raises a RuntimeError: p = 1.5.
+        return torch.dropout(output.contiguous(), self.p, True)
 
 
 class PackedDropout(Dropout):
@@ -35,7 +36,7 @@ class PackedDropout(Dropout):
     def __call__(self, output: Tensor) -> Tensor:
         """As that of `Dropout`."""
         packed = pack_padded_sequence(output, self.lengths)
-        dropped = PackedSequence(F.dropout(packed.data, self.p, True), packed.batch_sizes)
+        dropped = PackedSequence(torch.dropout(packed.data, self.p, True), packed.batch_sizes)
         return pad_packed_sequence(dropped)[0]
 
 

@@ -206,11 +206,11 @@ def gru(
 
     Raises:
         ValueError: input is neither 2-D nor 3-D, or not in the dtype of params; lengths beside a
-            PackedSequence; a probability outside [0, 1] that the call draws with; num_layers
+            PackedSequence; a recurrent_dropout outside [0, 1] that the call draws with; num_layers
             below 1; num_heads that is no divisor of H; an unknown backend.
         TypeError: lengths, reset_mask or reset_state is not a Tensor.
-        RuntimeError: sizes, dtypes or devices that do not fit together, an unknown cell, or a named
-            backend that cannot take the call.
+        RuntimeError: sizes, dtypes or devices that do not fit together, a dropout outside [0, 1]
+            that the call draws with, an unknown cell, or a named backend that cannot take the call.
 
     Source: Cho et al. 2014, arXiv:1406.1078; the equations are in `gru_fast.reference`.
     """

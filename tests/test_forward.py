@@ -198,6 +198,20 @@ def test_dropout_of_one():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.parametrize("p", [1.5, -0.5, float("nan"), "half"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_dropout_that_was_set_to_no_probability(packed, p):
+    ours, theirs = pair(3, 6, 2)
+    x = torch.randn(5, 2, 3)
+    x = pack_padded_sequence(x, torch.tensor([5, 2])) if packed else x
+    ours.dropout = theirs.dropout = p
+    with pytest.raises(Exception) as expected:
+        theirs(x)
+    for ours.recompute in (False, True):  # packed rows are padded where gates are rebuilt
+        with pytest.raises(expected.type):
+            ours(x)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_grad(context):
     ours, theirs = pair(3, 6, 2, bidirectional=True)
