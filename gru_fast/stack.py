@@ -83,8 +83,7 @@ def run_layers(
     if not batched:
         if input.dim() != 2:
             raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
-        if hx is not None and hx.dim() != 2:
-            raise RuntimeError(f"hx: expected 2 dimensions for an unbatched input, got {hx.dim()}")
+        _check_dims("an unbatched", 2, hx, reset_state, h_scale)
         x = input.unsqueeze(1)
         hx = None if hx is None else hx.unsqueeze(1)
         lengths = None if lengths is None else lengths.reshape(1)
@@ -92,8 +91,7 @@ def run_layers(
         reset_state = None if reset_state is None else reset_state.unsqueeze(1)
         h_scale = None if h_scale is None else h_scale.unsqueeze(1)
     else:
-        if hx is not None and hx.dim() != 3:
-            raise RuntimeError(f"hx: expected 3 dimensions for a batched input, got {hx.dim()}")
+        _check_dims("a batched", 3, hx, reset_state, h_scale)
         x = input
         if batch_first:
             x = x.transpose(0, 1)
@@ -140,8 +138,6 @@ def _run_packed(
     data, batch_sizes, sorted_indices, unsorted_indices = input
     if data.dim() != 2:
         raise RuntimeError(f"input: expected packed data of 2 dimensions, got {data.dim()}")
-    if hx is not None and hx.dim() != 3:
-        raise RuntimeError(f"hx: expected 3 dimensions for a packed input, got {hx.dim()}")
 
     def sort(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or sorted_indices is None:
@@ -151,6 +147,7 @@ def _run_packed(
     # Before they are sorted, which would take the first rows of too many.
     T, B = len(batch_sizes), int(batch_sizes[0])
     check_rows((B, T) if batch_first else (T, B), batch_first, None, reset_mask, reset_state)
+    _check_dims("a packed", 3, hx, reset_state, h_scale)
     if reset_mask is not None and batch_first:
         reset_mask = reset_mask.transpose(0, 1)
     layers, H = count_layers(num_layers, bidirectional), params[1].shape[1] * num_heads
@@ -311,6 +308,16 @@ def state_shape(
     if input.dim() != 3:
         raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
     return layers, input.shape[0 if batch_first else 1], H
+
+
+def _check_dims(
+    kind: str, dims: int, hx: Tensor | None, reset_state: Tensor | None, h_scale: Tensor | None
+) -> None:
+    for name, state in (("hx", hx), ("reset_state", reset_state), ("h_scale", h_scale)):
+        if state is not None and state.dim() != dims:
+            raise RuntimeError(
+                f"{name}: expected {dims} dimensions for {kind} input, got {state.dim()}"
+            )
 
 
 def _check_hx(hx: Tensor, layers: int, B: int, H: int, name: str = "hx") -> None:

@@ -268,6 +268,23 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         functional.gru(**{**call, **change})
 
 
+@pytest.mark.parametrize("name", ["hx", "reset_state", "h_scale"])
+@pytest.mark.parametrize(
+    ("form", "expected"), [("a batched", 3), ("an unbatched", 2), ("a packed", 3)]
+)
+def test_states_have_the_dimensions_of_the_input(form: str, expected: int, name: str) -> None:
+    x: Any = torch.randn(T, 1, I).double()
+    if form == "an unbatched":
+        x = x.squeeze(1)
+    elif form == "a packed":
+        x = pack_padded_sequence(x, torch.tensor([T]))
+    for dims in {0, 1, 2, 3, 4} - {expected}:
+        state = torch.zeros((1, 1, 1, H)[4 - dims :]).double()
+        message = f"^{name}: expected {expected} dimensions for {form} input, got {dims}$"
+        with pytest.raises(RuntimeError, match=message):
+            functional.gru(x, **{"hx": None, name: state}, params=weights("reset_after")[:4])
+
+
 @pytest.mark.parametrize("name", ["input", "hx", "reset_mask", "reset_state", "h_scale"])
 @pytest.mark.parametrize("form", ["padded", "unbatched", "packed"])
 @pytest.mark.parametrize("grad", [False, True])
