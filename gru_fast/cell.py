@@ -118,6 +118,7 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
                 raise TypeError(f"{name} should be a Tensor, got: NoneType")
         dtype = weights[0].dtype
         if input.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            input.dim()  # torch's error for what is no Tensor but has a dtype, as NumPy's arrays do
             # torch.nn.GRUCell's type of exception; torch.nn.GRU raises a ValueError.
             raise RuntimeError(
                 f"input: expected the dtype of the weights, {dtype}, got {input.dtype}"

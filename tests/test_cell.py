@@ -4,6 +4,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -207,6 +208,8 @@ BAD_CALLS = {
     "nothing": lambda: (),
     "none": lambda: (None,),
     "list": lambda: ([1.0],),
+    "numpy": lambda: (np.zeros((2, 3), np.float32),),
+    "numpy_hx": lambda: (torch.zeros(2, 3), np.zeros((2, 4), np.float32)),
     "0d": lambda: (torch.zeros(()),),
     "3d": lambda: (torch.zeros(1, 2, 3),),
     "width": lambda: (torch.zeros(2, 5),),
@@ -239,6 +242,8 @@ def test_exceptions_have_torchs_types(bad, grad):
         with pytest.raises(Exception) as given:
             ours(*arguments)
     assert given.type is expected.type, f"{given.value!r} where torch raises {expected.value!r}"
+    if bad.startswith("numpy"):
+        assert str(given.value) == str(expected.value)
 
 
 @pytest.mark.parametrize(
