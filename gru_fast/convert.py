@@ -208,14 +208,17 @@ def _expected_shapes(module: nn.Module, hidden: int) -> dict[str, tuple[int, ...
 
 
 def _predicate(argument: str, selector: Selector | None) -> Callable[[str, nn.Module], bool]:
-    if selector is None or callable(selector):
-        return selector or (lambda name, module: False)
+    if selector is None:
+        return lambda name, module: False
+    if callable(selector) and not isinstance(selector, (type, nn.Module)):
+        return selector
     patterns: list[object] = [selector]
     if isinstance(selector, Iterable) and not isinstance(selector, str):
         patterns = list(selector)
     strings = [pattern for pattern in patterns if isinstance(pattern, str)]
     if len(strings) < len(patterns):
-        given = next(type(p).__name__ for p in patterns if not isinstance(p, str))
+        first = next(pattern for pattern in patterns if not isinstance(pattern, str))
+        given = f"the class {first.__name__}" if isinstance(first, type) else type(first).__name__
         raise TypeError(
             f"{argument} should be a name or pattern, several of them, or a function of name and "
             f"module, got: {given}"

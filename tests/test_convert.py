@@ -324,6 +324,13 @@ def test_an_error_while_swapping_is_undone():
         (lambda: convert([nn.GRU(2, 2)]), "model should be a torch.nn.Module, got: list"),
         (lambda: convert(nn.GRU(2, 2), include=3), "include should be .* got: int"),
         (lambda: revert(nn.GRU(2, 2), exclude=["a", 3]), "exclude should be .* got: int"),
+        (
+            lambda: convert(nn.GRU(2, 2), include=nn.GRU),
+            "include should be a name or pattern, several of them, or a function of name and "
+            "module, got: the class GRU$",
+        ),
+        (lambda: revert(nn.GRU(2, 2), exclude=[nn.GRU]), "exclude should be .* the class GRU$"),
+        (lambda: convert(nn.GRU(2, 2), include=nn.GRU(2, 2)), "include should be .* got: GRU$"),
     ],
 )
 def test_bad_arguments(call, message):
