@@ -55,19 +55,19 @@ constexpr Isa kIsas[] = {
 #endif
 };
 
-const Isa* find_usable(const std::string& name) {
+const Isa* find_usable(const std::string& name, const std::string& expected) {
   for (const Isa& isa : kIsas) {
     if (name == isa.name && isa.usable()) return &isa;
   }
   std::string usable;
   for (const std::string& other : usable_isas()) usable += (usable.empty() ? "" : ", ") + other;
-  throw std::invalid_argument("instruction set: expected one that this CPU can run (" + usable +
-                              "), got '" + name + "'");
+  throw std::invalid_argument(expected + " that this CPU can run (" + usable + "), got '" + name +
+                              "'");
 }
 
 const Isa* choose() {
   if (const char* name = std::getenv("GRU_FAST_CPU_ISA"); name != nullptr && *name != '\0') {
-    return find_usable(name);
+    return find_usable(name, "GRU_FAST_CPU_ISA: expected an instruction set");
   }
   const Isa* best = &kIsas[0];
   for (const Isa& isa : kIsas) {
@@ -106,7 +106,7 @@ std::vector<std::string> usable_isas() {
 std::string current_isa() { return get().name; }
 IsaLevel current_isa_level() { return get().level; }
 void set_isa(const std::string& name) {
-  current.store(find_usable(name), std::memory_order_release);
+  current.store(find_usable(name, "instruction set: expected one"), std::memory_order_release);
 }
 
 template <>
