@@ -19,6 +19,12 @@ from gru_fast.tokenizers import EOS
 __all__ = ["sample_command"]
 
 _NOVELTY_ROWS = 1000
+_FLAGS = {
+    "max_new_tokens:": "--length:",
+    "num_return_sequences:": "--num:",
+    "temperature:": "--temperature:",
+    "do_sample=False": "--greedy",
+}
 
 
 @click.command("sample")
@@ -83,7 +89,7 @@ def sample_command(
 
 def _drawn_texts(run: Run, prompt: list[int], **options: Any) -> tuple[list[str], list[str]]:
     """What `generate` draws as texts, and those of them that end with EOS."""
-    with refusing_values():
+    with refusing_values(_FLAGS):
         sequences = run.model.generate([prompt], **options)
     # A running text has no end: EOS, which no training has seen, stands for nothing there.
     rows = sequences.tolist() if run.has_eos else [row[row != EOS].tolist() for row in sequences]

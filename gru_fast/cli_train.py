@@ -127,6 +127,9 @@ def _train_on(
             corpus.read_text(source)  # says which there are
         if mode is None:
             raise InputError(f"{source}: say --lines (one sequence a line) or --text (running)")
+    if tie and embedding != hidden:
+        given = "none" if embedding is None else embedding
+        raise InputError(f"--tie: expected --embedding {hidden}, the size of --hidden, got {given}")
     text = corpus.read_text(source)
     _check_device(device)
     options = TrainingOptions(batch=batch or (128 if mode == "lines" else 32), **training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,9 +89,16 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def refusing_values() -> Iterator[None]:
-    """Make an `InputError` of what the draw says about options, or logits, that it cannot use."""
+def refusing_values(flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Make an `InputError` of what the draw says about options, or logits, that it cannot use.
+
+    Args:
+        flags: What the message says of options to what the command line calls them.
+    """
     try:
         yield
     except ValueError as error:
-        raise InputError(str(error)) from None
+        message = str(error)
+        for name, flag in (flags or {}).items():
+            message = message.replace(name, flag)
+        raise InputError(message) from None

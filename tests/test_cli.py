@@ -195,7 +195,10 @@ def test_bad_corpora(tmp_path):
     assert "say --lines" in refused("train", tmp_path / "one", *out)
     for mode in ([], ["--text"]):
         assert "expected one of builtin:names" in refused("train", "builtin:x", *mode, *out)
-    assert "tie_weights: expected" in refused("train", "builtin:names", "--tie", *out)
+    tie = ["train", "builtin:names", "--tie", "--hidden", 8]
+    message = "gru-fast: --tie: expected --embedding 8, the size of --hidden, got "
+    assert refused(*tie, *out) == message + "none"
+    assert refused(*tie, "--embedding", 4, *out) == message + "4"
     message = refused("train", "builtin:names", "--device", "nowhere", *out)
     assert message.startswith("gru-fast: --device nowhere: Expected one of cpu, cuda")
     message = refused("train", "builtin:names", "--device", "meta", *out)
@@ -226,10 +229,17 @@ def test_values_beyond_what_can_be_computed(names_run):
         ["sample", names_run, "--num", 2**45],
     ):
         assert refused(*command).startswith("gru-fast: not enough memory: ")
-    assert "max_new_tokens: expected >= 0 and < 2**48" in refused(
-        "sample", names_run, "--length", 2**64
+    assert refused("sample", names_run, "--length", 2**64) == (
+        f"gru-fast: --length: expected >= 0 and < 2**48, got {2**64}"
     )
-    assert "temperature: expected a float32" in refused("sample", names_run, "--temperature", 1e39)
+    assert refused("sample", names_run, "--num", 2**64) == (
+        f"gru-fast: --num: expected >= 1 and < 2**48, got {2**64}"
+    )
+    for given in (1e-50, 1e39):
+        assert refused("sample", names_run, "--temperature", given) == (
+            f"gru-fast: --temperature: expected a float32 value > 0, got {given} "
+            "(--greedy takes the most likely token)"
+        )
     for command in (["sample", names_run], ["trace", names_run, "bada"]):
         assert "logits / temperature 1e-44: expected" in refused(*command, "--temperature", 1e-44)
     every = call("sample", names_run, "--seed", 1).stdout
