@@ -21,6 +21,7 @@ from gru_fast.stack import (
     check_input_width,
     count_layers,
     matching,
+    result_dtype,
     run_layers,
     state_shape,
 )
@@ -97,7 +98,7 @@ def gru_cell(
         raise
     # Not output[0], which is a view to autograd: `h.detach_()` would be refused.
     state: Tensor = torch.ops.aten._unsafe_view(output, output.shape[1 if batched else 2 :])
-    return state if state.dtype == dtype or not state.is_cpu else state.to(dtype)
+    return state if state.dtype == dtype or not state.is_cpu else state.to(result_dtype(dtype))
 
 
 @overload

@@ -21,7 +21,7 @@ from gru_fast.ops_past import is_unobserved
 from gru_fast.recurrent import check_int, check_probability, refuse_tracing, weights_of
 from gru_fast.sampled_model import has_own, is_read, why_not_weights
 from gru_fast.sampling import GenerateOutput, Streamer
-from gru_fast.stack import matching
+from gru_fast.stack import matching, result_dtype
 from gru_fast.token_ids import PADDING, TokenIds
 
 __all__ = ["GRULanguageModel"]
@@ -322,6 +322,7 @@ class GRULanguageModel(nn.Module):
                 output = F.dropout(output, dropout)
             h_n = torch.cat([h_n, above])
         if output.dtype != dtype and output.is_cpu:
+            dtype = result_dtype(dtype)
             return output.to(dtype), h_n.to(dtype)
         return output, h_n
 

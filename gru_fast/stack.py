@@ -18,6 +18,7 @@ __all__ = [
     "check_input_width",
     "count_layers",
     "matching",
+    "result_dtype",
     "run_layers",
     "state_shape",
 ]
@@ -287,6 +288,7 @@ def _stack(
             x = drop(x)
     h_n = finals[0] if num_layers == 1 else torch.cat(finals)
     if x.dtype != dtype and x.is_cpu:
+        dtype = result_dtype(dtype)
         return x.to(dtype), h_n.to(dtype)
     return x, h_n
 
@@ -357,3 +359,13 @@ def matching(x: Tensor, hx: Tensor, weight: Tensor, name: str = "hx") -> tuple[T
     if x.dtype != dtype:
         raise ValueError(f"input: expected the dtype of the weights, {dtype}, got {x.dtype}")
     raise RuntimeError(f"{name}: expected the dtype of input, {dtype}, got {hx.dtype}")
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of results on the CPU for a state of this dtype that the weights do not have.
+
+    It is that of nn.GRU, whose state meets gates in the dtype of autocast.
+    """
+    if torch.is_autocast_enabled("cpu"):
+        return torch.promote_types(dtype, torch.get_autocast_dtype("cpu"))
+    return dtype

@@ -68,18 +68,23 @@ def test_all_but_the_head_is_as_without(
 
 @pytest.mark.parametrize("called", [False, True], ids=("read", "called"))
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_a_state_of_another_dtype(num_layers: int, called: bool) -> None:
-    """It is widened, and what comes out has its dtype, as `gru_fast.GRU` does."""
+@pytest.mark.parametrize(
+    ("held", "returned"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_a_state_of_another_dtype(
+    held: torch.dtype, returned: torch.dtype, num_layers: int, called: bool
+) -> None:
+    """It is widened, and what comes out has the dtype that `gru_fast.GRU` gives it."""
     model = language_model(embedding_size=8, num_layers=num_layers)
     if called:
         model.gru.register_forward_hook(lambda *_: None)
-    tokens, hidden = torch.randint(V, (3, 4)), torch.rand(num_layers, 3, 16).bfloat16()
+    tokens, hidden = torch.randint(V, (3, 4)), torch.rand(num_layers, 3, 16).to(held)
     expected = model.run(tokens, hidden.float())
     with autocast():
         found = model.run(tokens, hidden)
         theirs = model.gru(torch.zeros(4, 3, 8), hidden)
-    assert [t.dtype for t in found] == [t.dtype for t in theirs] == [torch.bfloat16] * 2
-    torch.testing.assert_close(found, tuple(t.bfloat16() for t in expected), rtol=0, atol=0)
+    assert [t.dtype for t in found] == [t.dtype for t in theirs] == [returned] * 2
+    torch.testing.assert_close(found, tuple(t.to(returned) for t in expected), rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="expected the dtype of"):
         model.run(tokens, hidden)
 
