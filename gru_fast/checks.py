@@ -259,6 +259,30 @@ def check_rows(
     _check_rows_dtypes(lengths, reset_mask)
 
 
+def check_batch_sizes(batch_sizes: Tensor, rows: int) -> None:
+    """Raise RuntimeError unless they are those of a PackedSequence of so many rows.
+
+    Without any row all may be 0. Reads the values.
+    """
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+        raise RuntimeError(
+            f"batch_sizes: expected one dimension of int64, got shape {tuple(batch_sizes.shape)} "
+            f"of {batch_sizes.dtype}"
+        )
+    sizes: list[int] = batch_sizes.tolist()
+    if sum(sizes) != rows:
+        raise RuntimeError(
+            f"batch_sizes: expected values whose sum is the number of rows of data, {rows}, "
+            f"got the sum {sum(sizes)}"
+        )
+    if rows == 0 and not any(sizes):
+        return
+    for t, size in enumerate(sizes):
+        if size < 1 or size > sizes[max(t - 1, 0)]:
+            expected = ">= 1" if size < 1 else f"that never rise, {sizes[t - 1]} or less"
+            raise RuntimeError(f"batch_sizes: expected values {expected}, got {size} at step {t}")
+
+
 def check_integers(name: str, given: Tensor) -> None:
     """Raise a TypeError unless the tensor is of integers, which bools are not here."""
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:

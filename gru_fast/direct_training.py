@@ -12,20 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from gru_fast import direct, heads, ops
 from gru_fast.ops_past import is_unobserved
 from gru_fast.recurrence import BOTH, grouped
+from gru_fast.stack import padded
 
 _PER_DIRECTION = 4  # weights, of which both biases may be None
 _OF_CELL = (None, None, None, 1)  # batch_sizes, lengths, reset_mask, num_heads
 _OTHERS = 6  # arguments of GRULayer before those that may have a gradient
-
-
-def _padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed rows (rows, ...) as (T, B, ...), and their lengths."""
-    return pad_packed_sequence(PackedSequence(rows, batch_sizes))
 
 
 class GRULayer(torch.autograd.Function):
@@ -92,9 +88,9 @@ class GRULayer(torch.autograd.Function):
             return (*((None,) * _OTHERS), *found)
         # The op wants a dimension of groups, one of steps, and padding.
         if ctx.batch_sizes is not None:
-            x, lengths = _padded(x, ctx.batch_sizes)
+            x, lengths = padded(x, ctx.batch_sizes)
             output, workspace, grad_output, grad_workspace = (
-                None if t is None else _padded(t, ctx.batch_sizes)[0]
+                None if t is None else padded(t, ctx.batch_sizes)[0]
                 for t in (output, workspace, grad_output, grad_workspace)
             )
         if ctx.is_cell:
@@ -183,7 +179,7 @@ def _run(
     with torch.no_grad():
         tensors = heads.by_head(h0, grouped(weights, directions), num_heads, cell)
         if batch_sizes is not None:
-            x, lengths = _padded(x, batch_sizes)
+            x, lengths = padded(x, batch_sizes)
         output, h_n, workspace = ops.without_grad(ops.layer, x, *tensors, lengths, *rest)
         if batch_sizes is not None and lengths is not None:
             output, workspace = (pack_padded_sequence(t, lengths).data for t in (output, workspace))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast.checks import check_rows
+from gru_fast.checks import check_batch_sizes, check_rows
 from gru_fast.dropout import Dropout, PackedDropout
 from gru_fast.recurrence import BOTH, FORWARD, grouped
 
@@ -18,6 +18,7 @@ __all__ = [
     "check_input_width",
     "count_layers",
     "matching",
+    "padded",
     "result_dtype",
     "run_layers",
     "state_shape",
@@ -146,7 +147,7 @@ def _run_packed(
         return tensor.index_select(1, sorted_indices)
 
     # Before they are sorted, which would take the first rows of too many.
-    T, B = len(batch_sizes), int(batch_sizes[0])
+    T, B = len(batch_sizes), _first_size(batch_sizes, len(data))
     check_rows((B, T) if batch_first else (T, B), batch_first, None, reset_mask, reset_state)
     _check_dims("a packed", 3, hx, reset_state, h_scale)
     if reset_mask is not None and batch_first:
@@ -205,6 +206,33 @@ def _run_rows(
     return data, finals
 
 
+def _first_size(batch_sizes: Tensor, rows: int) -> int:
+    """B, which a tensor can have: the other sizes are left to who reads them."""
+    B = int(batch_sizes[0])
+    if not 0 < B <= rows:
+        check_batch_sizes(batch_sizes, rows)
+    return B
+
+
+def padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed rows (rows, ...) as (T, B, ...), and their lengths.
+
+    Raises:
+        RuntimeError: sizes with which `pad_packed_sequence` would write past the end of its memory.
+    """
+    check_batch_sizes(batch_sizes, len(rows))
+    return pad_packed_sequence(PackedSequence(rows, batch_sizes))
+
+
+# Dynamo calls `pad_packed_sequence` outside its graphs, and so it should what reads sizes.
+for _function in (_first_size, padded):
+    vars(_function).update(
+        _torchdynamo_disable=True,
+        _torchdynamo_disable_msg="the sizes of a PackedSequence are values: give a padded tensor "
+        "and lengths= instead",
+    )
+
+
 def _run_padded(
     input: PackedSequence,
     hx: Tensor,
@@ -219,7 +247,7 @@ def _run_padded(
     h_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Layers over (T, B, I): the rows of the output, and the last states."""
-    x, lengths = pad_packed_sequence(input)
+    x, lengths = padded(input.data, input.batch_sizes)
     drop = PackedDropout(dropout, lengths) if dropout and num_layers > 1 else None
     output, h_n = _stack(
         x, hx, params, run, num_layers, bidirectional, num_heads, lengths.to(x.device),
