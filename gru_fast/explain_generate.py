@@ -9,7 +9,7 @@ from gru_fast import gpu_sampling, packed, sampling
 from gru_fast.explain import Explanation
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference import GATES
-from gru_fast.sampled_model import check_language_model
+from gru_fast.sampled_model import a_weight, check_language_model
 from gru_fast.token_ids import TokenIds, padded
 
 __all__ = ["explain_generate"]
@@ -34,17 +34,17 @@ def explain_generate(
 
     Returns:
         An `Explanation`: costs are those of rows that draw all their tokens; products of the
-        token table are not counted. On a GPU `why_not` has the forms of the kernel that do not fit
-        as well.
+        token table are not counted, and any head is counted as an `nn.Linear`. On a GPU `why_not`
+        has the forms of the kernel that do not fit as well.
 
     Raises:
         ValueError: An id is outside its range.
         TypeError: Ids that are not integers, or `model` is no language model.
     """
     check_language_model(model)
-    prompts, lengths = padded(input_ids, model.vocab_size, model.head.weight.device)
+    gru, weight = model.gru, a_weight(model)
+    prompts, lengths = padded(input_ids, model.vocab_size, weight.device)
     N, P, S = len(prompts) * num_return_sequences, prompts.shape[1], max_new_tokens
-    gru, weight = model.gru, model.head.weight
     loop = sampling.choose_loop(model)
     on_cpu = packed.why_not_model(model)
     why_not = {} if on_cpu is None else {"cpu": on_cpu}

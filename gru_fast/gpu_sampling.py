@@ -13,7 +13,7 @@ from torch import Tensor
 from gru_fast import backends
 from gru_fast.autocast import without_autocast
 from gru_fast.recurrent import weights_of
-from gru_fast.sampled_model import LanguageModel, why_not_layers
+from gru_fast.sampled_model import LanguageModel, a_weight, why_not_layers
 
 __all__ = ["chosen_form", "generate", "why_not", "why_not_form", "why_not_forms"]
 
@@ -22,13 +22,16 @@ def why_not(model: LanguageModel) -> str | None:
     """Why the Triton kernels cannot generate from a model; None if they can."""
     gru, head = model.gru, model.head
     if _device_type(model) != "cuda":
-        return f"the model is on {head.weight.device}, not on cuda"
+        return f"the model is on {a_weight(model).device}, not on cuda"
     if not backends.HAS_TRITON:
         return "triton is not installed: pip install triton"
     reason = model.why_not_weights_alone() or why_not_layers(gru, head)
     if reason is not None:
         return reason
     tensors = [*weights_of(gru), *head.parameters()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return f"its weights are on several devices: {sorted(map(str, devices))}"
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) > 1:
         return f"its weights have several dtypes: {sorted(map(str, dtypes))}"
@@ -39,7 +42,7 @@ def why_not(model: LanguageModel) -> str | None:
 
 
 def _device_type(model: LanguageModel) -> str:
-    return model.head.weight.device.type
+    return a_weight(model).device.type
 
 
 @torch.no_grad()

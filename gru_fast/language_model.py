@@ -68,7 +68,7 @@ class GRULanguageModel(nn.Module):
             `num_heads`; `max_norm`, `padding_idx`, `sparse`), both are called; otherwise their
             weights are read. It has one direction, in training no `recurrent_dropout`, and
             `dropout` is the model's.
-        head: `nn.Linear` from H to V.
+        head: `nn.Linear` from H to V. Any module may take its place, and is called.
         config: The arguments above but device and dtype: `GRULanguageModel(**model.config)`.
 
     Raises:
@@ -158,7 +158,8 @@ class GRULanguageModel(nn.Module):
 
     def extra_repr(self) -> str:
         """The options that the submodules do not show."""
-        tied = self.embedding is not None and self.head.weight is self.embedding.weight
+        weights = [getattr(part, "weight", None) for part in (self.embedding, self.head)]
+        tied = weights[0] is not None and weights[0] is weights[1]
         return f"dropout={self.dropout}, tie_weights={tied}"
 
     def token_table(self) -> Tensor:
@@ -463,7 +464,8 @@ class GRULanguageModel(nn.Module):
         `score(out.sequences, prompt_lengths=out.prompt_lengths)` is `out.log_probs` for every
         `out = generate(..., return_dict_in_generate=True)`: in float32 within 1e-5, or 1e-6 of
         the largest logit where that is more. A model of bfloat16 or float16, or under autocast,
-        rounds here, where the native loop does not: some thousandths apart.
+        rounds here, where the native loop does not: some thousandths apart. So does a head of
+        dynamic quantization, whose scale is that of all that a call brings.
 
         Args:
             sequences: As `input_ids` of `generate`.

@@ -24,6 +24,7 @@ import torch
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.onnx_nodes import ReverseGRU, from_node, load_gru
 from gru_fast.onnx_translation import register, translation_table
+from gru_fast.sampled_model import a_weight
 
 __all__ = [
     "ReverseGRU",
@@ -122,7 +123,7 @@ def export_language_model(
     """
     if not isinstance(model, GRULanguageModel):
         raise TypeError(f"model should be a GRULanguageModel, got: {type(model).__name__}")
-    weight = model.head.weight
+    weight = a_weight(model)
     tokens = torch.zeros(2, 3, dtype=torch.int64, device=weight.device)
     hidden = weight.new_zeros(model.gru.num_layers, 2, model.gru.hidden_size)
     batch, steps = torch.export.Dim("batch"), torch.export.Dim("steps")

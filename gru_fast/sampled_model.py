@@ -11,6 +11,7 @@ from gru_fast.gru import GRU
 
 __all__ = [
     "LanguageModel",
+    "a_weight",
     "check_language_model",
     "has_own",
     "is_plain",
@@ -32,7 +33,7 @@ class LanguageModel(Protocol):
 
     vocab_size: int
     gru: GRU
-    head: nn.Linear
+    head: nn.Linear  # or any module: its attributes are for who knows that it is one
 
     @property
     def start(self) -> int:
@@ -64,6 +65,16 @@ def check_language_model(model: object, also: str = "") -> None:
     if not all(hasattr(model, name) for name in ("gru", "head", "why_not_weights_alone")):
         given = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(f"model should be a GRULanguageModel{also}, got: {given}")
+
+
+def a_weight(model: LanguageModel) -> Tensor:
+    """A weight of the recurrence, where a model computes and in its dtype.
+
+    The head may be any module: without a weight, or with a method of that name.
+    """
+    found = next(model.gru.parameters(), None)
+    # A replica of DataParallel has no parameters.
+    return model.gru._flat_weights[0] if found is None else found
 
 
 def has_own(module: nn.Module, cls: type[nn.Module], name: str) -> bool:
@@ -107,7 +118,10 @@ def is_read(gru: Any, embedding: Any) -> bool:
 def why_not_weights(name: str, module: nn.Module, cls: type[nn.Module]) -> str | None:
     """Why the weights of a module do not tell what its calls give; None if they do."""
     if type(module).forward is not cls.forward:
-        return f"the {name} is a {type(module).__name__}, not {_SHOWN[cls]}"
+        given = type(module).__name__
+        if given == cls.__name__:
+            given = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"the {name} is a {given}, not {_SHOWN[cls]}"
     if "forward" in module.__dict__:
         return f"the {name} has a forward of its own, which only a call of it runs"
     if module._forward_pre_hooks or module._forward_hooks:

@@ -71,7 +71,10 @@ class Sampler:
         # What a call asks of the model: it may be elsewhere by then.
         weight = model.head.weight.detach().new_empty(0)
         self._shape: Any = SimpleNamespace(
-            vocab_size=model.vocab_size, start=model.start, head=SimpleNamespace(weight=weight)
+            vocab_size=model.vocab_size,
+            start=model.start,
+            gru=SimpleNamespace(parameters=lambda: iter((weight,))),
+            head=SimpleNamespace(weight=weight),
         )
         self._stack = stack
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import drawing, gpu_sampling, native_sampling, ops, packed, reference_sampling
-from gru_fast.sampled_model import LanguageModel
+from gru_fast.sampled_model import LanguageModel, a_weight
 from gru_fast.token_ids import PADDING, TokenIds, checked_integer, padded
 
 __all__ = [
@@ -175,7 +175,7 @@ def generate(
             f"eos_token_id: expected 0 <= id < vocab_size = {model.vocab_size}, "
             f"got {options.eos_token_id}"
         )
-    prompts, lengths = padded(input_ids, model.vocab_size, model.head.weight.device)
+    prompts, lengths = padded(input_ids, model.vocab_size, a_weight(model).device)
     if repeats > 1:
         prompts = prompts.repeat_interleave(repeats, 0)
         lengths = lengths.repeat_interleave(repeats)
@@ -211,7 +211,7 @@ def choose_loop(model: LanguageModel) -> Loop:
         return native_loop
     if backend in ("auto", "triton") and gpu_sampling.why_not(model) is None:
         return triton_loop
-    if backend in ("auto", "cpu") and ops.HAS_CPU_KERNELS and model.head.weight.is_cpu:
+    if backend in ("auto", "cpu") and ops.HAS_CPU_KERNELS and a_weight(model).is_cpu:
         return mixed_loop
     return generate_loop
 
@@ -379,7 +379,7 @@ def score(
     prompt_lengths: Tensor | None = None,
 ) -> Tensor:
     """`GRULanguageModel.score`, which documents it."""
-    tokens, lengths = padded(sequences, model.vocab_size, model.head.weight.device)
+    tokens, lengths = padded(sequences, model.vocab_size, a_weight(model).device)
     N, L = tokens.shape
     start = tokens.new_full((N, 1), model.start)
     inputs = torch.cat([start, tokens[:, :-1].clamp(min=0)], 1)[:, :L]

@@ -12,6 +12,7 @@ from gru_fast.errors import InputError
 from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference_sampling import draw, uniform
+from gru_fast.sampled_model import a_weight
 from gru_fast.tokenizers import EOS, Tokenizer
 
 __all__ = ["gate_values", "plot_gates", "trace"]
@@ -51,7 +52,7 @@ def trace(
     ids = tokenizer.encode(text) + ([EOS] if has_eos else [])
     if not ids:
         raise InputError("the text to trace is empty; expected some text")
-    tokens = torch.tensor([ids], dtype=torch.int64, device=model.head.weight.device)
+    tokens = torch.tensor([ids], dtype=torch.int64, device=a_weight(model).device)
     forced = model.head(model.run(model.teacher_forcing(tokens))[0])[:, 0]
     left = _table(tokenizer, [None, *ids[:-1]], forced.softmax(-1), ids, "target")
 
@@ -134,7 +135,7 @@ def plot_gates(model: GRULanguageModel, tokenizer: Tokenizer, text: str) -> Any:
     from matplotlib.figure import Figure
 
     ids = tokenizer.encode(text)
-    tokens = torch.tensor(ids, dtype=torch.int64, device=model.head.weight.device)
+    tokens = torch.tensor(ids, dtype=torch.int64, device=a_weight(model).device)
     gates = gate_values(model, tokens)
     panels = []
     for k, z in enumerate(gates.z):

@@ -23,6 +23,7 @@ from gru_fast.checkpoint import load_checkpoint, load_model, model_tensors, save
 from gru_fast.errors import InputError
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference_sampling import philox
+from gru_fast.sampled_model import a_weight
 from gru_fast.token_ids import PADDING
 from gru_fast.tokenizers import EOS
 
@@ -355,7 +356,7 @@ def _resume(
     path: str | os.PathLike[str], model: GRULanguageModel, optimiser: torch.optim.Optimizer
 ) -> tuple[int, Tensor | None, Report]:
     tensors, meta = load_checkpoint(path)
-    device = model.head.weight.device
+    device = a_weight(model).device
     try:
         load_model(model, tensors)
         state = {

@@ -238,6 +238,13 @@ class TestRouting:
             model = GRULanguageModel(5, None, 8, backend=backend)
             assert sampling.choose_loop(model) is loop
 
+    def test_a_head_elsewhere_is_called(self, on_cuda):
+        model = GRULanguageModel(5, None, 8)
+        model.head.to("meta")
+        assert sampling.choose_loop(model) is sampling.generate_loop
+        expected = "its weights are on several devices: ['cpu', 'meta']"
+        assert gpu_sampling.why_not(model) == expected
+
     @pytest.mark.parametrize("version", [(3, 9)], indirect=True)
     @pytest.mark.usefixtures("version")
     def test_explained(self, on_cuda):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,6 +170,54 @@ def test_samplers_that_read_weights_refuse(part: str, change: Callable[..., None
         with pytest.raises(RuntimeError) as error:
             make()
         assert f"cannot take this model: {reason(change, part)}" in str(error.value)
+
+
+def sequential(model: Any) -> Any:
+    model.head = nn.Sequential(nn.Linear(H, 8), nn.ReLU(), nn.Linear(8, V))
+    return model
+
+
+def quantized(model: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(model.eval(), {nn.Linear}, torch.qint8)
+
+
+# How each rounds: dynamic quantisation has one scale for all that a call is given.
+HEADS = {
+    sequential: ("Sequential", 1e-5),
+    quantized: ("torch.ao.nn.quantized.dynamic.modules.linear.Linear", 0.02),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*other quantized tensor creation functions:UserWarning")
+@pytest.mark.parametrize("embedding_size", [None, 5])
+@pytest.mark.parametrize("replace", HEADS)
+def test_a_head_may_be_any_module(replace: Callable[..., Any], embedding_size: int | None) -> None:
+    """Without a weight, or with a method of that name."""
+    name, rounding = HEADS[replace]
+    model = replace(language_model(embedding_size))
+    assert "tie_weights=False" in repr(model)
+    loop = sampling.mixed_loop if ops.HAS_CPU_KERNELS else sampling.generate_loop
+    assert sampling.choose_loop(model) is loop
+    for prompts in (None, [[1, 2], [3, 0]]):
+        asked = {"max_new_tokens": 9, "num_return_sequences": 2, "seed": 1}
+        found = model.generate(prompts, return_dict_in_generate=True, **asked)
+        assert found.sequences.shape == ((4, 11) if prompts else (2, 9))
+        assert found.hidden.shape == (2, len(found.sequences), H)
+        scores = model.score(found.sequences, prompt_lengths=found.prompt_lengths)
+        torch.testing.assert_close(scores, found.log_probs, rtol=0, atol=rounding)
+        seen: list[Tensor] = []
+        streamer = SimpleNamespace(put=seen.append, end=lambda: None)
+        again = model.generate(prompts, streamer=streamer, **asked)
+        assert torch.equal(again, found.sequences)
+        assert torch.equal(torch.cat([seen[0], torch.stack(seen[1:], 1)], 1), again)
+        told = explain_generate(model, prompts, **asked)
+        assert told.backend == "reference" and told.call.endswith("float32 cpu")
+        if ops.HAS_CPU_KERNELS:
+            assert told.why_not["cpu"] == f"the head is a {name}, not an nn.Linear"
+            for make in (Sampler, Stream):
+                with pytest.raises(RuntimeError, match=f"the head is a {name}, not an nn.Linear"):
+                    make(model)
 
 
 @needs_kernels

@@ -283,11 +283,17 @@ def test_only_a_language_model_is_a_step_model():
         gru_fast.onnx.export_language_model(gru_fast.GRU(3, 4))
 
 
+def with_another_head(model):
+    model.head = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 30))
+    return model
+
+
 LANGUAGE_MODELS = {
     "embedding": lambda: gru_fast.GRULanguageModel(30, 8, 16, 2, tie_weights=False),
     "one-hot": lambda: gru_fast.GRULanguageModel(30, None, 16, cell="reset_before"),
     # More tokens than gates: the table, and a node that multiplies by an identity.
     "table": lambda: gru_fast.GRULanguageModel(30, None, 6, 2, cell="no_reset", bias=False),
+    "another head": lambda: with_another_head(gru_fast.GRULanguageModel(30, 8, 16)),
 }
 
 
