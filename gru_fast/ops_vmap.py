@@ -79,17 +79,21 @@ def _steps_into_groups(tensor: Tensor, dim: int | None, size: int, groups: int) 
 def loop(
     op: Op, size: int, in_dims: Sequence[Any], args: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The operator for one element of the batch after the other."""
+    """The operator for one element of the batch after the other.
 
-    def slices(v: int) -> list[Any]:
+    Of no elements the shapes are those of one; its zeros are sums of nothing, to keep the graph.
+    """
+
+    def of_each(element: Callable[..., Tensor], *which: int) -> list[Any]:
         return [
-            a.select(d, v) if isinstance(a, Tensor) and d is not None else a
+            element(a, d, *which) if isinstance(a, Tensor) and d is not None else a
             for a, d in zip(args, in_dims, strict=True)
         ]
 
     if size == 0:
-        raise RuntimeError("torch.vmap over a dimension of size 0 is not supported here")
-    columns = zip(*[op(*slices(v)) for v in range(size)], strict=True)
+        outputs = tuple(out[None][:0] for out in op(*of_each(lambda a, d: a.sum(d).to(a.dtype))))
+        return outputs, (0,) * len(outputs)
+    columns = zip(*[op(*of_each(torch.select, v)) for v in range(size)], strict=True)
     outputs = tuple(torch.stack(column) for column in columns)
     return outputs, (0,) * len(outputs)
 
@@ -101,13 +105,15 @@ def forward_rule(op: Op, name: str) -> Rule:
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
         size = info.batch_size
+        if size == 0:
+            return loop(op, size, in_dims, args)
         cell, reverse, recompute = args[count:]
         batched = {r for r, d in zip(roles, in_dims, strict=False) if d is not None}
         entries = list(zip(roles, args[:count], in_dims[:count], strict=True))
         if not batched & {"weight", "bias"}:
             folded = [_into_batch(r, a, d, size) for r, a, d in entries]
             output, h_n, workspace = op(*folded, cell, reverse, recompute)
-            split = (size, output.shape[1] // max(size, 1))
+            split = (size, output.shape[1] // size)
             saved = workspace if recompute else workspace.unflatten(1, split)
             return (
                 output.unflatten(1, split),

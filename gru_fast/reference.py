@@ -213,7 +213,8 @@ def stack_time(
 ) -> Tensor:
     """Steps of (G, B, K) in scan order to (T, *shape) in time order."""
     if not steps:
-        return like.new_zeros(0, *shape) + 0 * like.sum()  # of which a gradient can be asked
+        # Of which a gradient can be asked. torch.vmap over nothing multiplies no numbers.
+        return like.new_zeros(0, *shape) + 0 * like.sum()[None]
     return scan_order(torch.stack(steps), reverse).transpose(1, 2).reshape(len(steps), *shape)
 
 

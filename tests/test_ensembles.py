@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, func, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import gru_fast
@@ -82,6 +83,61 @@ def test_ensemble_is_its_models(name: str, own_data: bool) -> None:
     assert_same(list(torch.autograd.grad(total, list(params.values()))), stacked)
     by_func = torch.vmap(func.grad(loss), dims)(params, data)
     assert_same(list(by_func.values()), stacked)
+
+
+LAYERS = {
+    **{name: (gru_fast.GRU, options) for name, options in STRUCTURES.items()},
+    "layer norm": (gru_fast.LayerNormGRU, {"num_layers": 2}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_batch_of_nothing_has_the_shapes_of_its_members(name: str) -> None:
+    make, options = LAYERS[name]
+    models = [make(5, 4, **options) for _ in range(N)]
+    params, _ = func.stack_module_state(models)
+    own, loss = dict(models[0].named_parameters()), member(models[0])
+    x = torch.randn(N, 6, 2, 5)
+    rows = {"lengths": torch.full((N, 2), 6).int(), "reset_mask": torch.ones(N, 6, 2).bool()}
+
+    def both(p: Any, x: Any, rows: Any) -> Any:
+        return func.functional_call(models[0], p, (x,), rows)
+
+    for call, dims, given in (
+        (both, (None, 0, None), (own, x, {})),
+        (both, (0, None, None), (params, x[0], {})),
+        (both, (0, 0, 0), (params, x, rows)),
+        (torch.vmap(both, (None, 0, None)), (None, 0, None), (own, torch.stack([x, x]), {})),
+        (func.grad(loss, (0, 1)), (None, 0), (own, x)),
+        (func.grad(loss, (0, 1)), (0, None), (params, x[0])),
+    ):
+        run = torch.vmap(call, dims)
+        expected = pytree.tree_map(lambda t: t[:0], run(*given))
+        nothing = [
+            v if d is None else pytree.tree_map(lambda t: t[:0], v)
+            for v, d in zip(given, dims, strict=True)
+        ]
+        assert_same(run(*nothing), expected)
+        if call is both:
+            leaves = [v for v in pytree.tree_leaves(nothing) if v.is_floating_point()]
+            for v in leaves:
+                v.requires_grad or v.requires_grad_()
+            total = sum(v.sum() for v in run(*nothing))
+            assert_same(
+                torch.autograd.grad(total, leaves), tuple(torch.zeros_like(v) for v in leaves)
+            )
+
+
+@pytest.mark.parametrize("make", [gru_fast.GRU, gru_fast.LayerNormGRU])
+def test_a_batch_of_nothing_has_no_steps_either(make: Any) -> None:
+    model = make(5, 4)
+    own = dict(model.named_parameters())
+
+    def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        return func.functional_call(model, params, (x,))[0].square().sum()
+
+    found = torch.vmap(func.grad(loss), (None, 0))(own, torch.randn(0, 0, 2, 5))
+    assert {k: v.shape for k, v in found.items()} == {k: (0, *v.shape) for k, v in own.items()}
 
 
 def test_ensemble_is_one_grouped_call() -> None:
