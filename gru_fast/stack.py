@@ -221,6 +221,8 @@ def padded(rows: Tensor, batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
         RuntimeError: sizes with which `pad_packed_sequence` would write past the end of its memory.
     """
     check_batch_sizes(batch_sizes, len(rows))
+    if len(rows) == 0:  # pad_packed_sequence would lose the graph
+        return rows.reshape(len(batch_sizes), 0, *rows.shape[1:]), batch_sizes[:0]
     return pad_packed_sequence(PackedSequence(rows, batch_sizes))
 
 
@@ -248,12 +250,13 @@ def _run_padded(
 ) -> tuple[Tensor, Tensor]:
     """Layers over (T, B, I): the rows of the output, and the last states."""
     x, lengths = padded(input.data, input.batch_sizes)
-    drop = PackedDropout(dropout, lengths) if dropout and num_layers > 1 else None
+    packs = len(lengths) > 0  # nn.GRU takes no rows, pack_padded_sequence refuses them
+    drop = PackedDropout(dropout, lengths) if dropout and num_layers > 1 and packs else None
     output, h_n = _stack(
         x, hx, params, run, num_layers, bidirectional, num_heads, lengths.to(x.device),
         reset_mask, reset_state, h_scale, drop,
     )  # fmt: skip
-    return pack_padded_sequence(output, lengths).data, h_n
+    return pack_padded_sequence(output, lengths).data if packs else output.flatten(0, 1), h_n
 
 
 def _stack(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed sequences that `torch.nn.utils.rnn` does not make: batch sizes that do not fit."""
+"""Packed sequences that `torch.nn.utils.rnn` does not make: sizes that do not fit, no rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,43 @@ def test_batch_sizes_that_change_before_backward_are_refused() -> None:
     if type(output.data.grad_fn).__name__ == "GRULayerBackward":  # else they were read before
         with pytest.raises(RuntimeError, match="batch_sizes: expected values >= 1, got 0 at step"):
             output.data.sum().backward()
+
+
+OPTIONS = (
+    {},
+    {"num_layers": 3, "dropout": 0.5},
+    {"bidirectional": True, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True, "dropout": 0.5},
+)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("sizes", [[0], [0, 0]], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_no_rows_are_what_they_are_to_nn_gru(
+    make: Make, options: dict[str, Any], sizes: list[int], grad: bool
+) -> None:
+    results = []
+    for layer in (make(3, 4, **options), nn.GRU(3, 4, **options)):
+        data = torch.randn(0, 3, requires_grad=True)
+        states = layer.num_layers * (1 + layer.bidirectional)
+        hx = torch.randn(states, 0, 4, requires_grad=True)
+        indices = torch.zeros(0).long()
+        for given in (
+            (PackedSequence(data, torch.tensor(sizes)),),
+            (PackedSequence(data, torch.tensor(sizes), indices, indices), hx),
+        ):
+            before = torch.get_rng_state()
+            with torch.set_grad_enabled(grad):
+                output, h_n = layer(*given)
+            assert torch.equal(torch.get_rng_state(), before)
+            assert output.batch_sizes.tolist() == sizes
+            assert (output.sorted_indices is None) == (len(given) == 1)
+            results.append([output.data, h_n])
+            if grad:
+                leaves = [data, *given[1:], *list(layer.parameters())[:2]]
+                results[-1] += torch.autograd.grad(output.data.sum() + h_n.sum(), leaves)
+    torch.testing.assert_close(results[:2], results[2:])
 
 
 # Dynamo looks at all attributes of a tensor with which it goes on after a break.
