@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["generate"]
 
 _CHUNK_SECONDS = 0.002
+# Tokens for which a call makes room before it knows how many there will be: 128 MiB.
+_MOST_AT_ONCE = 2**24
 
 
 def generate(
@@ -38,7 +40,10 @@ def generate(
     log_probs: bool = True,
     on_tokens: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the whole loop in one native call, or in several short ones for `on_tokens`.
+    """Runs the whole loop in one native call, or in several.
+
+    In short ones for `on_tokens`, in long ones where rows may end long before `max_new_tokens`, for
+    which a single call would make room.
 
     Args:
         stack: With a table and a head.
@@ -99,13 +104,13 @@ def generate(
 
     rows = np.arange(N)
     hidden: Any = None
-    if on_tokens is None:
+    if on_tokens is None and (not eos or N * max_new_tokens <= _MOST_AT_ONCE):
         tokens, _, chances, hidden = draw(rows, 0, max_new_tokens, None)
         return torch.from_numpy(tokens), torch.from_numpy(chances), torch.from_numpy(hidden)
     pieces: list[Any] = []
     of_pieces: list[Any] = []
     state: Any = None
-    done, limit = 0, 1
+    done, limit = 0, max(1, _MOST_AT_ONCE // N) if on_tokens is None else 1
     while done < max_new_tokens and (len(rows) or not pieces):
         began = time.perf_counter()
         limit = min(limit, max_new_tokens - done)
@@ -119,14 +124,16 @@ def generate(
             hidden = state
         else:
             hidden[:, rows] = state
-        for column in pieces[-1].T:
-            on_tokens(torch.from_numpy(column.copy()))
+        if on_tokens is not None:
+            for column in pieces[-1].T:
+                on_tokens(torch.from_numpy(column.copy()))
         last = tokens[np.arange(len(rows)), made - 1]
         alive = (made == limit) & ~np.isin(last, eos)
         rows, state = rows[alive], np.ascontiguousarray(state[:, alive])
         inputs, begin = last[alive].astype(np.int32), np.arange(len(rows) + 1)
         done += limit
-        limit = 2 * limit if taken < _CHUNK_SECONDS / 2 else max(1, limit // 2)
+        if on_tokens is not None:
+            limit = 2 * limit if taken < _CHUNK_SECONDS / 2 else max(1, limit // 2)
     return (
         torch.from_numpy(np.concatenate(pieces, 1)),
         torch.from_numpy(np.concatenate(of_pieces, 1)),

@@ -2,17 +2,20 @@
 """`generate` and `score`: one network, two ways to feed it."""
 
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from gru_fast import GRULanguageModel, sampling
+from gru_fast import GRULanguageModel, Sampler, native_sampling, ops, sampling
 from gru_fast.reference_sampling import draw, greedy, seed_from_generator, uniform
 from gru_fast.sampling import PADDING, SamplingOptions, generate
 
 V = 6
 PROMPTS = [[1, 2, 5], [3], [], [4, 4]]
+
+needs_kernels = pytest.mark.skipif(not ops.HAS_CPU_KERNELS, reason="no compiled kernels")
 
 
 @pytest.fixture
@@ -158,6 +161,38 @@ def test_streamer_sees_every_token(model):
     assert streamer.ended == 1 and streamer.values[0].tolist() == [[5], [1]]
     seen = torch.cat([streamer.values[0], *(v[:, None] for v in streamer.values[1:])], 1)
     assert torch.equal(seen, sequences)
+
+
+@needs_kernels
+@pytest.mark.parametrize("most", [1, 7, 40, 400])
+@pytest.mark.parametrize("prompts", [None, [[5, 1], [], [2]]], ids=str)
+def test_calls_that_make_room_for_less_draw_the_same(model, monkeypatch, prompts, most):
+    """Of all rows together, and so for fewer steps a call; rows end in any of them."""
+    options = {"max_new_tokens": 60, "num_return_sequences": 4, "seed": 3, "eos_token_id": 0}
+    whole = detailed(model, prompts, **options)
+    ends = (whole.sequences == 0).int().argmax(1)
+    assert len(ends.unique()) > 2
+    monkeypatch.setattr(native_sampling, "_MOST_AT_ONCE", most)
+    for again in (
+        detailed(model, prompts, **options),
+        detailed(Sampler(model), prompts, **options),
+    ):
+        for name in ("sequences", "log_probs", "hidden", "prompt_lengths"):
+            assert torch.equal(getattr(again, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("steps", [2**34, 2**47])
+def test_a_limit_may_be_far_beyond_the_end(model, steps):
+    with torch.no_grad():
+        model.head.bias[0] = 100
+    options = {"max_new_tokens": steps, "seed": 0, "eos_token_id": 0, "num_return_sequences": 2}
+    calls = [model.generate, partial(sampling.generate, model, loop=sampling.generate_loop)]
+    if ops.HAS_CPU_KERNELS:
+        calls += [partial(sampling.generate, model, loop=sampling.mixed_loop)]
+        calls += [Sampler(model).generate]
+    for call in calls:
+        assert call(**options).tolist() == [[0], [0]]
+        assert call([[3, 1]], **options).tolist() == [[3, 1, 0]] * 2
 
 
 @pytest.mark.parametrize("ids", [[1, 2], [[1, 2], [3, 4]]])
