@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import gru_fast
@@ -17,7 +18,7 @@ PAIRS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], Any]]
 }
 
 
-def counted(module: nn.Module, x: torch.Tensor, backward: bool) -> int:
+def counted(module: nn.Module, x: torch.Tensor | PackedSequence, backward: bool) -> int:
     counter = FlopCounterMode(display=False)
     with counter, torch.set_grad_enabled(backward):
         result = module(x)
@@ -36,6 +37,14 @@ def test_as_torchs(name: str, backward: bool) -> None:
     own.load_state_dict(theirs.state_dict())
     expected = counted(theirs, x, backward)
     assert counted(own, x, backward) == expected > 0
+
+
+def test_packed_rows_are_counted_as_padded_ones() -> None:
+    x, lengths = torch.randn(10, 2, 8), torch.tensor([10, 1])
+    packed, own = pack_padded_sequence(x, lengths), gru_fast.GRU(8, 16)
+    assert counted(own, packed, False) == counted(own, x, False) == 2 * 10 * 2 * 48 * (8 + 16)
+    theirs = counted(nn.GRU(8, 16), packed, False)
+    assert gru_fast.explain(own, packed).flops == theirs == 2 * 11 * 48 * (8 + 16)
 
 
 def test_meta_and_layer_norm() -> None:
