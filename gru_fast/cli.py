@@ -108,7 +108,8 @@ def _doctor() -> None:
     if ops.HAS_CPU_KERNELS:
         from gru_fast import _C
 
-        isa = _C.cpu_isa()
+        with refusing_values():  # GRU_FAST_CPU_ISA
+            isa = _C.cpu_isa()
     click.echo(f"compiled CPU kernels: {isa}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reasons = backends.why_not(device, torch.float32)

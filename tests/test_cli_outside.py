@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli_calls import call
+from gru_fast import ops
 from gru_fast.checkpoint import claimed
 from gru_fast.cli import cli
 from torch_threads import torch_threads
@@ -107,6 +108,15 @@ def test_running_text_does_not_end_where_eos_is_drawn(tmp_path):
     call("train", corpus, "--text", "--hidden", 4, "--steps", 1, "--lr", 1e-9, "--out", out)
     text = call("sample", out, "--length", 90, "--seed", 1).stdout
     assert 40 < len(text.strip()) < 80 and set(text) == set("ab\n")
+
+
+@pytest.mark.skipif(not ops.HAS_CPU_KERNELS, reason="gru_fast was built without its CPU kernels")
+def test_an_instruction_set_that_is_none():
+    program = [sys.executable, "-m", "gru_fast", "doctor"]
+    environment = os.environ | {"GRU_FAST_CPU_ISA": "sse9"}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "GRU_FAST_CPU_ISA: expected an instruction set that this CPU can run" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--hidden", "--batch", "--steps", "--embedding", "--layers"])
