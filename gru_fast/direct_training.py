@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from gru_fast import direct, heads, ops
 from gru_fast.ops_past import is_unobserved
+from gru_fast.ops_rules import unwatched
 from gru_fast.recurrence import BOTH, grouped
 from gru_fast.stack import padded
 
@@ -56,9 +57,7 @@ class GRULayer(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.cell, ctx.is_cell, ctx.batch_sizes = cell, len(results) == 2, batch_sizes
         ctx.num_heads = num_heads
-        steps = results[0] if batch_sizes is None else batch_sizes
-        # As ops_rules.unwatched: that of a single step may be changed in place.
-        output = results[0].data if ctx.is_cell or len(steps) == 1 else results[0]
+        output = results[0].data if ctx.is_cell else unwatched(results[0], batch_sizes)
         ctx.save_for_backward(*tensors, output, results[-1], lengths, reset_mask)
         return results
 

@@ -57,14 +57,14 @@ def fake_gradients(
     )
 
 
-def unwatched(output: Tensor) -> Tensor:
+def unwatched(output: Tensor, batch_sizes: Tensor | None = None) -> Tensor:
     """The output of a forward op as it is saved: that of a single step may be changed in place.
 
     Backward reads the outputs before the last step only, as the states that were multiplied. So
     for one step autograd need not watch it, and `h = cell(x, h); h[done] = 0` is as legal as with
-    `torch.nn.GRUCell`.
+    `torch.nn.GRUCell`. Packed rows come with their batch sizes, one for each step.
     """
-    T = output.shape[0]
+    T = (output if batch_sizes is None else batch_sizes).shape[0]
     one = isinstance(T, int) and T == 1 and not torch._C._are_functorch_transforms_active()
     return output.data if one else output
 

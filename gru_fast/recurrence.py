@@ -83,11 +83,11 @@ def _route_to(backend: str) -> str:
 def route_of_inference(x: Tensor, H: int, backend: str, cell: str) -> str:
     """`_route` of a plain layer in one direction on CUDA that `is_unobserved`, with H units."""
     prefer_cudnn = True
-    T, B = x.shape[:2]
     if backend == "auto":
-        prefer_cudnn = backends.why_cudnn(x.device, x.dtype, (T, B, 1, H), cell, False) is not None
+        sizes = (x.shape[0], x.shape[1], 1, H)
+        prefer_cudnn = backends.why_cudnn(x.device, x.dtype, sizes, cell, False) is not None
     name = backends.select(
-        backend, "cuda", x.dtype, cell, empty=T == 0 or B == 0, prefer_cudnn=prefer_cudnn
+        backend, "cuda", x.dtype, cell, empty=_is_empty(x), prefer_cudnn=prefer_cudnn
     )
     return _route_to(name)
 

@@ -275,7 +275,6 @@ class TestCalls:
             ("is_available", True), ("current_device", 0), ("get_device_capability", capability)
         ):  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-        cudnn._has_bfloat16.cache_clear()
         monkeypatch.setattr(cudnn, "_has_bfloat16", cudnn._has_bfloat16.__wrapped__)
         for dtype in (torch.bfloat16, torch.float16):
             expected = "cudnn" if takes or dtype == torch.float16 else "triton"
