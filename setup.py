@@ -33,7 +33,7 @@ MACHINE = platform.machine().lower()
 X86 = MACHINE in ("x86_64", "amd64")
 # On macOS every processor has the dot products, and the compiler uses them unasked.
 NEON_DOT = MACHINE in ("aarch64", "arm64") and platform.system() == "Linux"
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512_BF16 = ["-mavx512bf16"]
 AVX512_DOT = ["-mavx512vnni", *AVX512_BF16]

@@ -114,7 +114,9 @@ struct Call {
   bool read_all(const Arguments& a) {
     if (!read_sizes(a, true)) return false;
     Problem<Real>& p = f.in;
-    if (!read_weights(a.inputs + 2, kMaxWeights, true, a.groups, p)) return false;
+    FoundWeights<Real> weights;
+    if (!weights.read_from(a.inputs + 2, kMaxWeights, true, a.groups, p)) return false;
+    weights.describe(a.groups, p);
     Dense<Real> output, workspace;
     if (!read(a.output, output) || output.rows() != rows || output.width() != p.G * p.H)
       return false;

@@ -55,28 +55,45 @@ struct GroupCount {
   }
 };
 
-// For each direction weight_ih, weight_hh and, of four, bias_ih and bias_hh, which may be None in
-// all directions if they are optional.
-template <class Real>
-bool read_weights(PyObject* const* weights, Py_ssize_t per_direction, bool optional,
-                  const GroupCount& count, Problem<Real>& p) {
-  const int64_t rows = gate_count(p.cell) * count.heads * p.H, columns[] = {p.I, p.H, 1, 1};
-  Groups<const Real>* const to[] = {&p.weight_ih, &p.weight_hh, &p.bias_ih, &p.bias_hh};
-  for (Py_ssize_t i = 0; i < per_direction; ++i) {
-    const Real* found[kMaxDirections] = {};
-    for (int64_t d = 0; d < count.directions; ++d) {
-      PyObject* const weight = weights[d * per_direction + i];
-      if (optional && i > 1 && weight == Py_None) continue;
-      Dense<Real> dense;
-      if (!read(weight, dense)) return false;
-      if (!(i > 1 ? dense.is(rows) : dense.is(rows, columns[i]))) return false;
-      found[d] = dense.data;
-    }
-    *to[i] = count.spread(found, p.H * columns[i]);
-    if (count.directions > 1 && (found[0] == nullptr) != (found[1] == nullptr)) return false;
+// Where the weights of a layer lie: weight_ih, weight_hh, bias_ih and bias_hh, each in every
+// direction, or null.
+template <class Number>
+struct FoundWeights {
+  const Number* at[kMaxWeights][kMaxDirections] = {};
+
+  // Of each weight and bias, of all heads.
+  template <class Real>
+  static int64_t rows(const Problem<Real>& p, const GroupCount& count) {
+    return gate_count(p.cell) * count.heads * p.H;
   }
-  return true;
-}
+  // From weight_ih, weight_hh and, of four, bias_ih and bias_hh of each direction. The last two may
+  // be None in all directions if they are optional.
+  template <class Real>
+  bool read_from(PyObject* const* weights, Py_ssize_t per_direction, bool optional,
+                 const GroupCount& count, const Problem<Real>& p) {
+    const int64_t columns[] = {p.I, p.H};
+    for (Py_ssize_t i = 0; i < per_direction; ++i) {
+      for (int64_t d = 0; d < count.directions; ++d) {
+        PyObject* const weight = weights[d * per_direction + i];
+        if (optional && i > 1 && weight == Py_None) continue;
+        Dense<Number> dense;
+        if (!read(weight, dense)) return false;
+        if (!(i > 1 ? dense.is(rows(p, count)) : dense.is(rows(p, count), columns[i]))) {
+          return false;
+        }
+        at[i][d] = dense.data;
+      }
+      if (count.directions > 1 && (at[i][0] == nullptr) != (at[i][1] == nullptr)) return false;
+    }
+    return true;
+  }
+  void describe(const GroupCount& count, Problem<Number>& p) const {
+    p.weight_ih = count.spread(at[0], p.H * p.I);
+    p.weight_hh = count.spread(at[1], p.H * p.H);
+    p.bias_ih = count.spread(at[2], p.H);
+    p.bias_hh = count.spread(at[3], p.H);
+  }
+};
 
 // num_heads of a layer of so many directions; false if it is none that kernels have.
 inline bool read_heads(PyObject* given, GroupCount& count) {
@@ -165,27 +182,36 @@ class RowOptions {
   Resets resets_;
 };
 
-// body(table) with the kernels for each type of numbers, null where there are none, until one
-// returns an object or raises; else None.
-template <class Body>
-PyObject* by_number(Body&& body) {
-  std::tuple<const KernelTable<float>*, const KernelTable<BFloat16>*, const KernelTable<double>*>
-      tables;
+// body(kernels) with each of what find() returns a tuple of, until one returns an object or raises;
+// else None.
+template <class Find, class Body>
+PyObject* with_each(Find find, Body& body) {
+  decltype(find()) all;
   Failure failure;
   const bool found = failure.guard([&] {  // an instruction set may be asked for that there is not
-    tables = {kernel_table<float>(), kernel_table<BFloat16>(), kernel_table<double>()};
+    all = find();
     return true;
   });
   failure.raise();
   if (!found) return nullptr;
   PyObject* result = nullptr;
-  auto is_done = [&](const auto* table) {
-    result = body(table);
+  auto is_done = [&](const auto& kernels) {
+    result = body(kernels);
     return result != nullptr || PyErr_Occurred() != nullptr;
   };
-  std::apply([&](const auto*... table) { return (is_done(table) || ...); }, tables);
+  std::apply([&](const auto&... kernels) { return (is_done(kernels) || ...); }, all);
   if (result != nullptr || PyErr_Occurred()) return result;
   Py_RETURN_NONE;
+}
+
+// With the kernels for each type of numbers, null where there are none.
+template <class Body>
+PyObject* by_number(Body&& body) {
+  return with_each(
+      [] {
+        return std::tuple(kernel_table<float>(), kernel_table<BFloat16>(), kernel_table<double>());
+      },
+      body);
 }
 
 // References to the items of a list or tuple, which may change while the lock is released.

@@ -20,6 +20,8 @@ constexpr DLDataType kNumber = {kDLFloat, 32, 1};
 template <>
 constexpr DLDataType kNumber<BFloat16> = {kDLBfloat, 16, 1};
 template <>
+constexpr DLDataType kNumber<Float16> = {kDLFloat, 16, 1};
+template <>
 constexpr DLDataType kNumber<double> = {kDLFloat, 64, 1};
 template <>
 constexpr DLDataType kNumber<int64_t> = {kDLInt, 64, 1};
@@ -78,10 +80,12 @@ bool read(PyObject* object, Rows<Real>& rows, bool again) {
 bool read_strided(PyObject* object, Rows<bool>& tensor) { return read_any(object, tensor, false); }
 template bool read(PyObject*, Dense<float>&, bool);
 template bool read(PyObject*, Dense<BFloat16>&, bool);
+template bool read(PyObject*, Dense<Float16>&, bool);
 template bool read(PyObject*, Dense<double>&, bool);
 template bool read(PyObject*, Dense<int64_t>&, bool);
 template bool read(PyObject*, Rows<float>&, bool);
 template bool read(PyObject*, Rows<BFloat16>&, bool);
+template bool read(PyObject*, Rows<Float16>&, bool);
 template bool read(PyObject*, Rows<double>&, bool);
 
 Reference empty_like(PyObject* tensor) {

@@ -61,10 +61,12 @@ bool read(PyObject* object, Rows<Real>& rows, bool again = false);
 bool read_strided(PyObject* object, Rows<bool>& tensor);
 extern template bool read(PyObject*, Dense<float>&, bool);
 extern template bool read(PyObject*, Dense<BFloat16>&, bool);
+extern template bool read(PyObject*, Dense<Float16>&, bool);
 extern template bool read(PyObject*, Dense<double>&, bool);
 extern template bool read(PyObject*, Dense<int64_t>&, bool);
 extern template bool read(PyObject*, Rows<float>&, bool);
 extern template bool read(PyObject*, Rows<BFloat16>&, bool);
+extern template bool read(PyObject*, Rows<Float16>&, bool);
 extern template bool read(PyObject*, Rows<double>&, bool);
 
 // New tensors, as the methods of that name make them; null with a Python exception.

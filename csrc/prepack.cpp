@@ -2,10 +2,13 @@
 #include "prepack.h"
 
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
+#include "cpu/isa.h"
 #include "exchange.h"
 
 namespace gru_fast {
@@ -43,8 +46,8 @@ long version_of(PyObject* weight) {
   return number;
 }
 
-template <class Real>
-void pack(const KernelTable<Real>& table, const Real* data, Entry& entry) {
+template <class Real, class Stored>
+void pack(const KernelTable<Real>& table, const Stored* data, Entry& entry) {
   // The old memory unless a call reads it: for new memory the system takes longer than packing.
   if (entry.table != &table || entry.panels.use_count() != 1) {
     const size_t bytes = static_cast<size_t>(table.packed_weight_size(entry.shape)) * sizeof(Real);
@@ -53,7 +56,15 @@ void pack(const KernelTable<Real>& table, const Real* data, Entry& entry) {
     entry.panels.reset(memory, [](void* block) { std::free(block); });
     entry.table = &table;
   }
-  table.pack_weight(entry.shape, data, static_cast<Real*>(entry.panels.get()));
+  Real* const panels = static_cast<Real*>(entry.panels.get());
+  if constexpr (std::is_same_v<Real, Stored>) {
+    table.pack_weight(entry.shape, data, panels);
+  } else {
+    const int64_t count = gate_count(entry.shape.cell) * entry.shape.heads * entry.shape.H;
+    const std::unique_ptr<Real[]> wide(new Real[static_cast<size_t>(count * entry.shape.K)]);
+    conversions().widen(kNarrow<Stored>, &data->bits, wide.get(), count * entry.shape.K);
+    table.pack_weight(entry.shape, wide.get(), panels);
+  }
 }
 
 void drop(PyObject* capsule) {
@@ -95,14 +106,14 @@ void forget_panels() {
   for (auto& [key, entry] : list()) entry.version = kStale;
 }
 
-template <class Real>
+template <class Real, class Stored>
 std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, PyObject* weight,
-                                           const Real* data, const PackedWeight& shape) {
+                                           const Stored* data, const PackedWeight& shape) {
   if (list().empty()) return nullptr;
   const auto found = list().find(weight);
   if (found == list().end() || !(found->second.shape == shape)) return nullptr;
   Entry& entry = found->second;
-  Dense<Real> held;
+  Dense<Stored> held;
   if (!read(entry.memory.get(), held, true) || held.data != data) {
     entry.version = kStale;  // it may come back, and other tensors change what it left
     return nullptr;
@@ -118,11 +129,10 @@ std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, PyObj
   }
   return std::static_pointer_cast<const Real>(entry.panels);
 }
-template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, PyObject*,
-                                                     const float*, const PackedWeight&);
-template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&, PyObject*,
-                                                        const BFloat16*, const PackedWeight&);
-template std::shared_ptr<const double> find_prepacked(const KernelTable<double>&, PyObject*,
-                                                      const double*, const PackedWeight&);
+GRU_FAST_FIND_PREPACKED(float, float);
+GRU_FAST_FIND_PREPACKED(float, Float16);
+GRU_FAST_FIND_PREPACKED(float, BFloat16);
+GRU_FAST_FIND_PREPACKED(BFloat16, BFloat16);
+GRU_FAST_FIND_PREPACKED(double, double);
 
 }  // namespace gru_fast

@@ -19,16 +19,17 @@ PyObject* prepack(PyObject* weight, const PackedWeight& shape);
 void forget_panels();
 
 // The panels of a weight for these kernels, packed again if it has changed since; null if it is not
-// on the list, or lies elsewhere by now. Throws std::bad_alloc.
-template <class Real>
+// on the list, or lies elsewhere by now. A weight of 16 bits is widened. Throws std::bad_alloc.
+template <class Real, class Stored>
 std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, PyObject* weight,
-                                           const Real* data, const PackedWeight& shape);
-extern template std::shared_ptr<const float> find_prepacked(const KernelTable<float>&, PyObject*,
-                                                            const float*, const PackedWeight&);
-extern template std::shared_ptr<const BFloat16> find_prepacked(const KernelTable<BFloat16>&,
-                                                               PyObject*, const BFloat16*,
-                                                               const PackedWeight&);
-extern template std::shared_ptr<const double> find_prepacked(const KernelTable<double>&, PyObject*,
-                                                             const double*, const PackedWeight&);
+                                           const Stored* data, const PackedWeight& shape);
+#define GRU_FAST_FIND_PREPACKED(Real, Stored)                                              \
+  template std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>&, PyObject*, \
+                                                      const Stored*, const PackedWeight&)
+extern GRU_FAST_FIND_PREPACKED(float, float);
+extern GRU_FAST_FIND_PREPACKED(float, Float16);
+extern GRU_FAST_FIND_PREPACKED(float, BFloat16);
+extern GRU_FAST_FIND_PREPACKED(BFloat16, BFloat16);
+extern GRU_FAST_FIND_PREPACKED(double, double);
 
 }  // namespace gru_fast

@@ -11,15 +11,15 @@ from torch.nn.utils.rnn import PackedSequence
 import gru_fast
 from gru_fast import direct
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-"""What goes past the dispatcher, bfloat16 where the processor multiplies it."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+"""What goes past the dispatcher without gradients."""
 
 
-def serves(dtype: torch.dtype) -> bool:
-    """Whether that dtype does, on the instruction set that is chosen."""
+def trains(dtype: torch.dtype) -> bool:
+    """Whether a call with gradients does, on the instruction set that is chosen."""
     from gru_fast import _C
 
-    return dtype in DTYPES and (dtype is not torch.bfloat16 or _C.multiplies_bfloat16())
+    return dtype is not torch.float16 and (dtype is not torch.bfloat16 or _C.multiplies_bfloat16())
 
 
 class Spy:

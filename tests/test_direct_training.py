@@ -20,8 +20,8 @@ from direct_spy import (
     assert_trained_as_by_ops,
     assert_twice_differentiated_as_by_ops,
     leaves_of,
-    serves,
     trained,
+    trains,
 )
 from gru_fast import direct, direct_training
 from test_direct import CONTEXTS, surrounded
@@ -42,7 +42,7 @@ def test_a_cell_has_the_bits_of_the_op(
     x = torch.randn(batch, I, dtype=dtype, requires_grad=True)
     h = torch.randn(batch, H, dtype=dtype, requires_grad=True)
     assert_trained_as_by_ops(lambda: module(x, h), leaves_of(module, x, h))
-    assert spy.taken == backward_spy.taken == (1 if serves(dtype) else 0)
+    assert spy.taken == backward_spy.taken == (1 if trains(dtype) else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,7 +60,7 @@ def test_layers_have_the_bits_of_the_op(
     x = torch.randn(steps, batch, I, dtype=dtype, requires_grad=True)
     h = torch.randn(layers * (1 + both), batch, H, dtype=dtype, requires_grad=True)
     assert_trained_as_by_ops(lambda: module(x, h), leaves_of(module, x, h))
-    assert spy.taken == backward_spy.taken == (layers if serves(dtype) else 0)
+    assert spy.taken == backward_spy.taken == (layers if trains(dtype) else 0)
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -357,7 +357,7 @@ def test_nothing_is_read_beside_the_tensors(
     for a, b in zip(given, expected, strict=True):
         assert a is not None and b is not None
         assert torch.equal(a, b) and not b.isnan().any()
-    assert spy.taken == (2 if serves(dtype) else 0)
+    assert spy.taken == (2 if trains(dtype) else 0)
 
 
 def test_threads_train_beside_each_other() -> None:

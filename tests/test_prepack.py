@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy, serves
+from direct_spy import DTYPES, Spy
 from gru_fast import direct
 from prepack_stepper import H, I, Stepper
 
@@ -59,7 +59,7 @@ def test_same_bits(
 @pytest.mark.parametrize("steps", [1, 9])
 @pytest.mark.parametrize("batch", [None, 1, 2, 3, 33])
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d is not torch.float32], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_other_dtypes(
     spy: Spy, isa: str, cell: str, dtype: torch.dtype, layers: int, batch: int | None, steps: int
@@ -72,7 +72,7 @@ def test_other_dtypes(
     with gru_fast.prepacked(module):
         assert all(map(torch.equal, module(x, h), before))
         module.weight_hh_l0.data.mul_(2)  # not counted: shows whether it is packed
-        assert all(map(torch.equal, module(x, h), before)) == serves(dtype)
+        assert all(map(torch.equal, module(x, h), before))
     after = module(x, h)
     assert not torch.equal(after[0], before[0])
     with gru_fast.prepacked(module):
@@ -148,7 +148,7 @@ def test_every_layer_inside_a_module() -> None:
     assert all(users(weight) == 1 for weight in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_smaller_instruction_set_inside(dtype: torch.dtype) -> None:
     step, best = Stepper(), _C.cpu_isa()
     step.module.to(dtype)
@@ -272,14 +272,10 @@ def test_threads_that_step_while_a_block_opens_and_closes() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_heads": 2}, {"dtype": torch.float16}, {"num_layers": 9}], ids=str
-)
+@pytest.mark.parametrize("options", [{"num_heads": 2}, {"num_layers": 9}], ids=str)
 def test_what_is_not_served_is_as_outside(options: dict[str, Any]) -> None:
     module = gru_fast.GRU(I, 2 * H, **options)
-    dtype = options.get("dtype", torch.float32)
-    x = torch.randn(3, 2, I, dtype=dtype)
-    h = torch.randn(module.num_layers, 2, 2 * H, dtype=dtype)
+    x, h = torch.randn(3, 2, I), torch.randn(module.num_layers, 2, 2 * H)
     expected = module(x, h)
     with gru_fast.prepacked(module):
         assert torch.equal(module(x, h)[0], expected[0])
@@ -380,7 +376,7 @@ def test_the_native_function_checks_what_it_is_given() -> None:
         (weight, "lstm", True, 1),
         (weight[:-1], "reset_after", True, 1),
         (weight[:, :-1], "reset_after", False, 1),
-        (weight.half(), "reset_after", False, 1),
+        (weight.int(), "reset_after", False, 1),
         (torch.zeros(3 * H, H + 1), "reset_after", True, 1),
         (torch.zeros(3 * H), "reset_after", False, 1),
         (torch.zeros(0, H), "reset_after", False, 1),

@@ -30,7 +30,7 @@ class BackwardScan {
     prefetches_ = f.workspace != nullptr && step_bytes * p_.T > kKept && step_bytes <= kStep;
     auto panels = [&](int first_slot, int slots, int64_t first_product) {
       ColumnPanels<Real> made{
-          p_.weight_hh, p_.layout.gate_rows, p_.H, c_.units, p_.H, {}, slots, nullptr, nullptr};
+          p_.weight_hh.own, p_.layout.gate_rows, p_.H, c_.units, p_.H, {}, slots, nullptr, nullptr};
       for (int i = 0; i < slots; ++i) made.order[i] = c_.gate_of(first_slot + i);
       made.take(p_.G, p_.T - first_product <= 1, layout, threads, member);
       return made;

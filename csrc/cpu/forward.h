@@ -54,12 +54,15 @@ class ForwardScan {
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     const int64_t panel = kMostVectorsAbreast * W * packed_k<Real>(most);
     Real* mine = layout.take<Real>(few || input_once ? threads * panel : 0) + member * panel;
-    auto panels = [&](int gate, int count, Groups<const Real> weight, int64_t K, bool on_the_fly,
+    const int64_t wide = GatePanels<Real>::widened_size(most, m_.gates);
+    Real* widened =
+        layout.take<Real>(p_.weight_hh.is_narrow() ? threads * wide : 0) + member * wide;
+    auto panels = [&](int gate, int count, StoredWeight<Real> weight, int64_t K, bool on_the_fly,
                       Groups<const Real> given) {
       const int64_t gate_rows = p_.layout.gate_rows;
-      GatePanels<Real> made{gate_rows, p_.H,  K,
-                            m_.tiles,  count, weight.from(gate * gate_rows * K),
-                            mine,      given, nullptr};
+      GatePanels<Real> made{
+          gate_rows, p_.H,  K,       m_.tiles, count, weight.from(gate * gate_rows * K),
+          mine,      given, nullptr, widened};
       if (!on_the_fly && !given) made.take(p_.G, layout);
       return made;
     };

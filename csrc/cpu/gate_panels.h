@@ -7,6 +7,7 @@
 #include "dot.h"
 #include "in_place.h"
 #include "share.h"
+#include "widen.h"
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -17,17 +18,24 @@ constexpr Weights weights_of() {
   return std::is_same_v<Real, BFloat16> ? Weights::kBFloat16 : Weights::kFloat32;
 }
 
+// Tiles whose weights are widened before few rows are multiplied by them.
+constexpr int64_t kTilesWidened = 2;
+
 // The weights of some gates of all groups. Where they are not packed, few rows are taken to where
 // they lie, and for many they are packed tile by tile.
 template <class Real>
 struct GatePanels {
   int64_t gate_rows, H, K, tiles;
   int count;
-  Groups<const Real> weight;  // rows of K, from the first of the gates on
+  StoredWeight<Real> weight;  // rows of K, from the first of the gates on
   Real* on_the_fly;           // of this member
   Groups<const Real> packed;  // panels of `tiles` tiles, or null: on the fly
   Real* own;                  // where this call packs those of all groups, or null
+  Real* widened = nullptr;    // of this member, with room for widened_size() if weights are narrow
 
+  static GRU_MEMBER int64_t widened_size(int64_t K, int count) {
+    return kTilesWidened * count * kLanes<Real> * widened_stride(K);
+  }
   GRU_MEMBER int64_t panel_size() const { return packed_k<Real>(K) * count * kLanes<Real>; }
   GRU_MEMBER int64_t size() const { return tiles * panel_size(); }  // of a group
   // Takes memory for the panels of G groups, to be packed by the call.
@@ -37,9 +45,7 @@ struct GatePanels {
   }
   GRU_MEMBER const Real* get(int64_t g, int64_t tile, int abreast) const {
     if (packed) return packed[g] + tile * panel_size();
-    for (int i = 0; i < abreast; ++i) {
-      pack_gates(weight[g], gate_rows, H, K, count, tile + i, on_the_fly + i * panel_size());
-    }
+    for (int i = 0; i < abreast; ++i) pack_tile(g, tile + i, on_the_fly + i * panel_size());
     return on_the_fly;
   }
   // Multiplies rows by the tiles of a group: see sweep() in tile.h.
@@ -47,10 +53,7 @@ struct GatePanels {
   GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range, bool backwards,
                            Epilogue epilogue) const {
     if (!packed && rows <= kMaxRowsInPlace) {
-      sweep_in_place<Real>(
-          a, rows, K, count, range.begin, range.end, pace_of<Real>(rows, count * H, K),
-          [&](int64_t tile, int v) { return weight[g] + (v * gate_rows + tile * kLanes<Real>)*K; },
-          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
+      multiply_in_place(a, rows, g, range, epilogue);
       return;
     }
     sweep<Real>(
@@ -70,7 +73,57 @@ struct GatePanels {
   GRU_MEMBER void pack(Range range) const {
     if (own == nullptr) return;
     for (int64_t i = range.begin; i < range.end; ++i) {
-      pack_gates(weight[i / tiles], gate_rows, H, K, count, i % tiles, own + i * panel_size());
+      pack_tile(i / tiles, i % tiles, own + i * panel_size());
+    }
+  }
+
+ private:
+  static constexpr int W = kLanes<Real>;
+
+  // From one widened row to the next: rows a power of two apart would share a few sets of the first
+  // cache.
+  static GRU_MEMBER int64_t widened_stride(int64_t K) { return round_up(K, kUnitPad) + kUnitPad; }
+
+  // Narrow weights some tiles at a time, which are widened first.
+  template <class Epilogue>
+  GRU_MEMBER void multiply_in_place(Operand<Real> a, int64_t rows, int64_t g, Range range,
+                                    Epilogue epilogue) const {
+    const bool narrow = weight.is_narrow();
+    const int64_t abreast = narrow ? kTilesWidened : range.size();
+    const int64_t stride = narrow ? widened_stride(K) : K;
+    const Pace pace = narrow ? Pace::kTwoTiles : pace_of<Real>(rows, count * H, K);
+    for (int64_t begin = range.begin; begin < range.end; begin += abreast) {
+      const int64_t end = range.end - begin < abreast ? range.end : begin + abreast;
+      const int64_t apart = narrow ? kTilesWidened * W : gate_rows;
+      const Real* first = narrow ? widened : weight.own[g] + begin * W * K;
+      for (int gate = 0; narrow && gate < count; ++gate) {
+        widen_rows(g, gate, {begin, end}, widened + gate * apart * stride);
+      }
+      sweep_in_place<Real>(
+          a, rows, K, stride, count, begin, end, pace,
+          [&](int64_t tile, int v) { return first + (v * apart + (tile - begin) * W) * stride; },
+          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
+    }
+  }
+
+  // The rows of some neighbouring tiles of a gate.
+  GRU_MEMBER void widen_rows(int64_t g, int gate, Range some, Real* to) const {
+    if constexpr (std::is_same_v<Real, float>) {
+      const int64_t end = some.end * W < H ? some.end * W : H;
+      for (int64_t row = some.begin * W; row < end; ++row, to += widened_stride(K)) {
+        widen(weight.number, weight.narrow[g] + (gate * gate_rows + row) * K, to, K);
+      }
+    }
+  }
+
+  GRU_MEMBER void pack_tile(int64_t g, int64_t tile, Real* panel) const {
+    if (!weight.is_narrow()) {
+      pack_gates(weight.own[g], gate_rows, H, K, count, tile, panel);
+      return;
+    }
+    for (int gate = 0; gate < count; ++gate) {
+      widen_rows(g, gate, {tile, tile + 1}, widened);
+      pack_gate(widened, widened_stride(K), lanes_of<Real>(tile, H), K, count, gate, panel);
     }
   }
 };

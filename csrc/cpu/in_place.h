@@ -47,12 +47,12 @@ Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
   }
 }
 
-// W weight rows of K columns, and those that follow them in memory.
+// W weight rows of K columns.
 template <class Real>
 struct RowsInPlace {
   const Real* first;
-  int64_t K;
-  const Real* next;  // what is to be multiplied after them
+  int64_t K, stride;  // from one row to the next
+  const Real* next;   // what is to be multiplied after them
 };
 
 // Strands are products that take turns: how far the weights and the operand of each lie from those
@@ -61,8 +61,8 @@ struct Strands {
   int64_t weight, operand;
 };
 
-// sum[i][strand] += sum_k a[i * row_stride + k] * weight[lane * K + k], k from `begin` on in whole
-// blocks of W lanes, up to `stop`. Returns the k that come next.
+// sum[i][strand] += sum_k a[i * row_stride + k] * weight[lane * stride + k], k from `begin` on in
+// whole blocks of W lanes, up to `stop`. Returns the k that come next.
 template <bool ASK_AHEAD, class Real, int ROWS, int STRANDS>
 GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Real>& weight,
                                     Strands step, int64_t begin, int64_t stop,
@@ -81,7 +81,7 @@ GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Rea
 #pragma GCC unroll 2
     for (int strand = 0; strand < STRANDS; ++strand) {
       Vec<Real> block[W];
-      load_transposed(weight.first + strand * step.weight + k, weight.K, block);
+      load_transposed(weight.first + strand * step.weight + k, weight.stride, block);
       const Real* a = operand.a + strand * step.operand + k;
 #pragma GCC unroll 16
       for (int j = 0; j < W; ++j) {
@@ -98,8 +98,8 @@ GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Rea
 // The same for what is left: any k, and n of the W lanes. Not inlined, so that the loop over whole
 // blocks keeps its addresses in registers.
 template <class Real, int ROWS>
-[[gnu::noinline]] void add_columns(Operand<Real> operand, const Real* weight, int64_t K, int n,
-                                   int64_t begin, int64_t stop, Vec<Real>* sum, int stride) {
+[[gnu::noinline]] void add_columns(Operand<Real> operand, const Real* weight, int64_t weight_stride,
+                                   int n, int64_t begin, int64_t stop, Vec<Real>* sum, int stride) {
   constexpr int W = kLanes<Real>;
   constexpr int P = kPack<Real>;
   constexpr int kColumns = W * P;
@@ -108,7 +108,7 @@ template <class Real, int ROWS>
   for (int64_t k = begin; k < stop; k += kColumns) {
     const int columns = stop - k < kColumns ? static_cast<int>(stop - k) : kColumns;
     Vec<Real> block[W];
-    load_some_transposed(weight + k, K, n, columns, block);
+    load_some_transposed(weight + k, weight_stride, n, columns, block);
     auto add = [&](int j, auto word) GRU_MEMBER_LAMBDA {
       const Real* a = operand.a + k + j * P;
 #pragma GCC unroll 2
@@ -130,26 +130,27 @@ template <class Real, int ROWS>
   for (int i = 0; i < ROWS; ++i) sum[i * stride] = total[i];
 }
 
-// out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) * K + k]; of
-// the last tile's lanes n exist. From block k of the sum on: the ones before it are in `out`.
+// out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) *
+// weight.stride + k]; of the last tile's lanes n exist. From block k of the sum on: the ones before
+// it are in `out`.
 template <class Real, int ROWS, int TILES, bool ASK_AHEAD = false>
 void product_in_place(Operand<Real> operand, const RowsInPlace<Real>& weight, int n, Vec<Real>* out,
                       int stride, int64_t k) {
   constexpr int W = kLanes<Real>;
-  const int64_t K = weight.K;
+  const int64_t K = weight.K, tile_stride = W * weight.stride;
   do {
     const bool first = k == 0;
     const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
     Vec<Real> sum[ROWS][TILES] = {};
     if (n == W) {
-      k = add_whole_blocks<ASK_AHEAD>(operand, weight, {W * K, 0}, k, stop, sum);
+      k = add_whole_blocks<ASK_AHEAD>(operand, weight, {tile_stride, 0}, k, stop, sum);
     }
     if (k < stop) {
       Vec<Real> all[ROWS * TILES];
       std::memcpy(all, sum, sizeof all);
       for (int tile = 0; tile < TILES; ++tile) {
-        add_columns<Real, ROWS>(operand, weight.first + tile * W * K, K, tile + 1 == TILES ? n : W,
-                                k, stop, all + tile, TILES);
+        add_columns<Real, ROWS>(operand, weight.first + tile * tile_stride, weight.stride,
+                                tile + 1 == TILES ? n : W, k, stop, all + tile, TILES);
       }
       std::memcpy(sum, all, sizeof all);
       k = stop;
@@ -195,12 +196,12 @@ ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
 }
 
 // As sweep() of tile.h; weight(tile, v) is the first weight row of vector v of a tile, of whose
-// rows lanes(tile) exist; those of the next tile follow it. The k of a row of the operand must be
-// neighbours.
+// rows, `stride` apart, lanes(tile) exist; those of the next tile follow it. The k of a row of the
+// operand must be neighbours.
 template <class Real, class Weight, class Lanes, class Epilogue>
-GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vectors,
-                               int64_t tile_begin, int64_t tile_end, Pace pace, Weight weight,
-                               Lanes lanes, Epilogue epilogue) {
+GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int64_t stride,
+                               int vectors, int64_t tile_begin, int64_t tile_end, Pace pace,
+                               Weight weight, Lanes lanes, Epilogue epilogue) {
   static_assert(kMaxRowsInPlace == 2);
   if (rows <= 0) return;
   Vec<Real> sums[kMaxTileVectors];
@@ -214,7 +215,7 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int vec
       const Real* const next = v + 1 < vectors           ? weight(tile, v + 1)
                                : tile + tiles < tile_end ? weight(tile + tiles, 0)
                                                          : weight(tile, v);
-      multiply(a, {weight(tile, v), K, next}, n, sums + v, vectors, 0);
+      multiply(a, {weight(tile, v), K, stride, next}, n, sums + v, vectors, 0);
     }
     for (int j = 0; j < tiles; ++j) {
       epilogue(

@@ -6,6 +6,9 @@
 #include <stdexcept>
 
 #include "norm_problem.h"
+#ifdef GRU_FAST_X86
+#include <cpuid.h>
+#endif
 
 namespace gru_fast {
 
@@ -40,7 +43,14 @@ struct Isa {
 bool always() { return true; }
 #ifdef GRU_FAST_X86
 // GCC's cpu_supports also asks the operating system whether it saves the wide registers.
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// It knows of F16C only in some compilers, and any processor with AVX2 has it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -126,6 +136,7 @@ const KernelTable<BFloat16>* kernel_table() {
 #endif
   return nullptr;
 }
+const Conversions& conversions() { return get().table().conversions; }
 const NormKernels& norm_kernels() { return get().norm_table(); }
 
 }  // namespace gru_fast

@@ -26,5 +26,6 @@ template <>
 const KernelTable<double>* kernel_table();
 template <>
 const KernelTable<BFloat16>* kernel_table();
+const Conversions& conversions();
 
 }  // namespace gru_fast

@@ -4,6 +4,9 @@
 #pragma once
 #include "backward.h"
 #include "forward.h"
+#ifndef GRU_FAST_BFLOAT16
+#include "conversions.h"
+#endif
 
 namespace gru_fast {
 namespace GRU_FAST_ISA {
@@ -19,7 +22,7 @@ const KernelTable<BFloat16>& bfloat16_table() { return kTable<BFloat16>; }
 #else
 const Kernels& table();
 const Kernels& table() {
-  static constexpr Kernels kernels = {kTable<float>, kTable<double>};
+  static constexpr Kernels kernels = {kTable<float>, kTable<double>, kConversions};
   return kernels;
 }
 #endif

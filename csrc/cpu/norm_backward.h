@@ -23,7 +23,7 @@ class NormBackwardScan {
         p_(f.in),
         c_(chunk),
         carry_(f, c_.units, layout, threads),
-        panels_{p_.weight_hh, p_.H, p_.H, c_.units, p_.H, {0, 1, 2}, 3, nullptr, nullptr} {
+        panels_{p_.weight_hh.own, p_.H, p_.H, c_.units, p_.H, {0, 1, 2}, 3, nullptr, nullptr} {
     panels_.take(p_.G, p_.T - carry_.first_product() <= 1, layout, threads, member);
   }
 

@@ -50,16 +50,21 @@ void pack_transposed(const Real* rows, int64_t row_stride, int n, int64_t K, Rea
   }
 }
 
-// The weight rows of one unit tile for `count` gates, gate_rows apart, side by side:
+// The n weight rows of one unit tile for one of `count` gates, which are side by side:
 // [word][count][lanes].
+template <class Real>
+GRU_INLINE void pack_gate(const Real* rows, int64_t stride, int n, int64_t K, int count, int gate,
+                          Real* panel) {
+  constexpr int kWords = kLanes<Real> * kPack<Real>;
+  pack_transposed(rows, stride, n, K, panel + gate * kWords, count * kWords);
+}
+// The same for all gates, gate_rows apart.
 template <class Real>
 void pack_gates(const Real* weight, int64_t gate_rows, int64_t H, int64_t K, int count,
                 int64_t tile, Real* panel) {
-  constexpr int W = kLanes<Real>;
-  constexpr int P = kPack<Real>;
+  const int n = lanes_of<Real>(tile, H);
   for (int i = 0; i < count; ++i) {
-    pack_transposed(weight + (i * gate_rows + tile * W) * K, K, lanes_of<Real>(tile, H), K,
-                    panel + i * (W * P), count * (W * P));
+    pack_gate(weight + (i * gate_rows + tile * kLanes<Real>)*K, K, n, K, count, i, panel);
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "bfloat16.h"
 #include "groups.h"
+#include "narrow.h"
 
 namespace gru_fast {
 
@@ -46,8 +47,8 @@ struct Problem {
   int64_t x_stride_t, x_stride_b, x_stride_g;
   bool x_shared;                 // one (T, B, I) for all groups
   const Real* h0;                // (G, B, H)
-  Groups<const Real> weight_ih;  // (N*H, I) each, or null
-  Groups<const Real> weight_hh;  // (N*H, H)
+  StoredWeight<Real> weight_ih;  // (N*H, I) each, or null
+  StoredWeight<Real> weight_hh;  // (N*H, H)
   Groups<const Real> bias_ih;    // (N*H) or null
   Groups<const Real> bias_hh;    // (N*H) or null
   const int64_t* lengths;        // (B) or null; the next two come with it
@@ -78,8 +79,8 @@ struct PackedWeight {
   int64_t heads;   // groups that have rows of it
 };
 
-// A null gradient pointer means: not asked for. Those that several steps add to in the result
-// itself are not rounded on the way.
+// A null gradient pointer means: not asked for; no weight is narrow. Those that several steps add
+// to in the result itself are not rounded on the way.
 template <class Real>
 struct Backward {
   Problem<Real> in;
@@ -117,6 +118,7 @@ struct KernelTable {
 struct Kernels {
   KernelTable<float> f32;
   KernelTable<double> f64;
+  Conversions conversions;
 };
 
 }  // namespace gru_fast

@@ -95,9 +95,9 @@ class WeightGrads {
       return wanted ? layout.template take<Real>(count) : nullptr;
     };
     if (wants_grad_x() && p_.weight_ih) {
-      input_panels_ = {p_.weight_ih, p_.layout.gate_rows, p_.H,     c_.units,
-                       p_.I,         {0, 1, 2},           c_.gates, nullptr,
-                       nullptr};
+      input_panels_ = {
+          p_.weight_ih.own, p_.layout.gate_rows, p_.H, c_.units, p_.I, {0, 1, 2}, c_.gates, nullptr,
+          nullptr};
       input_panels_.take(p_.G, c_.only(), layout, threads, member);
     }
     x_ = take(bool(f.grad_weight_ih), input_tiles_ * rows * W);

@@ -65,7 +65,7 @@ void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
   for (Pace pace : {Pace::kTwoTiles, Pace::kTwoBlocks, Pace::kOneAhead, Pace::kTwoAhead}) {
     std::vector<Number> found(rows * width);
     sweep_in_place<Real>(
-        a, rows, K, vectors, 0, tiles, pace,
+        a, rows, K, K, vectors, 0, tiles, pace,
         [&](int64_t tile, int v) { return weight.data() + (v * H + tile * W) * K; },
         [&](int64_t tile) { return lanes_of<Real>(tile, H); }, into(found));
     if (std::memcmp(expected.data(), found.data(), found.size() * sizeof(Number)) == 0) continue;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and backward passes of layers, scans and layer-normalised scans for sanitizers: every
 // block of memory is as large as the kernels asked for, and filled with NaN. One thread and
-// several, and weights packed before and by the call, must agree in every bit. A call that is told
-// to end does so on all its threads. Exits non-zero on a fault.
+// several, and weights packed before, by the call and widened by it, must agree in every bit. A
+// call that is told to end does so on all its threads. Exits non-zero on a fault.
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -40,6 +40,20 @@ Values normal(int64_t count) {
   return values;
 }
 
+using Halves = std::vector<uint16_t>;
+
+Halves halves_of(const Values& values) {
+  Halves halves(values.size());
+  std::ranges::transform(values, halves.begin(), [](float value) { return float16_bits(value); });
+  return halves;
+}
+
+// As float16 has them.
+Values rounded(Values values) {
+  for (float& value : values) value = float16_value(float16_bits(value));
+  return values;
+}
+
 std::vector<uint8_t> flags(int64_t count) {
   std::vector<uint8_t> values(static_cast<size_t>(count));
   for (uint8_t& value : values) value = generator() % 4 == 0;
@@ -72,8 +86,8 @@ struct Inputs {
         width(c.projects ? c.I : N * c.H),
         x(normal(c.T * c.B * (c.shared ? 1 : c.G) * width)),
         h0(normal(c.G * c.B * c.H)),
-        weight_ih(normal(c.G * N * c.H * c.I)),
-        weight_hh(normal(c.G * N * c.H * c.H)),
+        weight_ih(rounded(normal(c.G * N * c.H * c.I))),
+        weight_hh(rounded(normal(c.G * N * c.H * c.H))),
         bias_ih(normal(c.G * N * c.H)),
         bias_hh(normal(c.G * N * c.H)),
         gamma(normal(c.G * N * c.H)),
@@ -196,7 +210,9 @@ Panels packed(const PackedWeight& weight, const Values& values) {
   return panels;
 }
 
-Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = false) {
+enum class Given { kAsTheyAre, kPacked, kNarrow };
+
+Results layer(const Case& c, const Inputs& in, int threads, Given weights = Given::kAsTheyAre) {
   const KernelTable<float>& kernels = baseline::table().f32;
   const int64_t rows = in.rows * c.G, gates = in.N * c.H, states = c.G * c.B * c.H;
   Results results;
@@ -206,7 +222,7 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
   f.h_n = results.make(states);
   if (!c.recompute) f.workspace = results.make(rows * slot_count(c.cell) * c.H);
   Panels packed_ih, packed_hh;
-  if (prepacked) {
+  if (weights == Given::kPacked) {
     const int64_t heads = c.heads ? c.G : 1;
     const PackedWeight ih{c.cell, c.H, c.I, false, heads}, hh{c.cell, c.H, c.H, true, heads};
     packed_ih = packed(ih, in.weight_ih);
@@ -214,10 +230,15 @@ Results layer(const Case& c, const Inputs& in, int threads, bool prepacked = fal
     f.packed_ih = {packed_ih.get(), kernels.packed_weight_size(ih) / heads};
     f.packed_hh = {packed_hh.get(), kernels.packed_weight_size(hh) / heads};
   }
+  const Halves narrow_ih = halves_of(in.weight_ih), narrow_hh = halves_of(in.weight_hh);
+  if (weights == Given::kNarrow) {
+    f.in.weight_hh = {c.spread(narrow_hh.data(), c.H), Narrow::kFloat16};
+    if (c.projects) f.in.weight_ih = {c.spread(narrow_ih.data(), c.I), Narrow::kFloat16};
+  }
   on_team(f, threads, kernels.forward_scratch_bytes, kernels.forward);
 
   Backward<float> b{};
-  b.in = f.in;
+  b.in = in.problem(c, true);
   b.output = f.output;
   b.workspace = f.workspace;
   b.grad_output = in.grad_output.data();
@@ -381,10 +402,14 @@ int main() {
             layer(packed_case, packed_x, threads) == layer(packed_case, packed_x, 1) &&
             layer(heads_case, heads_x, threads) == layer(heads_case, heads_x, 1);
         const bool packed_alike =
-            (G > 1 || layer(layer_case, x, threads, true) == layer(layer_case, x, 1)) &&
-            layer(heads_case, heads_x, threads, true) == layer(heads_case, heads_x, 1);
+            (G > 1 || layer(layer_case, x, threads, Given::kPacked) == layer(layer_case, x, 1)) &&
+            layer(heads_case, heads_x, threads, Given::kPacked) == layer(heads_case, heads_x, 1);
+        const bool widened_alike =
+            layer(layer_case, x, threads, Given::kNarrow) == layer(layer_case, x, 1) &&
+            layer(scan_case, gates_x, threads, Given::kNarrow) == layer(scan_case, gates_x, 1) &&
+            layer(heads_case, heads_x, threads, Given::kNarrow) == layer(heads_case, heads_x, 1);
         const bool norm = cell == Cell::kResetAfter;
-        if (!same || !packed_alike ||
+        if (!same || !packed_alike || !widened_alike ||
             (norm &&
              !(norm_scan(scan_case, gates_x, threads) == norm_scan(scan_case, gates_x, 1)))) {
           std::fprintf(stderr, "fault: threads show, or a result was not written\n");
