@@ -395,19 +395,20 @@ int main() {
       const Case heads_case{cell, T,          B,     G,     I,     H,     true,
                             true, kind >= 12, false, false, upper, false, true};
       const Inputs x(layer_case), gates_x(scan_case), packed_x(packed_case), heads_x(heads_case);
+      const Results alone = layer(layer_case, x, 1), scanned = layer(scan_case, gates_x, 1),
+                    of_packed = layer(packed_case, packed_x, 1),
+                    of_heads = layer(heads_case, heads_x, 1);
       for (int threads : {2, 5}) {
-        const bool same =
-            layer(layer_case, x, threads) == layer(layer_case, x, 1) &&
-            layer(scan_case, gates_x, threads) == layer(scan_case, gates_x, 1) &&
-            layer(packed_case, packed_x, threads) == layer(packed_case, packed_x, 1) &&
-            layer(heads_case, heads_x, threads) == layer(heads_case, heads_x, 1);
+        const bool same = layer(layer_case, x, threads) == alone &&
+                          layer(scan_case, gates_x, threads) == scanned &&
+                          layer(packed_case, packed_x, threads) == of_packed &&
+                          layer(heads_case, heads_x, threads) == of_heads;
         const bool packed_alike =
-            (G > 1 || layer(layer_case, x, threads, Given::kPacked) == layer(layer_case, x, 1)) &&
-            layer(heads_case, heads_x, threads, Given::kPacked) == layer(heads_case, heads_x, 1);
-        const bool widened_alike =
-            layer(layer_case, x, threads, Given::kNarrow) == layer(layer_case, x, 1) &&
-            layer(scan_case, gates_x, threads, Given::kNarrow) == layer(scan_case, gates_x, 1) &&
-            layer(heads_case, heads_x, threads, Given::kNarrow) == layer(heads_case, heads_x, 1);
+            (G > 1 || layer(layer_case, x, threads, Given::kPacked) == alone) &&
+            layer(heads_case, heads_x, threads, Given::kPacked) == of_heads;
+        const bool widened_alike = layer(layer_case, x, threads, Given::kNarrow) == alone &&
+                                   layer(scan_case, gates_x, threads, Given::kNarrow) == scanned &&
+                                   layer(heads_case, heads_x, threads, Given::kNarrow) == of_heads;
         const bool norm = cell == Cell::kResetAfter;
         if (!same || !packed_alike || !widened_alike ||
             (norm &&
