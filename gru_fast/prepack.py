@@ -22,11 +22,11 @@ def prepacked(module: nn.Module) -> Iterator[None]:
     when it is first used and again after it has changed; the numbers stay the same to the bit. It
     is for programs that call a layer often with few steps: acting, serving, streaming.
 
-    It serves calls without gradients on the CPU, without `reset_state` or `return_gates`, of at most
-    8 layers and, in one direction only, at most 64 heads; in float16, and in bfloat16 where the CPU
-    does not multiply it (AVX512-BF16), of at most 262,144 numbers in and out. Every other call, also
-    on other devices, is as outside. Meanwhile each weight that is used stands in memory twice, the
-    second time in the type that is computed in, which for those two is float32.
+    It serves calls without gradients on the CPU, without `reset_state` or `return_gates`, of at
+    most 8 layers and, in one direction only, at most 64 heads; in float16, and in bfloat16 where
+    the CPU does not multiply it (AVX512-BF16), of at most 262,144 numbers in and out. Every other
+    call, also on other devices, is as outside. Meanwhile each weight that is used stands in memory
+    twice, the second time in the type that is computed in, which for those two is float32.
 
     PyTorch counts changes in place, as those by `load_state_dict` or by `copy_` under
     `torch.no_grad()`, and each step of any optimiser counts as one of all weights. Another tensor
