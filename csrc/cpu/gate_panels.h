@@ -84,24 +84,31 @@ struct GatePanels {
   // cache.
   static GRU_MEMBER int64_t widened_stride(int64_t K) { return round_up(K, kUnitPad) + kUnitPad; }
 
-  // Narrow weights some tiles at a time, which are widened first.
+  // bfloat16 as it lies; float16 some tiles at a time, which are widened first.
   template <class Epilogue>
   GRU_MEMBER void multiply_in_place(Operand<Real> a, int64_t rows, int64_t g, Range range,
                                     Epilogue epilogue) const {
     const bool narrow = weight.is_narrow();
-    const int64_t abreast = narrow ? kTilesWidened : range.size();
-    const int64_t stride = narrow ? widened_stride(K) : K;
-    const Pace pace = narrow ? Pace::kTwoTiles : pace_of<Real>(rows, count * H, K);
+    const bool words = narrow && weight.number == Narrow::kBFloat16, widens = narrow && !words;
+    const int64_t bytes = words ? sizeof(uint16_t) : sizeof(Real);
+    const int64_t abreast = widens ? kTilesWidened : range.size();
+    const int64_t apart = widens ? kTilesWidened * W : gate_rows;
+    const InPlace in{K, widens ? widened_stride(K) : K, words,
+                     widens ? Pace::kTwoTiles : pace_of<Real>(rows, count * H, K * bytes)};
+    const char* const all = narrow ? reinterpret_cast<const char*>(weight.narrow[g])
+                                   : reinterpret_cast<const char*>(weight.own[g]);
     for (int64_t begin = range.begin; begin < range.end; begin += abreast) {
       const int64_t end = range.end - begin < abreast ? range.end : begin + abreast;
-      const int64_t apart = narrow ? kTilesWidened * W : gate_rows;
-      const Real* first = narrow ? widened : weight.own[g] + begin * W * K;
-      for (int gate = 0; narrow && gate < count; ++gate) {
-        widen_rows(g, gate, {begin, end}, widened + gate * apart * stride);
+      const char* const first =
+          widens ? reinterpret_cast<const char*>(widened) : all + begin * W * K * bytes;
+      for (int gate = 0; widens && gate < count; ++gate) {
+        widen_rows(g, gate, {begin, end}, widened + gate * apart * in.stride);
       }
       sweep_in_place<Real>(
-          a, rows, K, stride, count, begin, end, pace,
-          [&](int64_t tile, int v) { return first + (v * apart + (tile - begin) * W) * stride; },
+          a, rows, in, count, begin, end,
+          [&](int64_t tile, int v) {
+            return first + (v * apart + (tile - begin) * W) * in.stride * bytes;
+          },
           [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
     }
   }

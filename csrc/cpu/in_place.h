@@ -33,8 +33,7 @@ constexpr int64_t kLongRowBytes = 3072;
 constexpr int64_t kCrowdBytes = 2048;
 
 template <class Real>
-Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
-  const int64_t row_bytes = K * static_cast<int64_t>(sizeof(Real));
+Pace pace_of(int64_t rows, int64_t weight_rows, int64_t row_bytes) {
   const bool near = rows * weight_rows * row_bytes <= kNearWeights;
   if constexpr (kVecBytes < 64) {
     if (rows > 1) return near ? Pace::kTwoTiles : Pace::kOneAhead;
@@ -47,13 +46,25 @@ Pace pace_of(int64_t rows, int64_t weight_rows, int64_t K) {
   }
 }
 
-// W weight rows of K columns.
-template <class Real>
+// W weight rows of K columns, numbers of the type that is computed in or, where that is float32,
+// bfloat16.
 struct RowsInPlace {
-  const Real* first;
+  const void* first;
   int64_t K, stride;  // from one row to the next
-  const Real* next;   // what is to be multiplied after them
+  const void* next;   // what is to be multiplied after them
 };
+
+// sum += weight * what lies at `a`, of as many k as a word of weights has.
+template <class Real, class Stored>
+GRU_INLINE void add_word(Vec<Real>& sum, Vec<Stored> weight, const Real* a) {
+  if constexpr (std::is_same_v<Real, Stored>) {
+    multiply_add<Real>(sum, weight, word_at(a));
+  } else {
+    const auto bits = reinterpret_cast<VecBits<Real>>(weight);
+    multiply_add<Real>(sum, reinterpret_cast<Vec<Real>>(bits << 16), a[0]);
+    multiply_add<Real>(sum, reinterpret_cast<Vec<Real>>(bits >> 16 << 16), a[1]);
+  }
+}
 
 // Strands are products that take turns: how far the weights and the operand of each lie from those
 // of the one before.
@@ -63,31 +74,31 @@ struct Strands {
 
 // sum[i][strand] += sum_k a[i * row_stride + k] * weight[lane * stride + k], k from `begin` on in
 // whole blocks of W lanes, up to `stop`. Returns the k that come next.
-template <bool ASK_AHEAD, class Real, int ROWS, int STRANDS>
-GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace<Real>& weight,
-                                    Strands step, int64_t begin, int64_t stop,
-                                    Vec<Real> (&sum)[ROWS][STRANDS]) {
+template <bool ASK_AHEAD, class Stored, class Real, int ROWS, int STRANDS>
+GRU_INLINE int64_t add_whole_blocks(Operand<Real> operand, const RowsInPlace& weight, Strands step,
+                                    int64_t begin, int64_t stop, Vec<Real> (&sum)[ROWS][STRANDS]) {
   constexpr int W = kLanes<Real>;
-  constexpr int P = kPack<Real>;
+  constexpr int P = kPack<Stored>;
+  const auto* const first = static_cast<const Stored*>(weight.first);
   constexpr int kColumns = W * P;
   int64_t k = begin;
   for (; k + kColumns <= stop; k += kColumns) {
     if constexpr (ASK_AHEAD) {
       constexpr int kBytes = STRANDS * W * kVecBytes;
-      const char* ahead = reinterpret_cast<const char*>(weight.next + k * (STRANDS * W));
+      const char* ahead = static_cast<const char*>(weight.next) + k / P * (STRANDS * kVecBytes);
 #pragma GCC unroll 16
       for (int byte = 0; byte < kBytes; byte += 64) prefetch(ahead + byte);
     }
 #pragma GCC unroll 2
     for (int strand = 0; strand < STRANDS; ++strand) {
-      Vec<Real> block[W];
-      load_transposed(weight.first + strand * step.weight + k, weight.stride, block);
+      Vec<Stored> block[W];
+      load_transposed<Stored>(first + strand * step.weight + k, weight.stride, block);
       const Real* a = operand.a + strand * step.operand + k;
 #pragma GCC unroll 16
       for (int j = 0; j < W; ++j) {
 #pragma GCC unroll 2
         for (int i = 0; i < ROWS; ++i) {
-          multiply_add<Real>(sum[i][strand], block[j], word_at(a + i * operand.row_stride + j * P));
+          add_word<Real, Stored>(sum[i][strand], block[j], a + i * operand.row_stride + j * P);
         }
       }
     }
@@ -130,11 +141,30 @@ template <class Real, int ROWS>
   for (int i = 0; i < ROWS; ++i) sum[i * stride] = total[i];
 }
 
+// As add_columns(), of bfloat16 that is widened a block at a time.
+template <int ROWS>
+[[gnu::noinline]] void add_columns(Operand<float> operand, const BFloat16* weight,
+                                   int64_t weight_stride, int n, int64_t begin, int64_t stop,
+                                   Vec<float>* sum, int stride) {
+  constexpr int W = kLanes<float>;
+  float wide[W * W];
+  for (int64_t k = begin; k < stop; k += W) {
+    const int64_t columns = stop - k < W ? stop - k : W;
+    for (int lane = 0; lane < n; ++lane) {
+      const BFloat16* const row = weight + lane * weight_stride + k;
+      for (int64_t j = 0; j < columns; ++j) wide[lane * W + j] = value_of(row[j]);
+    }
+    Operand<float> rest = operand;
+    rest.a += k;
+    add_columns<float, ROWS>(rest, wide, W, n, 0, columns, sum, stride);
+  }
+}
+
 // out[(i * TILES + t) * stride] = sum_k a[i * row_stride + k] * weight[(t * W + lane) *
 // weight.stride + k]; of the last tile's lanes n exist. From block k of the sum on: the ones before
 // it are in `out`.
-template <class Real, int ROWS, int TILES, bool ASK_AHEAD = false>
-void product_in_place(Operand<Real> operand, const RowsInPlace<Real>& weight, int n, Vec<Real>* out,
+template <class Stored, class Real, int ROWS, int TILES, bool ASK_AHEAD = false>
+void product_in_place(Operand<Real> operand, const RowsInPlace& weight, int n, Vec<Real>* out,
                       int stride, int64_t k) {
   constexpr int W = kLanes<Real>;
   const int64_t K = weight.K, tile_stride = W * weight.stride;
@@ -143,14 +173,19 @@ void product_in_place(Operand<Real> operand, const RowsInPlace<Real>& weight, in
     const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
     Vec<Real> sum[ROWS][TILES] = {};
     if (n == W) {
-      k = add_whole_blocks<ASK_AHEAD>(operand, weight, {tile_stride, 0}, k, stop, sum);
+      k = add_whole_blocks<ASK_AHEAD, Stored>(operand, weight, {tile_stride, 0}, k, stop, sum);
     }
     if (k < stop) {
       Vec<Real> all[ROWS * TILES];
       std::memcpy(all, sum, sizeof all);
       for (int tile = 0; tile < TILES; ++tile) {
-        add_columns<Real, ROWS>(operand, weight.first + tile * tile_stride, weight.stride,
-                                tile + 1 == TILES ? n : W, k, stop, all + tile, TILES);
+        const auto* const first = static_cast<const Stored*>(weight.first) + tile * tile_stride;
+        const int lanes = tile + 1 == TILES ? n : W;
+        if constexpr (std::is_same_v<Real, Stored>) {
+          add_columns<Real, ROWS>(operand, first, weight.stride, lanes, k, stop, all + tile, TILES);
+        } else {
+          add_columns<ROWS>(operand, first, weight.stride, lanes, k, stop, all + tile, TILES);
+        }
       }
       std::memcpy(sum, all, sizeof all);
       k = stop;
@@ -168,54 +203,71 @@ void product_in_place(Operand<Real> operand, const RowsInPlace<Real>& weight, in
 
 // The same of one row and tile, two blocks of the sum at a time.
 template <class Real>
-void product_of_blocks(Operand<Real> operand, const RowsInPlace<Real>& weight, int n,
-                       Vec<Real>* out, int stride, int64_t k) {
+void product_of_blocks(Operand<Real> operand, const RowsInPlace& weight, int n, Vec<Real>* out,
+                       int stride, int64_t k) {
   const int64_t size = operand.sum_block;
   for (; n == kLanes<Real> && weight.K - k >= 2 * size; k += 2 * size) {
     Vec<Real> sum[1][2] = {};
-    add_whole_blocks<false>(operand, weight, {size, size}, k, k + size, sum);
+    add_whole_blocks<false, Real>(operand, weight, {size, size}, k, k + size, sum);
     *out = k == 0 ? sum[0][0] : *out + sum[0][0];
     *out += sum[0][1];
   }
-  if (k < weight.K) product_in_place<Real, 1, 1>(operand, weight, n, out, stride, k);
+  if (k < weight.K) product_in_place<Real, Real, 1, 1>(operand, weight, n, out, stride, k);
 }
 
 template <class Real>
-using ProductInPlace = void (*)(Operand<Real>, const RowsInPlace<Real>&, int, Vec<Real>*, int,
-                                int64_t);
+using ProductInPlace = void (*)(Operand<Real>, const RowsInPlace&, int, Vec<Real>*, int, int64_t);
 
-template <class Real, int ROWS>
+template <class Stored, class Real, int ROWS>
 ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
   if constexpr (ROWS == 1 && kVecBytes < 64) {
-    if (tiles == 2 && pace == Pace::kTwoAhead) return product_in_place<Real, 1, 2, true>;
+    if (tiles == 2 && pace == Pace::kTwoAhead) return product_in_place<Stored, Real, 1, 2, true>;
   }
-  if (tiles == 2) return product_in_place<Real, ROWS, 2>;
-  if (pace == Pace::kOneAhead) return product_in_place<Real, ROWS, 1, true>;
-  if (ROWS == 1 && pace == Pace::kTwoBlocks) return product_of_blocks<Real>;
-  return product_in_place<Real, ROWS, 1>;
+  if (tiles == 2) return product_in_place<Stored, Real, ROWS, 2>;
+  if (pace == Pace::kOneAhead) return product_in_place<Stored, Real, ROWS, 1, true>;
+  if constexpr (ROWS == 1 && std::is_same_v<Real, Stored>) {
+    if (pace == Pace::kTwoBlocks) return product_of_blocks<Real>;
+  }
+  return product_in_place<Stored, Real, ROWS, 1>;
 }
 
+template <class Real>
+ProductInPlace<Real> pick_in_place(Pace pace, int tiles, int64_t rows, bool words) {
+  if constexpr (std::is_same_v<Real, float>) {
+    if (words && rows == 2) return pick_in_place<BFloat16, Real, 2>(pace, tiles);
+    if (words) return pick_in_place<BFloat16, Real, 1>(pace, tiles);
+  }
+  return rows == 2 ? pick_in_place<Real, Real, 2>(pace, tiles)
+                   : pick_in_place<Real, Real, 1>(pace, tiles);
+}
+
+// How weights lie: rows of K numbers, `stride` apart. Words are bfloat16, of which a lane has two.
+struct InPlace {
+  int64_t K, stride;
+  bool words;
+  Pace pace;
+};
+
 // As sweep() of tile.h; weight(tile, v) is the first weight row of vector v of a tile, of whose
-// rows, `stride` apart, lanes(tile) exist; those of the next tile follow it. The k of a row of the
-// operand must be neighbours.
+// rows lanes(tile) exist; those of the next tile follow it. The k of a row of the operand must be
+// neighbours.
 template <class Real, class Weight, class Lanes, class Epilogue>
-GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, int64_t K, int64_t stride,
-                               int vectors, int64_t tile_begin, int64_t tile_end, Pace pace,
-                               Weight weight, Lanes lanes, Epilogue epilogue) {
+GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, const InPlace& in, int vectors,
+                               int64_t tile_begin, int64_t tile_end, Weight weight, Lanes lanes,
+                               Epilogue epilogue) {
   static_assert(kMaxRowsInPlace == 2);
   if (rows <= 0) return;
   Vec<Real> sums[kMaxTileVectors];
   for (int64_t tile = tile_begin; tile < tile_end;) {
     const bool pair = tile + 1 < tile_end && lanes(tile + 1) == kLanes<Real>;
-    const int tiles = (pace == Pace::kTwoTiles || pace == Pace::kTwoAhead) && pair ? 2 : 1;
-    const auto multiply =
-        rows == 2 ? pick_in_place<Real, 2>(pace, tiles) : pick_in_place<Real, 1>(pace, tiles);
+    const int tiles = (in.pace == Pace::kTwoTiles || in.pace == Pace::kTwoAhead) && pair ? 2 : 1;
+    const auto multiply = pick_in_place<Real>(in.pace, tiles, rows, in.words);
     const int n = lanes(tile + tiles - 1);
     for (int v = 0; v < vectors; ++v) {
-      const Real* const next = v + 1 < vectors           ? weight(tile, v + 1)
+      const void* const next = v + 1 < vectors           ? weight(tile, v + 1)
                                : tile + tiles < tile_end ? weight(tile + tiles, 0)
                                                          : weight(tile, v);
-      multiply(a, {weight(tile, v), K, stride, next}, n, sums + v, vectors, 0);
+      multiply(a, {weight(tile, v), in.K, in.stride, next}, n, sums + v, vectors, 0);
     }
     for (int j = 0; j < tiles; ++j) {
       epilogue(

@@ -34,13 +34,29 @@ std::vector<Real> normal(int64_t count) {
   return values;
 }
 
-template <class Real>
+template <class Real, class Stored>
 void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
   constexpr int W = kLanes<Real>;
   using Number = Compute<Real>;
   const int64_t tiles = tiles_of<Real>(H), width = tiles * vectors * W;
-  const std::vector<Real> operand = normal<Real>(rows * K), weight = normal<Real>(vectors * H * K);
+  constexpr bool kWords = !std::is_same_v<Real, Stored>;
+  const std::vector<Real> operand = normal<Real>(rows * K);
   const Operand<Real> a{operand.data(), K};
+  // Weight rows, one behind the other, and as they lie: not all of them so.
+  const std::vector<Stored> rows_given = normal<Stored>(vectors * H * K);
+  std::vector<Real> weight(rows_given.size());
+  const int64_t stride = K + H % 3;
+  std::vector<Stored> lying((vectors * H - 1) * stride + K);
+  for (int64_t row = 0; row < vectors * H; ++row) {
+    for (int64_t k = 0; k < K; ++k) {
+      const Stored number = lying[row * stride + k] = rows_given[row * K + k];
+      if constexpr (kWords) {
+        weight[row * K + k] = value_of(number);
+      } else {
+        weight[row * K + k] = number;
+      }
+    }
+  }
 
   auto into = [&](std::vector<Number>& sums) {
     return row_by_row<Real>([&](int64_t row, int64_t tile, const Vec<Real>* from) {
@@ -65,23 +81,24 @@ void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
   for (Pace pace : {Pace::kTwoTiles, Pace::kTwoBlocks, Pace::kOneAhead, Pace::kTwoAhead}) {
     std::vector<Number> found(rows * width);
     sweep_in_place<Real>(
-        a, rows, K, K, vectors, 0, tiles, pace,
-        [&](int64_t tile, int v) { return weight.data() + (v * H + tile * W) * K; },
+        a, rows, {K, stride, kWords, pace}, vectors, 0, tiles,
+        [&](int64_t tile, int v) { return lying.data() + (v * H + tile * W) * stride; },
         [&](int64_t tile) { return lanes_of<Real>(tile, H); }, into(found));
     if (std::memcmp(expected.data(), found.data(), found.size() * sizeof(Number)) == 0) continue;
     std::fprintf(stderr, "other bits: %zu bytes a number, pace %d, rows %d, vectors %d, %d x %d\n",
-                 sizeof(Real), static_cast<int>(pace), static_cast<int>(rows), vectors,
+                 sizeof(Stored), static_cast<int>(pace), static_cast<int>(rows), vectors,
                  static_cast<int>(H), static_cast<int>(K));
     std::exit(1);
   }
 }
 
-template <class Real>
+template <class Real, class Stored = Real>
 void compare_sizes() {
   for (int64_t K : {1, 7, 16, 31, 33, 100, 255, 256, 257, 300, 512, 530, 800, 1024, 1061}) {
     for (int64_t H : {1, 8, 16, 17, 32, 40, 64, 79}) {
       for (int vectors = 1; vectors <= 3; ++vectors) {
-        for (int64_t rows = 1; rows <= kMaxRowsInPlace; ++rows) compare<Real>(rows, vectors, H, K);
+        for (int64_t rows = 1; rows <= kMaxRowsInPlace; ++rows)
+          compare<Real, Stored>(rows, vectors, H, K);
       }
     }
   }
@@ -91,6 +108,7 @@ void compare_sizes() {
 
 int main() {
   compare_sizes<float>();
+  compare_sizes<float, BFloat16>();
   compare_sizes<double>();
 #ifdef __AVX512BF16__
   compare_sizes<BFloat16>();
