@@ -54,7 +54,7 @@ class ForwardScan {
     const int64_t most = p_.I > p_.H ? p_.I : p_.H;
     const int64_t panel = kMostVectorsAbreast * W * packed_k<Real>(most);
     Real* mine = layout.take<Real>(few || input_once ? threads * panel : 0) + member * panel;
-    const int64_t wide = GatePanels<Real>::widened_size(most, m_.gates);
+    const int64_t wide = GatePanels<Real>::widened_size(most);
     Real* widened =
         layout.take<Real>(p_.weight_hh.is_narrow() ? threads * wide : 0) + member * wide;
     auto panels = [&](int gate, int count, StoredWeight<Real> weight, int64_t K, bool on_the_fly,

@@ -18,9 +18,6 @@ constexpr Weights weights_of() {
   return std::is_same_v<Real, BFloat16> ? Weights::kBFloat16 : Weights::kFloat32;
 }
 
-// Tiles whose weights are widened before few rows are multiplied by them.
-constexpr int64_t kTilesWidened = 2;
-
 // The weights of some gates of all groups. Where they are not packed, few rows are taken to where
 // they lie, and for many they are packed tile by tile.
 template <class Real>
@@ -33,9 +30,7 @@ struct GatePanels {
   Real* own;                  // where this call packs those of all groups, or null
   Real* widened = nullptr;    // of this member, with room for widened_size() if weights are narrow
 
-  static GRU_MEMBER int64_t widened_size(int64_t K, int count) {
-    return kTilesWidened * count * kLanes<Real> * widened_stride(K);
-  }
+  static GRU_MEMBER int64_t widened_size(int64_t K) { return kLanes<Real> * widened_stride(K); }
   GRU_MEMBER int64_t panel_size() const { return packed_k<Real>(K) * count * kLanes<Real>; }
   GRU_MEMBER int64_t size() const { return tiles * panel_size(); }  // of a group
   // Takes memory for the panels of G groups, to be packed by the call.
@@ -53,7 +48,15 @@ struct GatePanels {
   GRU_MEMBER void multiply(Operand<Real> a, int64_t rows, int64_t g, Range range, bool backwards,
                            Epilogue epilogue) const {
     if (!packed && rows <= kMaxRowsInPlace) {
-      multiply_in_place(a, rows, g, range, epilogue);
+      const bool narrow = weight.is_narrow();
+      const int64_t bytes = narrow ? sizeof(uint16_t) : sizeof(Real);
+      const char* const first = narrow ? reinterpret_cast<const char*>(weight.narrow[g])
+                                       : reinterpret_cast<const char*>(weight.own[g]);
+      const Pace pace = pace_of<Real>(weight.number, rows, count * H, K * bytes);
+      sweep_in_place<Real>(
+          a, rows, {K, K, weight.number, pace}, count, range.begin, range.end,
+          [&](int64_t tile, int v) { return first + (v * gate_rows + tile * W) * K * bytes; },
+          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
       return;
     }
     sweep<Real>(
@@ -84,53 +87,21 @@ struct GatePanels {
   // cache.
   static GRU_MEMBER int64_t widened_stride(int64_t K) { return round_up(K, kUnitPad) + kUnitPad; }
 
-  // bfloat16 as it lies; float16 some tiles at a time, which are widened first.
-  template <class Epilogue>
-  GRU_MEMBER void multiply_in_place(Operand<Real> a, int64_t rows, int64_t g, Range range,
-                                    Epilogue epilogue) const {
-    const bool narrow = weight.is_narrow();
-    const bool words = narrow && weight.number == Narrow::kBFloat16, widens = narrow && !words;
-    const int64_t bytes = words ? sizeof(uint16_t) : sizeof(Real);
-    const int64_t abreast = widens ? kTilesWidened : range.size();
-    const int64_t apart = widens ? kTilesWidened * W : gate_rows;
-    const InPlace in{K, widens ? widened_stride(K) : K, words,
-                     widens ? Pace::kTwoTiles : pace_of<Real>(rows, count * H, K * bytes)};
-    const char* const all = narrow ? reinterpret_cast<const char*>(weight.narrow[g])
-                                   : reinterpret_cast<const char*>(weight.own[g]);
-    for (int64_t begin = range.begin; begin < range.end; begin += abreast) {
-      const int64_t end = range.end - begin < abreast ? range.end : begin + abreast;
-      const char* const first =
-          widens ? reinterpret_cast<const char*>(widened) : all + begin * W * K * bytes;
-      for (int gate = 0; widens && gate < count; ++gate) {
-        widen_rows(g, gate, {begin, end}, widened + gate * apart * in.stride);
-      }
-      sweep_in_place<Real>(
-          a, rows, in, count, begin, end,
-          [&](int64_t tile, int v) {
-            return first + (v * apart + (tile - begin) * W) * in.stride * bytes;
-          },
-          [&](int64_t tile) { return lanes_of<Real>(tile, H); }, epilogue);
-    }
-  }
-
-  // The rows of some neighbouring tiles of a gate.
-  GRU_MEMBER void widen_rows(int64_t g, int gate, Range some, Real* to) const {
-    if constexpr (std::is_same_v<Real, float>) {
-      const int64_t end = some.end * W < H ? some.end * W : H;
-      for (int64_t row = some.begin * W; row < end; ++row, to += widened_stride(K)) {
-        widen(weight.number, weight.narrow[g] + (gate * gate_rows + row) * K, to, K);
-      }
-    }
-  }
-
   GRU_MEMBER void pack_tile(int64_t g, int64_t tile, Real* panel) const {
     if (!weight.is_narrow()) {
       pack_gates(weight.own[g], gate_rows, H, K, count, tile, panel);
       return;
     }
-    for (int gate = 0; gate < count; ++gate) {
-      widen_rows(g, gate, {tile, tile + 1}, widened);
-      pack_gate(widened, widened_stride(K), lanes_of<Real>(tile, H), K, count, gate, panel);
+    if constexpr (std::is_same_v<Real, float>) {
+      const int64_t stride = widened_stride(K);
+      const int n = lanes_of<Real>(tile, H);
+      for (int gate = 0; gate < count; ++gate) {
+        const uint16_t* const rows = weight.narrow[g] + (gate * gate_rows + tile * W) * K;
+        for (int row = 0; row < n; ++row) {
+          widen(weight.number, rows + row * K, widened + row * stride, K);
+        }
+        pack_gate(widened, stride, n, K, count, gate, panel);
+      }
     }
   }
 };

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The products of tile.h with weights where they lie: for panels that would be used once. Rows of
 // the forward product are transposed in registers, in blocks of W words of W rows; those of the
-// gradients' product are added up as they stand. The order of summation is that of tile.h.
+// gradients' product are added up as they stand. Numbers of 16 bits that are computed in float32
+// become so after that. The order of summation is that of tile.h.
 #pragma once
 #include <type_traits>
 
+#include "half_columns.h"
 #include "panels.h"
 #include "processor.h"
 #include "tile.h"
@@ -33,7 +35,8 @@ constexpr int64_t kLongRowBytes = 3072;
 constexpr int64_t kCrowdBytes = 2048;
 
 template <class Real>
-Pace pace_of(int64_t rows, int64_t weight_rows, int64_t row_bytes) {
+Pace pace_of(Narrow number, int64_t rows, int64_t weight_rows, int64_t row_bytes) {
+  if (number == Narrow::kFloat16) return Pace::kTwoAhead;  // it takes two tiles to be widened
   const bool near = rows * weight_rows * row_bytes <= kNearWeights;
   if constexpr (kVecBytes < 64) {
     if (rows > 1) return near ? Pace::kTwoTiles : Pace::kOneAhead;
@@ -46,8 +49,8 @@ Pace pace_of(int64_t rows, int64_t weight_rows, int64_t row_bytes) {
   }
 }
 
-// W weight rows of K columns, numbers of the type that is computed in or, where that is float32,
-// bfloat16.
+// W weight rows of K columns, numbers of the type that is computed in or, where that is float32, of
+// 16 bits.
 struct RowsInPlace {
   const void* first;
   int64_t K, stride;  // from one row to the next
@@ -141,22 +144,74 @@ template <class Real, int ROWS>
   for (int i = 0; i < ROWS; ++i) sum[i * stride] = total[i];
 }
 
-// As add_columns(), of bfloat16 that is widened a block at a time.
-template <int ROWS>
-[[gnu::noinline]] void add_columns(Operand<float> operand, const BFloat16* weight,
-                                   int64_t weight_stride, int n, int64_t begin, int64_t stop,
-                                   Vec<float>* sum, int stride) {
+#if defined(__F16C__)
+// As add_whole_blocks(), of float16, for tiles that are as many rows as a register has columns of.
+template <bool ASK_AHEAD, int ROWS, int TILES>
+GRU_INLINE int64_t add_whole_halves(Operand<float> operand, const RowsInPlace& weight,
+                                    int64_t begin, int64_t stop, Vec<float> (&sum)[ROWS][TILES]) {
+  constexpr int kTiles = kHalfRows / kLanes<float>;
+  static_assert(TILES % kTiles == 0);
+  constexpr int kAll = TILES * kLanes<float>;
+  const auto* const first = static_cast<const Float16*>(weight.first);
+  int64_t k = begin;
+  for (; k + kHalfColumns <= stop; k += kHalfColumns) {
+    if constexpr (ASK_AHEAD) {
+      const auto* ahead = static_cast<const Float16*>(weight.next) + k * kAll;
+#pragma GCC unroll 16
+      for (int line = 0; line < kHalfColumns * kAll; line += 32) prefetch(ahead + line);
+    }
+#pragma GCC unroll 2
+    for (int tile = 0; tile < TILES; tile += kTiles) {
+      __m256i columns[kHalfColumns];
+      load_columns(first + tile * kLanes<float> * weight.stride + k, weight.stride, columns);
+#pragma GCC unroll 8
+      for (int j = 0; j < kHalfColumns; ++j) {
+        Vec<float> wide[kTiles];
+        widen_column(columns[j], wide);
+#pragma GCC unroll 2
+        for (int i = 0; i < ROWS; ++i) {
+          const float value = operand.a[i * operand.row_stride + k + j];
+          for (int n = 0; n < kTiles; ++n) multiply_add<float>(sum[i][tile + n], wide[n], value);
+        }
+      }
+    }
+  }
+  return k;
+}
+#endif
+
+// As add_columns(), of numbers of 16 bits that are widened a block at a time.
+template <int ROWS, class Stored>
+[[gnu::noinline]] void add_narrow_columns(Operand<float> operand, const Stored* weight,
+                                          int64_t weight_stride, int n, int64_t begin, int64_t stop,
+                                          Vec<float>* sum, int stride) {
   constexpr int W = kLanes<float>;
   float wide[W * W];
   for (int64_t k = begin; k < stop; k += W) {
     const int64_t columns = stop - k < W ? stop - k : W;
     for (int lane = 0; lane < n; ++lane) {
-      const BFloat16* const row = weight + lane * weight_stride + k;
-      for (int64_t j = 0; j < columns; ++j) wide[lane * W + j] = value_of(row[j]);
+      widen_all<kNarrow<Stored>>(&weight[lane * weight_stride + k].bits, wide + lane * W, columns);
     }
     Operand<float> rest = operand;
     rest.a += k;
     add_columns<float, ROWS>(rest, wide, W, n, 0, columns, sum, stride);
+  }
+}
+
+// Whole blocks of tiles side by side; returns the k that come next, `begin` if there are none here.
+template <bool ASK_AHEAD, class Stored, class Real, int ROWS, int TILES>
+GRU_INLINE int64_t add_tiles(Operand<Real> operand, const RowsInPlace& weight, int64_t begin,
+                             int64_t stop, Vec<Real> (&sum)[ROWS][TILES]) {
+  constexpr int W = kLanes<Real>;
+  if constexpr (!std::is_same_v<Stored, Float16>) {
+    return add_whole_blocks<ASK_AHEAD, Stored>(operand, weight, {W * weight.stride, 0}, begin, stop,
+                                               sum);
+#if defined(__F16C__)
+  } else if constexpr (TILES * W % kHalfRows == 0) {
+    return add_whole_halves<ASK_AHEAD>(operand, weight, begin, stop, sum);
+#endif
+  } else {
+    return begin;
   }
 }
 
@@ -172,9 +227,7 @@ void product_in_place(Operand<Real> operand, const RowsInPlace& weight, int n, V
     const bool first = k == 0;
     const int64_t stop = K - k > operand.sum_block ? k + operand.sum_block : K;
     Vec<Real> sum[ROWS][TILES] = {};
-    if (n == W) {
-      k = add_whole_blocks<ASK_AHEAD, Stored>(operand, weight, {tile_stride, 0}, k, stop, sum);
-    }
+    if (n == W) k = add_tiles<ASK_AHEAD, Stored>(operand, weight, k, stop, sum);
     if (k < stop) {
       Vec<Real> all[ROWS * TILES];
       std::memcpy(all, sum, sizeof all);
@@ -184,7 +237,8 @@ void product_in_place(Operand<Real> operand, const RowsInPlace& weight, int n, V
         if constexpr (std::is_same_v<Real, Stored>) {
           add_columns<Real, ROWS>(operand, first, weight.stride, lanes, k, stop, all + tile, TILES);
         } else {
-          add_columns<ROWS>(operand, first, weight.stride, lanes, k, stop, all + tile, TILES);
+          add_narrow_columns<ROWS>(operand, first, weight.stride, lanes, k, stop, all + tile,
+                                   TILES);
         }
       }
       std::memcpy(sum, all, sizeof all);
@@ -220,8 +274,8 @@ using ProductInPlace = void (*)(Operand<Real>, const RowsInPlace&, int, Vec<Real
 
 template <class Stored, class Real, int ROWS>
 ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
-  if constexpr (ROWS == 1 && kVecBytes < 64) {
-    if (tiles == 2 && pace == Pace::kTwoAhead) return product_in_place<Stored, Real, 1, 2, true>;
+  if constexpr ((ROWS == 1 && kVecBytes < 64) || std::is_same_v<Stored, Float16>) {
+    if (tiles == 2 && pace == Pace::kTwoAhead) return product_in_place<Stored, Real, ROWS, 2, true>;
   }
   if (tiles == 2) return product_in_place<Stored, Real, ROWS, 2>;
   if (pace == Pace::kOneAhead) return product_in_place<Stored, Real, ROWS, 1, true>;
@@ -231,20 +285,24 @@ ProductInPlace<Real> pick_in_place(Pace pace, int tiles) {
   return product_in_place<Stored, Real, ROWS, 1>;
 }
 
+template <class Stored, class Real>
+ProductInPlace<Real> pick_in_place(Pace pace, int tiles, int64_t rows) {
+  return rows == 2 ? pick_in_place<Stored, Real, 2>(pace, tiles)
+                   : pick_in_place<Stored, Real, 1>(pace, tiles);
+}
 template <class Real>
-ProductInPlace<Real> pick_in_place(Pace pace, int tiles, int64_t rows, bool words) {
+ProductInPlace<Real> pick_in_place(Narrow number, Pace pace, int tiles, int64_t rows) {
   if constexpr (std::is_same_v<Real, float>) {
-    if (words && rows == 2) return pick_in_place<BFloat16, Real, 2>(pace, tiles);
-    if (words) return pick_in_place<BFloat16, Real, 1>(pace, tiles);
+    if (number == Narrow::kFloat16) return pick_in_place<Float16, Real>(pace, tiles, rows);
+    if (number == Narrow::kBFloat16) return pick_in_place<BFloat16, Real>(pace, tiles, rows);
   }
-  return rows == 2 ? pick_in_place<Real, Real, 2>(pace, tiles)
-                   : pick_in_place<Real, Real, 1>(pace, tiles);
+  return pick_in_place<Real, Real>(pace, tiles, rows);
 }
 
-// How weights lie: rows of K numbers, `stride` apart. Words are bfloat16, of which a lane has two.
+// How weights lie: rows of K numbers, `stride` apart, and how they are gone through.
 struct InPlace {
   int64_t K, stride;
-  bool words;
+  Narrow number;
   Pace pace;
 };
 
@@ -261,7 +319,7 @@ GRU_INLINE void sweep_in_place(Operand<Real> a, int64_t rows, const InPlace& in,
   for (int64_t tile = tile_begin; tile < tile_end;) {
     const bool pair = tile + 1 < tile_end && lanes(tile + 1) == kLanes<Real>;
     const int tiles = (in.pace == Pace::kTwoTiles || in.pace == Pace::kTwoAhead) && pair ? 2 : 1;
-    const auto multiply = pick_in_place<Real>(in.pace, tiles, rows, in.words);
+    const auto multiply = pick_in_place<Real>(in.number, in.pace, tiles, rows);
     const int n = lanes(tile + tiles - 1);
     for (int v = 0; v < vectors; ++v) {
       const void* const next = v + 1 < vectors           ? weight(tile, v + 1)

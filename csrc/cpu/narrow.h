@@ -10,7 +10,7 @@
 
 namespace gru_fast {
 
-enum class Narrow : int { kFloat16, kBFloat16 };
+enum class Narrow : int { kNone, kFloat16, kBFloat16 };
 
 template <class Stored>
 constexpr Narrow kNarrow = std::is_same_v<Stored, Float16> ? Narrow::kFloat16 : Narrow::kBFloat16;
@@ -27,7 +27,7 @@ template <class Real>
 struct StoredWeight {
   Groups<const Real> own;
   Groups<const uint16_t> narrow;
-  Narrow number = Narrow::kFloat16;  // of `narrow`
+  Narrow number = Narrow::kNone;  // of `narrow`
 
   StoredWeight() = default;
   GRU_MEMBER StoredWeight(Groups<const Real> weight) : own(weight) {}

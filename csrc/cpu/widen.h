@@ -25,8 +25,8 @@ constexpr int kHalvesAtOnce = 1;  // in a loop that the compiler makes vectors o
 GRU_INLINE void widen_some(const uint16_t* from, float* to) { *to = float16_value(*from); }
 #endif
 
-// How far ahead weights are asked for: they come in one stream, which hardware prefetchers follow
-// to the end of a page.
+// How far ahead numbers are asked for: weights come in one stream, which hardware prefetchers
+// follow to the end of a page.
 constexpr int64_t kWidenAhead = 4096;  // numbers, two pages
 
 template <Narrow NUMBER>
@@ -45,6 +45,9 @@ GRU_INLINE void widen_all(const uint16_t* from, float* to, int64_t count) {
     } else {
       for (int j = 0; j < kLine; ++j) to[i + j] = widened<NUMBER>(from[i + j]);
     }
+  }
+  if constexpr (NUMBER == Narrow::kFloat16) {
+    for (; i + kHalvesAtOnce <= count; i += kHalvesAtOnce) widen_some(from + i, to + i);
   }
   for (; i < count; ++i) to[i] = widened<NUMBER>(from[i]);
 }

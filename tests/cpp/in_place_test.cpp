@@ -23,10 +23,9 @@ std::vector<Real> normal(int64_t count) {
   std::vector<Real> values;
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (std::is_same_v<Real, BFloat16>) {
-      const float value = draw(generator);
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof bits);
-      values.push_back(BFloat16{static_cast<uint16_t>(bits >> 16)});
+      values.push_back({bfloat16_bits(draw(generator))});
+    } else if constexpr (std::is_same_v<Real, Float16>) {
+      values.push_back({float16_bits(draw(generator))});
     } else {
       values.push_back(draw(generator));
     }
@@ -39,7 +38,7 @@ void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
   constexpr int W = kLanes<Real>;
   using Number = Compute<Real>;
   const int64_t tiles = tiles_of<Real>(H), width = tiles * vectors * W;
-  constexpr bool kWords = !std::is_same_v<Real, Stored>;
+  constexpr bool kNarrower = !std::is_same_v<Real, Stored>;
   const std::vector<Real> operand = normal<Real>(rows * K);
   const Operand<Real> a{operand.data(), K};
   // Weight rows, one behind the other, and as they lie: not all of them so.
@@ -50,8 +49,8 @@ void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
   for (int64_t row = 0; row < vectors * H; ++row) {
     for (int64_t k = 0; k < K; ++k) {
       const Stored number = lying[row * stride + k] = rows_given[row * K + k];
-      if constexpr (kWords) {
-        weight[row * K + k] = value_of(number);
+      if constexpr (kNarrower) {
+        widen(kNarrow<Stored>, &number.bits, &weight[row * K + k], 1);
       } else {
         weight[row * K + k] = number;
       }
@@ -81,7 +80,7 @@ void compare(int64_t rows, int vectors, int64_t H, int64_t K) {
   for (Pace pace : {Pace::kTwoTiles, Pace::kTwoBlocks, Pace::kOneAhead, Pace::kTwoAhead}) {
     std::vector<Number> found(rows * width);
     sweep_in_place<Real>(
-        a, rows, {K, stride, kWords, pace}, vectors, 0, tiles,
+        a, rows, {K, stride, kNarrower ? kNarrow<Stored> : Narrow::kNone, pace}, vectors, 0, tiles,
         [&](int64_t tile, int v) { return lying.data() + (v * H + tile * W) * stride; },
         [&](int64_t tile) { return lanes_of<Real>(tile, H); }, into(found));
     if (std::memcmp(expected.data(), found.data(), found.size() * sizeof(Number)) == 0) continue;
@@ -109,6 +108,7 @@ void compare_sizes() {
 int main() {
   compare_sizes<float>();
   compare_sizes<float, BFloat16>();
+  compare_sizes<float, Float16>();
   compare_sizes<double>();
 #ifdef __AVX512BF16__
   compare_sizes<BFloat16>();
