@@ -22,7 +22,7 @@ constexpr int64_t kProjectRowsOfOne = 128;  // of a single sequence
 
 // Packing weights beyond the second level of the cache takes as long as so many steps that read
 // them as they lie: of rows that are multiplied in place, and of more rows.
-constexpr int64_t kFarWeights = 4 << 20;
+constexpr int64_t kFarWeights = kVecBytes < 64 ? 5 << 19 : 4 << 20;  // as measured
 constexpr int64_t kStepsInPlace = 4, kStepsByTile = 2;
 
 // Rows whose gates are worked out side by side. With narrow registers a chain of operations takes
