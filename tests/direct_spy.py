@@ -15,11 +15,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 """What goes past the dispatcher without gradients."""
 
 
-def trains(dtype: torch.dtype) -> bool:
-    """Whether a call with gradients does, on the instruction set that is chosen."""
+def is_widened(dtype: torch.dtype) -> bool:
+    """Whether it is computed in float32, on the instruction set that is chosen."""
     from gru_fast import _C
 
-    return dtype is not torch.float16 and (dtype is not torch.bfloat16 or _C.multiplies_bfloat16())
+    return dtype is torch.float16 or (dtype is torch.bfloat16 and not _C.multiplies_bfloat16())
+
+
+def trains(dtype: torch.dtype) -> bool:
+    """Whether a call with gradients goes past the dispatcher."""
+    return not is_widened(dtype)
 
 
 class Spy:

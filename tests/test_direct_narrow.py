@@ -13,9 +13,16 @@ from torch import Tensor
 
 import gru_fast
 from cases import CELLS
-from direct_spy import Spy, assert_as_by_ops, assert_inferred_as_by_ops, leaves_of, trained
+from direct_spy import (
+    Spy,
+    assert_as_by_ops,
+    assert_inferred_as_by_ops,
+    is_widened,
+    leaves_of,
+    trained,
+)
 
-_C = pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
+pytest.importorskip("gru_fast._C", reason="gru_fast was built without its CPU kernels")
 
 I, H = 5, 19  # noqa: E741
 
@@ -63,11 +70,6 @@ def test_long_rows(
     x, h = torch.randn(T, B, inputs, dtype=dtype), torch.randn(1, B, units, dtype=dtype)
     assert_inferred_as_by_ops(module, lambda: module(x, h))
     assert spy.taken == 2
-
-
-def is_widened(dtype: torch.dtype) -> bool:
-    """Whether the kernels have no products for it, on the instruction set that is chosen."""
-    return dtype == torch.float16 or not _C.multiplies_bfloat16()
 
 
 @torch.no_grad()
