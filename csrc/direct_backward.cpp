@@ -29,10 +29,6 @@ struct Arguments {
   int input_count() const { return static_cast<int>(2 + groups.directions * kMaxWeights); }
 };
 
-void round_to(const float* sums, int64_t count, BFloat16* to) {
-  std::transform(sums, sums + count, to, [](float sum) { return BFloat16{bfloat16_bits(sum)}; });
-}
-
 // A gradient of a result; false if it is there and not plain.
 template <class Real>
 bool read_gradient(PyObject* object, int64_t rows, int64_t H, bool again, const Real*& data) {
@@ -159,7 +155,9 @@ struct Call {
     }
     run_backward_kernel(table, f);
     if constexpr (kRounds) {
-      if (sums != nullptr) round_to(sums.get(), count, grad_x);
+      if (sums != nullptr) {
+        conversions().narrow(kNarrow<Real>, sums.get(), &grad_x->bits, count);
+      }
     }
   }
 

@@ -226,11 +226,13 @@ class Stack {
     }
     const size_t output_bytes = static_cast<size_t>(output_size_) * sizeof(Real);
     prefer_huge_pages(output_, output_bytes);
-    if (a.saves) {
-      Dense<Stored> workspace;
-      if (!read(results.workspace.get(), workspace, true)) return false;
-      prefer_huge_pages(workspace.data, output_bytes * slot_count(a.cell));
-      if constexpr (!Numbers::kWidens) layers_[0].forward.workspace = workspace.data;
+    if constexpr (!Numbers::kWidens) {  // else the operators save
+      if (a.saves) {
+        Dense<Stored> workspace;
+        if (!read(results.workspace.get(), workspace, true)) return false;
+        prefer_huge_pages(workspace.data, output_bytes * slot_count(a.cell));
+        layers_[0].forward.workspace = workspace.data;
+      }
     }
     return true;
   }

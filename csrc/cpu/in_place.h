@@ -36,7 +36,8 @@ constexpr int64_t kCrowdBytes = 2048;
 
 template <class Real>
 Pace pace_of(Narrow number, int64_t rows, int64_t weight_rows, int64_t row_bytes) {
-  if (number == Narrow::kFloat16) return Pace::kTwoAhead;  // it takes two tiles to be widened
+  // With AVX2 two tiles fill a register of halves.
+  if (number == Narrow::kFloat16) return Pace::kTwoAhead;
   const bool near = rows * weight_rows * row_bytes <= kNearWeights;
   if constexpr (kVecBytes < 64) {
     if (rows > 1) return near ? Pace::kTwoTiles : Pace::kOneAhead;
@@ -145,7 +146,7 @@ template <class Real, int ROWS>
 }
 
 #if defined(__F16C__)
-// As add_whole_blocks(), of float16, for tiles that are as many rows as a register has columns of.
+// As add_whole_blocks(), of float16, for so many tiles that their rows fill registers of halves.
 template <bool ASK_AHEAD, int ROWS, int TILES>
 GRU_INLINE int64_t add_whole_halves(Operand<float> operand, const RowsInPlace& weight,
                                     int64_t begin, int64_t stop, Vec<float> (&sum)[ROWS][TILES]) {
