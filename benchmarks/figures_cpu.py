@@ -34,23 +34,35 @@ FAR = 3
 """So many times as far from core to core as at best is called far."""
 
 
-def layers(results: Results) -> str:
-    chosen = [r for r in results.records if r.suite in LAYERS and r.provider == "gru_fast.cpu"]
-    chosen.sort(key=lambda r: (LAYERS.index(r.suite), r.threads))
-    nearest = min((r.exchange_s for r in chosen if r.exchange_s is not None), default=0.0)
+def with_far(results: Results, corner: str, cells: Iterable[tuple[str, str, str, Record]]) -> str:
+    """`pivot` of (row, column, text, record), with a mark where the threads' cores were apart."""
+    apart = [r.exchange_s for r in results.records if r.exchange_s is not None]
+    limit = FAR * min(apart, default=0.0)
 
-    def cell(r: Record) -> str:
-        share = "" if r.share_of_bound is None else f" ({r.share_of_bound:.0%})"
-        far = r.exchange_s is not None and r.exchange_s > FAR * nearest
-        return times(r.ratio_to_torch) + share + (", far" if far else "") + busy(r)
+    def is_far(r: Record) -> bool:
+        return r.exchange_s is not None and r.exchange_s > limit
 
-    cells = [(sizes(r), f"{r.suite}, {threads(r)}", cell(r)) for r in chosen]
-    table = pivot("I = H, B, T", cells)
-    if any(", far" in text for _, _, text in cells):
+    found = [
+        (row, column, f"{text}, far" if is_far(r) else text, r) for row, column, text, r in cells
+    ]
+    table = pivot(corner, (cell[:3] for cell in found))
+    if any(is_far(r) for _, _, _, r in found):
         table += (
             "\n\nfar: meanwhile the virtual machine's two cores had no third-level cache in common."
         )
     return table
+
+
+def layers(results: Results) -> str:
+    chosen = [r for r in results.records if r.suite in LAYERS and r.provider == "gru_fast.cpu"]
+    chosen.sort(key=lambda r: (LAYERS.index(r.suite), r.threads))
+
+    def cell(r: Record) -> str:
+        share = "" if r.share_of_bound is None else f" ({r.share_of_bound:.0%})"
+        return times(r.ratio_to_torch) + share + busy(r)
+
+    cells = ((sizes(r), f"{r.suite}, {threads(r)}", cell(r), r) for r in chosen)
+    return with_far(results, "I = H, B, T", cells)
 
 
 def ours(record: Record) -> str:
@@ -61,20 +73,23 @@ def ours(record: Record) -> str:
 def beside_onnx(results: Results) -> str:
     found = beside(results, "infer", INFER_PEERS)
     found.sort(key=lambda pair: (pair[0].provider, pair[0].threads))
-    return pivot(
+    return with_far(
+        results,
         "I = H, B, T",
-        ((sizes(r), f"{ours(r)}, {threads(r)}", times(v) + busy(r)) for r, v in found),
+        ((sizes(r), f"{ours(r)}, {threads(r)}", times(v) + busy(r), r) for r, v in found),
     )
 
 
 def steps(results: Results) -> str:
-    return pivot(
+    return with_far(
+        results,
         "I = H, B",
         (
             (
                 f"{r.case['H']}, {r.case['B']}",
                 f"`{STEP_PEERS[r.provider]}` / {ours(r)}, {threads(r)}",
                 f"{times(value)}, {seconds(r.median_s)}{busy(r)}",
+                r,
             )
             for r, value in beside(results, "step", STEP_PEERS)
         ),

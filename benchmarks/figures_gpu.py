@@ -38,15 +38,23 @@ def gpu(results: Results) -> str:
     usual = [r for r in chosen if r.baseline == "cudnn" and sizes(r) in complete]
     usual.sort(key=lambda r: (r.case["H"], r.case["B"], r.dtype, LAYERS.index(r.suite)))
     others = [r for r in chosen if r not in usual]
+    tf32 = {
+        (r.suite, str(r.case)): r.median_s
+        for r in results.records
+        if (r.provider, r.dtype) == ("cudnn", "tf32")
+    }
 
-    def row(r: Record) -> str:
-        resets = f", {r.case['resets']:.0%} resets" if r.case["resets"] else ""
-        return sizes(r) + resets
+    def cells(records: list[Record]) -> Iterable[tuple[str, str, str]]:
+        for r in records:
+            resets = f", {r.case['resets']:.0%} resets" if r.case["resets"] else ""
+            row = sizes(r) + resets
+            yield row, f"{r.suite}, {r.dtype}", _per_step(r)
+            theirs = tf32.get((r.suite, str(r.case)))
+            if r.dtype != "tf32" and theirs is not None and r.median_s is not None:
+                column = f"cuDNN's {r.suite}, tf32 / ours, {r.dtype}"
+                yield row, column, times(theirs / r.median_s)
 
-    return "\n\n".join(
-        pivot("I = H, B, T", ((row(r), f"{r.suite}, {r.dtype}", _per_step(r)) for r in part))
-        for part in (usual, others)
-    )
+    return "\n\n".join(pivot("I = H, B, T", cells(part)) for part in (usual, others))
 
 
 def gpu_steps(results: Results) -> str:

@@ -16,15 +16,18 @@ from gru_fast.memory import MemoryEstimate, memory_estimate
 from gru_fast.patch import patch, patched, unpatch
 from gru_fast.prepack import prepacked
 from gru_fast.sampler import Sampler, Stream
-from gru_fast.tbptt import tbptt
+from gru_fast.sampling import GenerateOutput
+from gru_fast.tbptt import Chunk, tbptt
 
 __all__ = [
     "GRU",
+    "Chunk",
     "ConvertReport",
     "Explanation",
     "GRUCell",
     "GRULanguageModel",
     "Gates",
+    "GenerateOutput",
     "LayerNormGRU",
     "MemoryEstimate",
     "Sampler",

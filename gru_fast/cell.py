@@ -47,6 +47,8 @@ class GRUCell(Unscriptable, nn.RNNCellBase):
 
     Raises:
         ValueError: Unknown `cell` or `backend`.
+        TypeError: A size is not an integer.
+        RuntimeError: A size is negative.
 
     Example:
         >>> cell = GRUCell(10, 20)

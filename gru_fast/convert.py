@@ -61,11 +61,15 @@ def convert(
 ) -> ConvertReport:
     """Turn every `torch.nn.GRU` and `torch.nn.GRUCell` in a model into gru_fast's, in place.
 
+    Modules of a class that is derived from these are left, and reported as skipped.
+
     Args:
         model: Any module, a `torch.nn.GRU` included.
-        include: Convert only the modules whose name it selects (default: all).
-        exclude: Leave the modules whose name it selects. A module that is used under several
-            names is selected when one of them is.
+        include: Convert only the modules that it selects (default: all): a name or a pattern
+            with wildcards, as `"decoder.*"`, several of them, or a function that is called with
+            a name and a module.
+        exclude: Leave the modules that it selects, given as `include`. A module that is used
+            under several names is selected when one of them is.
 
     Returns:
         A report; `print(report)` lists what was converted, and what was not and why.

@@ -52,7 +52,7 @@ def gru_cell(
         bias_ih: (N*H,) or None.
         bias_hh: (N*H,) or None.
         cell: "reset_after", "reset_before" or "no_reset".
-        backend: a name of `gru_fast.backends.NAMES`.
+        backend: "auto", or one of `gru_fast.available_backends()`.
 
     Returns:
         The new state, shaped as hx.
@@ -187,7 +187,7 @@ def gru(
         bidirectional: whether every layer has a second, reverse direction.
         batch_first: whether input, output and reset_mask are batch-major.
         cell: "reset_after" (nn.GRU's), "reset_before" or "no_reset".
-        backend: a name of `gru_fast.backends.NAMES`.
+        backend: "auto", or one of `gru_fast.available_backends()`.
         recompute: save inputs and outputs only, and rebuild the gates in backward.
         num_heads: K > 1 makes the recurrent weights block-diagonal, each weight_hh (N*H, H/K); see
             `gru_fast.GRU`.

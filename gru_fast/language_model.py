@@ -426,9 +426,11 @@ class GRULanguageModel(nn.Module):
     ) -> Tensor | GenerateOutput:
         """Draw tokens until EOS or the limit; dropout is off, no gradient is recorded.
 
-        A seed means the same tokens for ever: token number t of row i depends on the seed, i and
-        its position in the row (the prompt counts) only. Tokens come from `run` and `head`; hooks
-        of the model itself, and another `forward` of it, are not for this.
+        A seed means the same random numbers for ever: that of token number t of row i depends on
+        the seed, i and its position in the row (the prompt counts) only. Which token it falls on is
+        up to the logits, whose last bits can differ between processors and devices. Tokens come
+        from `run` and `head`; hooks of the model itself, and another `forward` of it, are not for
+        this.
 
         Args:
             input_ids: Prompts: a (P,) or (N, P) integer tensor with PADDING (-100) on the right, a
@@ -448,8 +450,9 @@ class GRULanguageModel(nn.Module):
                 return_dict_in_generate: Return a `GenerateOutput`.
 
         Returns:
-            (N, L) int64: prompt, drawn tokens, PADDING after EOS; or a `GenerateOutput` with
-            these `sequences`, the `log_probs` of the drawn tokens and the `hidden` state.
+            (N, L) int64: prompt, drawn tokens, PADDING after EOS; or a `gru_fast.GenerateOutput`
+            with these `sequences`, the `log_probs` of the drawn tokens, the `hidden` state and the
+            `prompt_lengths`.
 
         Raises:
             ValueError: An option or an id is outside its range, `seed` and `generator` are both

@@ -55,7 +55,7 @@ def memory_estimate(
         T: Time steps.
         B: Rows.
         training: Whether a backward pass follows; else the call is one under `no_grad`.
-        recompute: Instead of the module's own.
+        recompute: True or False: as if the module had this option; None: as it is set there.
         input_grad: Whether the input requires a gradient.
 
     Raises:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The specification of the sampler in plain PyTorch: the random stream and how a token is drawn.
 
-A seed means the same tokens for ever: these rules do not change. The random number of a token
-depends on (seed, index of the sequence in the call, position of the token in its sequence) alone.
+A seed means the same random numbers for ever: these rules do not change. The random number of a
+token depends on (seed, index of the sequence in the call, position of the token in its sequence)
+alone.
 """
 
 from __future__ import annotations

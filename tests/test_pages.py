@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import gru_fast
 
@@ -35,24 +34,11 @@ def test_blocks_run(page, tmp_path, monkeypatch):
     text = page.read_text("utf-8")
     blocks = list(BLOCK.finditer(text))
     namespace = {"__name__": page.name}
-    if page.name == "README.md":
-        del blocks[0]  # test_readme.py runs it
-        # What the page names as the reader's own.
-        namespace |= {
-            "torch": torch,
-            "model": torch.nn.Sequential(torch.nn.GRU(64, 128)),
-            "x": torch.randn(3, 7, 64),
-            "tokens": torch.randint(28, (4, 9)),
-        }
     for block in blocks:
+        if page.name == "README.md":  # whose blocks are copied one by one
+            namespace = {}
         line = text.count("\n", 0, block.start(1))
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
-
-
-def test_the_readmes_samplers_need_no_other_block():
-    text = (ROOT / "README.md").read_text("utf-8")
-    (block,) = [block for block in BLOCK.findall(text) if "Stream(" in block]
-    exec(block, {})
 
 
 def anchors(page):
