@@ -98,7 +98,7 @@ class Marshal {
 
   const Real* read(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
     check(name, tensor, shape);
-    return data_of<Real>(keep(as_real(tensor)));
+    return data_of<Real>(keep(as_real(name, tensor)));
   }
   const Real* read(const char* name, const MaybeTensor& tensor,
                    std::initializer_list<int64_t> shape) {
@@ -110,7 +110,7 @@ class Marshal {
     check(name, tensor, shape);
     const int64_t last = tensor.dim() - 1;
     const bool dense = tensor.size(last) == 1 || tensor.stride(last) == 1;
-    return keep(dense && given_ == kScalarType<Real> ? tensor : as_real(tensor));
+    return keep(dense && given_ == kScalarType<Real> ? held(name, tensor) : as_real(name, tensor));
   }
 
   // Results are in Number, Real or what it is computed in, until give_back().
@@ -135,16 +135,16 @@ class Marshal {
     STD_TORCH_CHECK(type == ScalarType::Long || type == ScalarType::Int,
                     "lengths: expected int64 or int32, got ", torch::headeronly::toString(type));
     check_shape("lengths", *lengths, {B});
-    Tensor wide =
-        type == ScalarType::Long ? *lengths : torch::stable::to(*lengths, ScalarType::Long);
-    const int64_t* values =
-        keep(torch::stable::contiguous(wide)).template const_data_ptr<int64_t>();
+    // A copy: what is checked here must not change during the call.
+    const Tensor values = copy(held("lengths", *lengths), aoti_torch_dtype_int64());
+    const int64_t* const first = values.template const_data_ptr<int64_t>();
+    lengths_.assign(first, first + B);
     for (int64_t b = 0; b < B; ++b) {
-      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= T,
-                      "lengths: expected values from 0 to T = ", T, ", got ", values[b],
-                      " at index ", b);
+      const int64_t length = lengths_[static_cast<size_t>(b)];
+      STD_TORCH_CHECK(length >= 0 && length <= T, "lengths: expected values from 0 to T = ", T,
+                      ", got ", length, " at index ", b);
     }
-    return values;
+    return lengths_.data();
   }
   void rank_rows(Problem<Real>& p) {
     if (p.lengths == nullptr) return;
@@ -156,7 +156,8 @@ class Marshal {
     if (!mask.has_value()) return nullptr;
     STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Bool, "reset_mask: expected bool");
     check_shape("reset_mask", *mask, {T, B});
-    return static_cast<const uint8_t*>(keep(torch::stable::contiguous(*mask)).const_data_ptr());
+    const Tensor& dense = keep(torch::stable::contiguous(held("reset_mask", *mask)));
+    return static_cast<const uint8_t*>(dense.const_data_ptr());
   }
 
  private:
@@ -206,9 +207,22 @@ class Marshal {
     TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), tensor.get(), 0));
     return result;
   }
-  Tensor as_real(const Tensor& tensor) const {
+  // Another tensor over its memory, which `tensor.data = other`, in a signal handler or on another
+  // thread, does not free then.
+  static Tensor held(const char* name, const Tensor& tensor) {
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), tensor.dim(), sizes.data(),
+                                                          strides.data(), 0, &made));
+    Tensor result(made);
+    STD_TORCH_CHECK(result.numel() == 0 || result.const_data_ptr() != nullptr, name,
+                    ": expected a tensor with memory, got one whose storage has been freed");
+    return result;
+  }
+  Tensor as_real(const char* name, const Tensor& tensor) const {
     const bool is_real = given_ == kScalarType<Real> && tensor.is_contiguous();
-    return is_real ? tensor : copy(tensor, dtype_code<Real>());
+    Tensor own = held(name, tensor);
+    return is_real ? own : copy(own, dtype_code<Real>());
   }
   const Tensor& keep(Tensor tensor) {
     kept_.push_back(std::move(tensor));
@@ -218,6 +232,7 @@ class Marshal {
   const Tensor like_;
   const ScalarType given_;
   std::vector<Tensor> kept_;
+  std::vector<int64_t> lengths_;
   RowOrder order_;
 };
 

@@ -13,20 +13,19 @@ namespace {
 
 // Calls the kernels; false if a tensor is not plain or does not fit, or with a Python exception.
 template <class Numbers>
-bool run_stack(const LayerCall& a, const Results& results, const Numbers& numbers) {
+bool run_stack(const LayerCall& a, const Results& results, const Numbers& numbers, bool brief) {
+  Memory memory;
+  if (!brief && !(memory.hold(&a.input, 1) && memory.hold(&a.hx, 1) &&
+                  memory.hold(a.weights, a.weight_count))) {
+    return false;
+  }
   Stack stack(numbers);
   Failure failure;
-  bool done = failure.guard([&] { return stack.read_from(a, results); });
-  if (done) {
-    Py_BEGIN_ALLOW_THREADS;
-    done = failure.guard([&] {
-      stack.run();
-      return true;
-    });
-    Py_END_ALLOW_THREADS;
+  if (failure.guard([&] { return stack.read_from(a, results); })) {
+    if (run_unlocked(failure, brief, [&] { stack.run(); })) return true;
   }
   failure.raise();
-  return done;
+  return false;
 }
 
 // Numbers that are widened are so on one thread: more of them are left to the operators, which take
@@ -44,7 +43,8 @@ PyObject* run(const LayerCall& a, const Numbers& numbers) {
   }
   Results results;
   if (!allocate(a, size, results)) return nullptr;
-  if (!run_stack(a, results, numbers)) {
+  const bool brief = is_brief(size.template expected_ns<typename Numbers::Computed>(a));
+  if (!run_stack(a, results, numbers, brief)) {
     if (PyErr_Occurred()) return nullptr;
     Py_RETURN_NONE;
   }
@@ -72,7 +72,10 @@ PyObject* with_arguments(PyObject* const* args, Py_ssize_t nargs, Body body) {
   if ((layers < 1 && args[3] != Py_None) || layers > (saves ? 1 : kMaxLayers)) Py_RETURN_NONE;
   Cell cell;
   Items<kMaxLayers * kMaxDirections * kMaxWeights> weights;
-  if (!read_cell(args[11], cell) || !weights.hold(args[2])) Py_RETURN_NONE;
+  if (!read_cell(args[11], cell) || !weights.hold(args[2]) || !is_plain(args[0]) ||
+      !are_plain_or_none(&args[1], 1) || !are_plain_or_none(weights.get(), weights.size())) {
+    Py_RETURN_NONE;
+  }
   RowOptions options;
   GroupCount groups{bidirectional && layers != kCell ? kMaxDirections : 1, 1};
   if (!options.read(args[7], args[8], args[9], batch_first) || !read_heads(args[10], groups) ||
@@ -143,7 +146,7 @@ PyObject* prepack_weight(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   shape.heads = PyLong_AsLong(args[3]);
   if (PyErr_Occurred()) return nullptr;
   if (shape.heads < 1 || shape.heads > kMaxHeads) Py_RETURN_NONE;
-  if (!read_cell(args[1], shape.cell)) Py_RETURN_NONE;
+  if (!read_cell(args[1], shape.cell) || !is_plain(args[0])) Py_RETURN_NONE;
   if (!read_weight<float>(args[0], shape) && !read_weight<BFloat16>(args[0], shape) &&
       !read_weight<double>(args[0], shape) && !read_weight<Float16>(args[0], shape)) {
     Py_RETURN_NONE;

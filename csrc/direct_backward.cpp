@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/huge_pages.h"
+#include "cpu/parallel.h"
 #include "direct.h"
 #include "direct_call.h"
 #include "run.h"
@@ -31,10 +32,10 @@ struct Arguments {
 
 // A gradient of a result; false if it is there and not plain.
 template <class Real>
-bool read_gradient(PyObject* object, int64_t rows, int64_t H, bool again, const Real*& data) {
+bool read_gradient(PyObject* object, int64_t rows, int64_t H, const Real*& data) {
   if (object == Py_None) return true;
   Dense<Real> grad;
-  if (!read(object, grad, again) || grad.rows() != rows || grad.width() != H) return false;
+  if (!read(object, grad) || grad.rows() != rows || grad.width() != H) return false;
   data = grad.data;
   return true;
 }
@@ -50,11 +51,11 @@ struct Call {
   Real* grad_x = nullptr;
 
   // False if input and hx are not plain, or not of one size.
-  bool read_sizes(const Arguments& a, bool again) {
+  bool read_sizes(const Arguments& a) {
     Rows<Real> input;
     Dense<Real> hx;
     const int ndim = a.is_cell || a.is_packed() ? 2 : 3;
-    if (!read(a.inputs[0], input, again) || !read(a.inputs[1], hx, again)) return false;
+    if (!read(a.inputs[0], input) || !read(a.inputs[1], hx)) return false;
     if (input.ndim != ndim || hx.ndim != (a.is_cell ? 2 : 3)) return false;
     Problem<Real>& p = f.in;
     rows = input.rows();
@@ -84,11 +85,10 @@ struct Call {
   }
 
   // False if a gradient of a result is not plain, or does not fit.
-  bool read_gradients(const Arguments& a, bool again) {
+  bool read_gradients(const Arguments& a) {
     const Problem<Real>& p = f.in;
-    return read_gradient(a.grad_output, rows, p.G * p.H, again, f.grad_output) &&
-           read_gradient(a.grad_h_n, a.groups.directions * p.B, a.groups.heads * p.H, again,
-                         f.grad_h_n);
+    return read_gradient(a.grad_output, rows, p.G * p.H, f.grad_output) &&
+           read_gradient(a.grad_h_n, a.groups.directions * p.B, a.groups.heads * p.H, f.grad_h_n);
   }
 
   // False with a Python exception.
@@ -105,10 +105,9 @@ struct Call {
     return true;
   }
 
-  // Everything once more, now that no Python code comes between; false if anything is not plain or
-  // does not fit.
+  // Everything, with no Python code in between; false if anything is not plain or does not fit.
   bool read_all(const Arguments& a) {
-    if (!read_sizes(a, true)) return false;
+    if (!read_sizes(a)) return false;
     Problem<Real>& p = f.in;
     FoundWeights<Real> weights;
     if (!weights.read_from(a.inputs + 2, kMaxWeights, true, a.groups, p)) return false;
@@ -122,7 +121,7 @@ struct Call {
     }
     f.output = output.data;
     f.workspace = workspace.data;
-    if (!read_gradients(a, true)) return false;
+    if (!read_gradients(a)) return false;
     if (!read_grad(0, rows * p.I, grad_x)) return false;
     if (!read_grad(1, p.G * p.B * p.H, f.grad_h0)) return false;
     const int64_t rows_of_all = gate_count(p.cell) * a.groups.heads * p.H;
@@ -166,7 +165,7 @@ struct Call {
   bool read_grad(int i, int64_t size, Real*& data) {
     if (grads[i] == nullptr) return true;
     Dense<Real> grad;
-    if (!read(grads[i].get(), grad, true) || grad.rows() * grad.width() != size) return false;
+    if (!read(grads[i].get(), grad) || grad.rows() * grad.width() != size) return false;
     prefer_huge_pages(grad.data, static_cast<size_t>(size) * sizeof(Real));
     data = grad.data;
     return true;
@@ -177,19 +176,20 @@ struct Call {
 template <class Real>
 PyObject* run(const Arguments& a, const KernelTable<Real>* table) {
   Call<Real> call;
-  if (table == nullptr || !call.read_sizes(a, false)) return nullptr;
+  if (table == nullptr || !call.read_sizes(a)) return nullptr;
   // Those of sum() and of batch_first have strides of their own: nothing is allocated for them.
-  if (!call.read_gradients(a, false)) return nullptr;
+  if (!call.read_gradients(a)) return nullptr;
   if (!call.allocate(a)) return nullptr;
+  const bool brief = is_brief(expected_ns(call.f.in, kBackwardPasses));
+  Memory memory;
+  if (!brief && !(memory.hold(&a.grad_output, 1) && memory.hold(&a.grad_h_n, 1) &&
+                  memory.hold(a.inputs, a.input_count()) && memory.hold(&a.output, 1) &&
+                  memory.hold(&a.workspace, 1))) {
+    return nullptr;
+  }
   if (!call.read_all(a)) Py_RETURN_NONE;
   Failure failure;
-  bool done;
-  Py_BEGIN_ALLOW_THREADS;
-  done = failure.guard([&] {
-    call.run(a, *table);
-    return true;
-  });
-  Py_END_ALLOW_THREADS;
+  const bool done = run_unlocked(failure, brief, [&] { call.run(a, *table); });
   failure.raise();
   PyObject* result = done ? PyTuple_New(a.input_count()) : nullptr;
   if (result == nullptr) return nullptr;
@@ -223,6 +223,11 @@ PyObject* run_direct_backward(PyObject*, PyObject* const* args, Py_ssize_t nargs
     Py_RETURN_NONE;
   }
   std::copy_n(weights.get(), weights.size(), a.inputs + 2);
+  if (!are_plain_or_none(&a.grad_output, 1) || !are_plain_or_none(&a.grad_h_n, 1) ||
+      !are_plain_or_none(a.inputs, a.input_count()) || !is_plain(a.output) ||
+      !is_plain(a.workspace)) {
+    Py_RETURN_NONE;
+  }
   for (int i = 0; i < a.input_count(); ++i) {
     a.wanted[i] = a.inputs[i] != Py_None && PyObject_IsTrue(wanted.get()[i]) == 1;
   }

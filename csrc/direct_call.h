@@ -138,6 +138,20 @@ class Failure {
   std::string text_;
 };
 
+// Runs work() for a call whose tensors have been read; false if it threw. A brief one keeps the
+// interpreter's lock, so that nobody can give the tensors other memory. It works on one thread, for
+// the others of a team may wait for a call that wants the lock. Any other call holds their Memory.
+template <class Work>
+bool run_unlocked(Failure& failure, bool brief, Work&& work) {
+  PyThreadState* const state = brief ? nullptr : PyEval_SaveThread();
+  const bool done = failure.guard([&] {
+    work();
+    return true;
+  });
+  if (state != nullptr) PyEval_RestoreThread(state);
+  return done;
+}
+
 // What a call may say of its rows and steps beside their number.
 class RowOptions {
  public:

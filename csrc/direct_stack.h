@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cpu/huge_pages.h"
+#include "cpu/parallel.h"
 #include "direct_numbers.h"
 #include "prepack.h"
 #include "run.h"
@@ -54,8 +55,8 @@ struct Sizes {
   int64_t stride_b() const {
     return B == 1 && !packed ? 0 : input.strides[by_row || input.ndim == 2 ? 0 : 1];
   }
-  bool read_from(const LayerCall& a, bool again = false) {
-    if (!read(a.input, input, again)) return false;
+  bool read_from(const LayerCall& a) {
+    if (!read(a.input, input)) return false;
     if (a.is_cell() ? input.ndim > 2 : input.ndim != 2 && input.ndim != 3) return false;
     by_row = a.batch_first && input.ndim == 3;
     packed = a.options->is_packed();
@@ -72,15 +73,31 @@ struct Sizes {
     if (a.hx == Py_None) {
       Dense<Number> weight_hh;
       // Backward reads the initial state as a tensor.
-      if (a.saves || a.weight_count < 2 || !read(a.weights[1], weight_hh, again)) return false;
+      if (a.saves || a.weight_count < 2 || !read(a.weights[1], weight_hh)) return false;
       H = weight_hh.width() * a.groups.heads;
       return true;
     }
-    if (!read(a.hx, hx, again) || hx.ndim != (packed ? 3 : input.ndim)) return false;
+    if (!read(a.hx, hx) || hx.ndim != (packed ? 3 : input.ndim)) return false;
     if (a.saves && !hx.is_dense()) return false;  // backward reads it where it lies
     H = hx.width();
     if (H % a.groups.heads != 0) return false;
     return hx.rows() == a.state_count() * B && (a.is_cell() || hx.shape[0] == a.state_count());
+  }
+  // Of all layers on one core, roughly, if they are computed in Real.
+  template <class Real>
+  double expected_ns(const LayerCall& a) const {
+    Problem<Real> p{};
+    p.T = T;
+    p.B = B;
+    p.G = a.groups.groups();
+    p.H = H / a.groups.heads;
+    p.cell = a.cell;
+    double sum = 0;
+    for (long k = 0; k < a.layer_count(); ++k) {
+      p.I = k == 0 ? input.width() : a.groups.directions * H;
+      sum += gru_fast::expected_ns(p, 1);
+    }
+    return sum;
   }
 };
 
@@ -167,17 +184,17 @@ class Stack {
  public:
   explicit Stack(const Numbers& numbers) : numbers_(numbers) {}
 
-  // False if anything is not plain or does not fit. May throw std::bad_alloc.
+  // False if anything is not plain or does not fit. Runs no Python code. May throw std::bad_alloc.
   bool read_from(const LayerCall& a, const Results& results) {
     Sizes<Stored> size;
     Dense<Stored> output, h_n;
-    if (!size.read_from(a, true) || !read(results.h_n.get(), h_n, true)) return false;
+    if (!size.read_from(a) || !read(results.h_n.get(), h_n)) return false;
     const auto [T, B, H] = std::tuple(size.T, size.B, size.H);
     count_ = a.layer_count();
     const int64_t D = a.groups.directions, layer_state = D * B * H;
     state_size_ = count_ * layer_state;
     if (h_n.rows() != count_ * D * B || h_n.width() != H) return false;
-    if (!a.is_cell() && (!read(results.output.get(), output, true) || output.rows() != size.rows ||
+    if (!a.is_cell() && (!read(results.output.get(), output) || output.rows() != size.rows ||
                          output.width() != D * H)) {
       return false;
     }
@@ -229,7 +246,7 @@ class Stack {
     if constexpr (!Numbers::kWidens) {  // else the operators save
       if (a.saves) {
         Dense<Stored> workspace;
-        if (!read(results.workspace.get(), workspace, true)) return false;
+        if (!read(results.workspace.get(), workspace)) return false;
         prefer_huge_pages(workspace.data, output_bytes * slot_count(a.cell));
         layers_[0].forward.workspace = workspace.data;
       }
@@ -237,7 +254,7 @@ class Stack {
     return true;
   }
 
-  // Without the interpreter's lock.
+  // Needs no interpreter's lock.
   void run() {
     for (long k = 0; k < count_; ++k) {
       run_forward_kernel(*numbers_.table, layers_[k].forward);

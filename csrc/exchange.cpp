@@ -3,6 +3,8 @@
 
 #include <ATen/dlpack.h>
 
+#include <utility>
+
 namespace gru_fast {
 namespace {
 
@@ -12,7 +14,7 @@ PyTypeObject* parameter_type = nullptr;
 
 // Methods of torch.Tensor, but for the last.
 struct Functions {
-  PyObject *is_neg, *new_empty, *transpose, *empty_like;
+  PyObject *is_neg, *untyped_storage, *new_empty, *transpose, *empty_like;
 } functions;
 
 template <class Real>
@@ -28,11 +30,15 @@ constexpr DLDataType kNumber<int64_t> = {kDLInt, 64, 1};
 template <>
 constexpr DLDataType kNumber<bool> = {kDLBool, 8, 1};
 
+bool is_tensor(PyObject* object) {
+  return read_tensor != nullptr &&
+         (Py_TYPE(object) == parameter_type || Py_TYPE(object) == tensor_type);
+}
+
 // A tensor of such numbers with elements, on the CPU.
 template <class Real>
-bool read_any(PyObject* object, Rows<Real>& rows, bool again) {
-  if (read_tensor == nullptr) return false;
-  if (Py_TYPE(object) != parameter_type && Py_TYPE(object) != tensor_type) return false;
+bool read_any(PyObject* object, Rows<Real>& rows) {
+  if (!is_tensor(object)) return false;
   DLTensor t;
   // Fails for what has no memory of its own: sparse, nested, meta, wrapped by a transform.
   if (read_tensor(object, &t) != 0) {
@@ -48,15 +54,6 @@ bool read_any(PyObject* object, Rows<Real>& rows, bool again) {
   for (int dim = 0; dim < t.ndim; ++dim) {
     if (t.shape[dim] < 1) return false;
   }
-  // A view that negates what it reads differs in nothing above. Asking costs more than the rest.
-  if (!again) {
-    PyObject* negates = PyObject_CallOneArg(functions.is_neg, object);
-    Py_XDECREF(negates);
-    if (negates != Py_False) {
-      PyErr_Clear();
-      return false;
-    }
-  }
   rows.data = reinterpret_cast<Real*>(static_cast<char*>(t.data) + t.byte_offset);
   rows.ndim = t.ndim;
   rows.shape = t.shape;
@@ -66,27 +63,48 @@ bool read_any(PyObject* object, Rows<Real>& rows, bool again) {
 
 }  // namespace
 
+bool is_plain(PyObject* object) {
+  if (!is_tensor(object)) return false;
+  // A view that negates what it reads differs in nothing that read() sees.
+  PyObject* negates = PyObject_CallOneArg(functions.is_neg, object);
+  Py_XDECREF(negates);
+  if (negates == Py_False) return true;
+  PyErr_Clear();
+  return false;
+}
+
 template <class Real>
-bool read(PyObject* object, Dense<Real>& dense, bool again) {
+bool read(PyObject* object, Dense<Real>& dense) {
   Rows<Real> found;
-  if (!read_any(object, found, again) || !found.is_dense()) return false;
+  if (!read_any(object, found) || !found.is_dense()) return false;
   dense = found;
   return true;
 }
 template <class Real>
-bool read(PyObject* object, Rows<Real>& rows, bool again) {
-  return read_any(object, rows, again) && (rows.width() == 1 || rows.strides[rows.ndim - 1] == 1);
+bool read(PyObject* object, Rows<Real>& rows) {
+  return read_any(object, rows) && (rows.width() == 1 || rows.strides[rows.ndim - 1] == 1);
 }
-bool read_strided(PyObject* object, Rows<bool>& tensor) { return read_any(object, tensor, false); }
-template bool read(PyObject*, Dense<float>&, bool);
-template bool read(PyObject*, Dense<BFloat16>&, bool);
-template bool read(PyObject*, Dense<Float16>&, bool);
-template bool read(PyObject*, Dense<double>&, bool);
-template bool read(PyObject*, Dense<int64_t>&, bool);
-template bool read(PyObject*, Rows<float>&, bool);
-template bool read(PyObject*, Rows<BFloat16>&, bool);
-template bool read(PyObject*, Rows<Float16>&, bool);
-template bool read(PyObject*, Rows<double>&, bool);
+bool read_strided(PyObject* object, Rows<bool>& tensor) { return read_any(object, tensor); }
+template bool read(PyObject*, Dense<float>&);
+template bool read(PyObject*, Dense<BFloat16>&);
+template bool read(PyObject*, Dense<Float16>&);
+template bool read(PyObject*, Dense<double>&);
+template bool read(PyObject*, Dense<int64_t>&);
+template bool read(PyObject*, Rows<float>&);
+template bool read(PyObject*, Rows<BFloat16>&);
+template bool read(PyObject*, Rows<Float16>&);
+template bool read(PyObject*, Rows<double>&);
+
+bool Memory::hold(PyObject* const* tensors, Py_ssize_t count) {
+  storages_.reserve(storages_.size() + static_cast<size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (tensors[i] == Py_None) continue;
+    Reference storage(PyObject_CallOneArg(functions.untyped_storage, tensors[i]));
+    if (storage == nullptr) return false;
+    storages_.push_back(std::move(storage));
+  }
+  return true;
+}
 
 Reference empty_like(PyObject* tensor) {
   return Reference(PyObject_CallOneArg(functions.empty_like, tensor));
@@ -124,10 +142,10 @@ int enable_exchange(PyObject* tensor, PyObject* parameter) {
   const Reference torch(PyImport_ImportModule("torch"));
   if (torch == nullptr) return -1;
   // These and the types are never given back: they live as long as torch.
-  functions = {PyObject_GetAttrString(tensor, "is_neg"),
-               PyObject_GetAttrString(tensor, "new_empty"),
-               PyObject_GetAttrString(tensor, "transpose"),
-               PyObject_GetAttrString(torch.get(), "empty_like")};
+  functions = {
+      PyObject_GetAttrString(tensor, "is_neg"), PyObject_GetAttrString(tensor, "untyped_storage"),
+      PyObject_GetAttrString(tensor, "new_empty"), PyObject_GetAttrString(tensor, "transpose"),
+      PyObject_GetAttrString(torch.get(), "empty_like")};
   if (PyErr_Occurred()) return -1;
   tensor_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(tensor));
   parameter_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(parameter));

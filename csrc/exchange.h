@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <vector>
 
 #include "cpu/problem.h"
 
@@ -17,8 +18,9 @@ struct Release {
 };
 using Reference = std::unique_ptr<PyObject, Release>;
 
-// A contiguous tensor with elements, on the CPU. Borrowed from the tensor, so what is read of it
-// must be used before Python code can run.
+// A contiguous tensor with elements, on the CPU. Borrowed from the tensor: Python code, and other
+// threads that get the interpreter's lock, can give the tensor other memory, and free this. So what
+// is read is used before any of that can run, unless Memory holds it.
 template <class Real>
 struct Dense {
   Real* data = nullptr;
@@ -52,22 +54,43 @@ struct Rows : Dense<Real> {
   }
 };
 
-// False if the object is anything else, or not enabled. `again`: it was read before, or made here.
+// Whether it is a tensor, of no derived class, that can be read: to be asked once of each that
+// Python brings, for read() cannot see all of it. May run Python code, and other threads.
+bool is_plain(PyObject* object);
+inline bool are_plain_or_none(PyObject* const* objects, Py_ssize_t count) {
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (objects[i] != Py_None && !is_plain(objects[i])) return false;
+  }
+  return true;
+}
+
+// False if the object is anything else, or not enabled. Runs no Python code.
 template <class Real>
-bool read(PyObject* object, Dense<Real>& dense, bool again = false);
+bool read(PyObject* object, Dense<Real>& dense);
 template <class Real>
-bool read(PyObject* object, Rows<Real>& rows, bool again = false);
+bool read(PyObject* object, Rows<Real>& rows);
 // The same of any strides.
 bool read_strided(PyObject* object, Rows<bool>& tensor);
-extern template bool read(PyObject*, Dense<float>&, bool);
-extern template bool read(PyObject*, Dense<BFloat16>&, bool);
-extern template bool read(PyObject*, Dense<Float16>&, bool);
-extern template bool read(PyObject*, Dense<double>&, bool);
-extern template bool read(PyObject*, Dense<int64_t>&, bool);
-extern template bool read(PyObject*, Rows<float>&, bool);
-extern template bool read(PyObject*, Rows<BFloat16>&, bool);
-extern template bool read(PyObject*, Rows<Float16>&, bool);
-extern template bool read(PyObject*, Rows<double>&, bool);
+extern template bool read(PyObject*, Dense<float>&);
+extern template bool read(PyObject*, Dense<BFloat16>&);
+extern template bool read(PyObject*, Dense<Float16>&);
+extern template bool read(PyObject*, Dense<double>&);
+extern template bool read(PyObject*, Dense<int64_t>&);
+extern template bool read(PyObject*, Rows<float>&);
+extern template bool read(PyObject*, Rows<BFloat16>&);
+extern template bool read(PyObject*, Rows<Float16>&);
+extern template bool read(PyObject*, Rows<double>&);
+
+// The memory of tensors that a call reads without the interpreter's lock: `tensor.data = other`
+// does not free it meanwhile.
+class Memory {
+ public:
+  // Of plain tensors, or None; false with a Python exception.
+  bool hold(PyObject* const* tensors, Py_ssize_t count);
+
+ private:
+  std::vector<Reference> storages_;
+};
 
 // New tensors, as the methods of that name make them; null with a Python exception.
 Reference empty_like(PyObject* tensor);

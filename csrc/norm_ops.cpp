@@ -107,7 +107,7 @@ NormGrads run_backward(const Arguments& a, const Tensor& gamma, double eps, Back
     grads.pass_on(b.grad_h_n);
   } else {
     const NormTable<Real>& table = norm_table<Real>();
-    run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
+    run_on_team(f, kBackwardPasses, table.backward_scratch_bytes, table.backward);
   }
   return grads.template give_back<7>();
 }

@@ -114,7 +114,7 @@ std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, PyObj
   if (found == list().end() || !(found->second.shape == shape)) return nullptr;
   Entry& entry = found->second;
   Dense<Stored> held;
-  if (!read(entry.memory.get(), held, true) || held.data != data) {
+  if (!read(entry.memory.get(), held) || held.data != data) {
     entry.version = kStale;  // it may come back, and other tensors change what it left
     return nullptr;
   }
@@ -124,6 +124,7 @@ std::shared_ptr<const Real> find_prepacked(const KernelTable<Real>& table, PyObj
     return nullptr;
   }
   if (entry.version != version || entry.table != &table) {
+    entry.version = kStale;  // packing may fail halfway
     pack(table, data, entry);
     entry.version = version;
   }

@@ -19,7 +19,7 @@ class RaggedRows {
   // False unless these are the batch sizes of a PackedSequence.
   bool read_batch_sizes(PyObject* object) {
     Dense<int64_t> sizes;
-    if (!read(object, sizes) || sizes.ndim != 1) return false;
+    if (!is_plain(object) || !read(object, sizes) || sizes.ndim != 1) return false;
     std::vector<int64_t>& before = order_.alive_before;
     before.reserve(static_cast<size_t>(sizes.width()) + 1);
     before.assign(1, 0);
@@ -37,7 +37,7 @@ class RaggedRows {
   // False unless it is a plain vector of them.
   bool read_lengths(PyObject* object) {
     Dense<int64_t> given;
-    if (!read(object, given) || given.ndim != 1) return false;
+    if (!is_plain(object) || !read(object, given) || given.ndim != 1) return false;
     lengths_.assign(given.data, given.data + given.width());
     return std::ranges::all_of(lengths_, [](int64_t length) { return length >= 0; });
   }

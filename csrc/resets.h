@@ -15,7 +15,7 @@ class Resets {
   // False unless it is a plain (T, B), (B, T) if turned, or (T). May throw std::bad_alloc.
   bool read(PyObject* object, bool turned) {
     Rows<bool> given;
-    if (!read_strided(object, given) || given.ndim > 2) return false;
+    if (!is_plain(object) || !read_strided(object, given) || given.ndim > 2) return false;
     ndim_ = given.ndim;
     const int t_dim = ndim_ == 2 && turned ? 1 : 0, b_dim = 1 - t_dim;
     steps_ = given.shape[t_dim];

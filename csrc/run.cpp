@@ -11,7 +11,7 @@ void run_forward_kernel(const KernelTable<Real>& table, const Forward<Real>& f) 
 }
 template <class Real>
 void run_backward_kernel(const KernelTable<Real>& table, const Backward<Real>& f) {
-  run_on_team(f, 3, table.backward_scratch_bytes, table.backward);
+  run_on_team(f, kBackwardPasses, table.backward_scratch_bytes, table.backward);
 }
 
 template void run_forward_kernel(const KernelTable<float>&, const Forward<float>&);

@@ -28,6 +28,8 @@ bool Signals::look() {
   if (now - last_ < kPollEvery) return false;
   last_ = now;
   if (!may_be_main_thread()) return false;
+  // A call that has kept the lock reads memory that a handler could free; and it is brief.
+  if (PyGILState_Check() != 0) return false;
   const pybind11::gil_scoped_acquire locked;
   raised_ = PyErr_CheckSignals() != 0;
   return raised_;

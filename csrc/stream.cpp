@@ -156,13 +156,16 @@ class Stream {
   }
 
   int64_t state_size() const { return stack_->shape().layers * stack_->shape().H; }
-  static int64_t as_integer(const py::object& token) {
+  int64_t as_integer(const py::object& token) const {
     // Not py::cast, which goes on to __int__: that cuts off fractions.
     const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(token.ptr()));
     const int64_t value = index ? PyLong_AsLongLong(index.ptr()) : -1;
     if (value == -1 && PyErr_Occurred() != nullptr) {
-      const bool type = PyErr_ExceptionMatches(PyExc_TypeError) != 0;
-      if (!type && PyErr_ExceptionMatches(PyExc_OverflowError) == 0) throw py::error_already_set();
+      if (PyErr_ExceptionMatches(PyExc_OverflowError) != 0) {
+        PyErr_Clear();
+        complain("token", "0 to " + std::to_string(stack_->shape().tokens), py::str(index));
+      }
+      if (PyErr_ExceptionMatches(PyExc_TypeError) == 0) throw py::error_already_set();
       PyErr_Clear();
       complain_of_type("token", "an integer", token);
     }
