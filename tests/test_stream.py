@@ -190,13 +190,18 @@ def test_frames_of_another_type_are_named(bad, given):
         stream.push(bad)
 
 
+@pytest.mark.parametrize("token", [2**70, -(2**70)])
+def test_a_token_beyond_any_integer_of_c_is_out_of_range(token):
+    with pytest.raises(ValueError, match=f"token: expected 0 to 5, got {token}"):
+        Stream(GRULanguageModel(5, None, 8)).step(token)
+
+
 @pytest.mark.parametrize(
     ("bad", "given"),
     [
         (1.5, "float"),
         (np.float32(1.5), "float32"),
         (torch.tensor(1.5), "an array of float32"),
-        (2**70, "int"),
         (None, "NoneType"),
         ([1], "list"),
         (torch.tensor([1]), "an array of int64"),
