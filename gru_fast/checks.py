@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,29 @@ def check_cell(cell: str) -> None:
     """Raise RuntimeError unless cell is a known one."""
     if cell not in GATES:
         raise RuntimeError(f"cell: expected one of {', '.join(map(repr, GATES))}, got {cell!r}")
+
+
+def weight_names(kinds: Sequence[str], count: int, num_layers: int, directions: int) -> list[str]:
+    """Names of all weights of a stack in their order; `kinds` may have some that it lacks."""
+    own = kinds[: count // (num_layers * directions)]
+    return [
+        f"{kind}_l{layer}{suffix}"
+        for layer in range(num_layers)
+        for suffix in ("", "_reverse")[:directions]
+        for kind in own
+    ]
+
+
+def check_strided(tensors: Mapping[str, Tensor | None]) -> None:
+    """Raise RuntimeError if one, by the caller's name, is sparse or in a layout of MKL-DNN.
+
+    What is no Tensor, or a nested one, is left to others.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.layout not in (torch.strided, torch.jagged):
+            raise RuntimeError(
+                f"{name}: expected a dense tensor, got {tensor.layout}: call .to_dense() on it"
+            ) from None
 
 
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], axes: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import direct, direct_training, heads
+from gru_fast.checks import check_strided, weight_names
 from gru_fast.dropout import state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
 from gru_fast.recurrence import layer, layer_with_gates, scan
@@ -73,28 +74,32 @@ def gru_cell(
         raise ValueError(f"input: expected 1 or 2 dimensions, got {input.dim()}")
     if hx is not None and hx.dim() not in (1, 2):
         raise ValueError(f"hx: expected 1 or 2 dimensions, got {hx.dim()}")
-    check_input_width(input, weight_ih)
-    batched = input.dim() == 2
-    x = input.unsqueeze(0) if batched else input[None, None]
-    if hx is None:
-        h0 = x.new_zeros(1, x.shape[1], weight_hh.shape[1])
-    else:
-        if hx.dim() != input.dim():
-            raise RuntimeError(f"hx: expected {input.dim()} dimensions like input, got {hx.dim()}")
-        h0 = hx.unsqueeze(0) if batched else hx[None, None]
-    expected = (1, x.shape[1], weight_hh.shape[1])
-    if h0.shape != expected:
-        wanted = expected[1:] if batched else expected[2:]
-        raise RuntimeError(
-            f"hx: expected shape {wanted}, got {tuple(hx.shape) if hx is not None else None}"
-        )
-    dtype = h0.dtype
-    x, h0 = matching(x, h0, weight_ih)
-    grouped: list[Any] = [None if w is None else w.unsqueeze(0) for w in weights]
     try:
+        check_input_width(input, weight_ih)
+        batched = input.dim() == 2
+        x = input.unsqueeze(0) if batched else input[None, None]
+        if hx is None:
+            h0 = x.new_zeros(1, x.shape[1], weight_hh.shape[1])
+        else:
+            if hx.dim() != input.dim():
+                raise RuntimeError(
+                    f"hx: expected {input.dim()} dimensions like input, got {hx.dim()}"
+                )
+            h0 = hx.unsqueeze(0) if batched else hx[None, None]
+        expected = (1, x.shape[1], weight_hh.shape[1])
+        if h0.shape != expected:
+            wanted = expected[1:] if batched else expected[2:]
+            raise RuntimeError(
+                f"hx: expected shape {wanted}, got {tuple(hx.shape) if hx is not None else None}"
+            )
+        dtype = h0.dtype
+        x, h0 = matching(x, h0, weight_ih)
+        grouped: list[Any] = [None if w is None else w.unsqueeze(0) for w in weights]
         output, _ = layer(x, h0, *grouped, cell=cell, backend=backend)
     except RuntimeError:
-        check_devices(input, weight_ih, hx=hx)  # the operator has names of its own
+        # Only now, and not before each call, which costs: the operator has names of its own.
+        check_strided({"input": input, "hx": hx, **dict(zip(WEIGHTS, weights, strict=True))})
+        check_devices(input, weight_ih, hx=hx)
         raise
     # Not output[0], which is a view to autograd: `h.detach_()` would be refused.
     state: Tensor = torch.ops.aten._unsafe_view(output, output.shape[1 if batched else 2 :])
@@ -296,6 +301,5 @@ def _check_params(
         )
     for k, weight in enumerate(params):
         if weight is None:
-            layer, place = divmod(k // per, 2 if bidirectional else 1)
-            name = f"{WEIGHTS[k % per]}_l{layer}{'_reverse' if place else ''}"
+            name = weight_names(WEIGHTS, expected, num_layers, 2 if bidirectional else 1)[k]
             raise TypeError(f"{name} should be a Tensor, got: NoneType")

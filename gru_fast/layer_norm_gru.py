@@ -26,6 +26,8 @@ from gru_fast.stack import run_layers, state_shape
 
 __all__ = ["LayerNormGRU"]
 
+_KINDS = ("weight_ih", "weight_hh", "gamma_ih", "gamma_hh", "bias_ih", "bias_hh")
+
 
 class LayerNormGRU(Recurrent):
     """Multi-layer GRU whose gate products are layer-normalised; its interface is `GRU`'s.
@@ -223,6 +225,7 @@ class LayerNormGRU(Recurrent):
             dropout=self.dropout if self.training else 0.0,
             bidirectional=self.bidirectional,
             batch_first=self.batch_first,
+            kinds=_KINDS,
             lengths=lengths,
             reset_mask=reset_mask,
             reset_state=reset_state,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast.checks import check_batch_sizes, check_rows
+from gru_fast.checks import check_batch_sizes, check_rows, check_strided, weight_names
 from gru_fast.dropout import Dropout, PackedDropout
 from gru_fast.recurrence import BOTH, FORWARD, grouped
+from gru_fast.reference import WEIGHTS
 
 __all__ = [
     "check_devices",
@@ -37,6 +38,7 @@ def run_layers(
     bidirectional: bool,
     batch_first: bool,
     num_heads: int = 1,
+    kinds: Sequence[str] = WEIGHTS,
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
@@ -60,6 +62,7 @@ def run_layers(
         bidirectional: as in `gru`.
         batch_first: as in `gru`.
         num_heads: as in `gru`; weight_hh has a num_heads-th of the state's columns.
+        kinds: what errors call the tensors of one layer and direction.
         lengths: as in `gru`.
         reset_mask: as in `gru`.
         reset_state: as in `gru`.
@@ -72,47 +75,49 @@ def run_layers(
         ValueError: as `gru`.
         RuntimeError: as `gru`.
     """
-    if isinstance(input, PackedSequence):
-        return _run_packed(
-            input, hx, params, run, run_plain, num_layers, dropout, bidirectional, batch_first,
-            num_heads, lengths, reset_mask, reset_state, h_scale,
-        )  # fmt: skip
-    batched = input.dim() == 3
-    if not (lengths is reset_mask is reset_state is None):
-        check_rows(input.shape[:-1], batch_first, lengths, reset_mask, reset_state)
-        # They come from a loader as often as from the model.
-        lengths = None if lengths is None else lengths.to(input.device)
-    if not batched:
-        if input.dim() != 2:
-            raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
-        _check_dims("an unbatched", 2, hx, reset_state, h_scale)
-        x = input.unsqueeze(1)
-        hx = None if hx is None else hx.unsqueeze(1)
-        lengths = None if lengths is None else lengths.reshape(1)
-        reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
-        reset_state = None if reset_state is None else reset_state.unsqueeze(1)
-        h_scale = None if h_scale is None else h_scale.unsqueeze(1)
-    else:
-        _check_dims("a batched", 3, hx, reset_state, h_scale)
-        x = input
-        if batch_first:
-            x = x.transpose(0, 1)
-            reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
-    drop = Dropout(dropout) if dropout and num_layers > 1 else None
     try:
+        if isinstance(input, PackedSequence):
+            return _run_packed(
+                input, hx, params, run, run_plain, num_layers, dropout, bidirectional, batch_first,
+                num_heads, lengths, reset_mask, reset_state, h_scale,
+            )  # fmt: skip
+        batched = input.dim() == 3
+        if not (lengths is reset_mask is reset_state is None):
+            check_rows(input.shape[:-1], batch_first, lengths, reset_mask, reset_state)
+            # They come from a loader as often as from the model.
+            lengths = None if lengths is None else lengths.to(input.device)
+        if not batched:
+            if input.dim() != 2:
+                raise ValueError(f"input: expected 2 or 3 dimensions, got {input.dim()}")
+            _check_dims("an unbatched", 2, hx, reset_state, h_scale)
+            x = input.unsqueeze(1)
+            hx = None if hx is None else hx.unsqueeze(1)
+            lengths = None if lengths is None else lengths.reshape(1)
+            reset_mask = None if reset_mask is None else reset_mask.unsqueeze(1)
+            reset_state = None if reset_state is None else reset_state.unsqueeze(1)
+            h_scale = None if h_scale is None else h_scale.unsqueeze(1)
+        else:
+            _check_dims("a batched", 3, hx, reset_state, h_scale)
+            x = input
+            if batch_first:
+                x = x.transpose(0, 1)
+                reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
+        drop = Dropout(dropout) if dropout and num_layers > 1 else None
         output, h_n = _stack(
             x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
             reset_state, h_scale, drop, run_plain,
         )  # fmt: skip
+        if not batched:
+            return output.squeeze(1), h_n.squeeze(1)
+        return (output.transpose(0, 1) if batch_first else output), h_n
     except RuntimeError:
         # Only now, and not before each call, which costs: the ops have names of their own.
-        check_devices(
-            x, params[0], hx=hx, reset_mask=reset_mask, reset_state=reset_state, h_scale=h_scale
-        )
+        data = input.data if isinstance(input, PackedSequence) else input
+        states = {"hx": hx, "reset_state": reset_state, "h_scale": h_scale}
+        names = weight_names(kinds, len(params), num_layers, 2 if bidirectional else 1)
+        check_strided({"input": data, **states, **dict(zip(names, params, strict=False))})
+        check_devices(data, params[0], reset_mask=reset_mask, **states)
         raise
-    if not batched:
-        return output.squeeze(1), h_n.squeeze(1)
-    return (output.transpose(0, 1) if batch_first else output), h_n
 
 
 def _run_packed(
