@@ -42,6 +42,26 @@ def check_strided(tensors: Mapping[str, Tensor | None]) -> None:
             ) from None
 
 
+def check_directions(weights: Sequence[Tensor], kinds: Sequence[str], layer: int) -> None:
+    """Raise RuntimeError unless both directions of a layer have the same dtypes and shapes.
+
+    Stacked, tensors of two dtypes would become one of the wider. Under autocast they may differ, as
+    those of nn.GRU may.
+    """
+    half = len(weights) // 2
+    for kind, a, b in zip(kinds, weights[:half], weights[half:], strict=False):
+        if a.dtype != b.dtype and not torch._C._is_any_autocast_enabled():
+            what, *found = "dtype", a.dtype, b.dtype
+        elif a.shape != b.shape:
+            what, *found = "shape", tuple(a.shape), tuple(b.shape)
+        else:
+            continue
+        raise RuntimeError(
+            f"{kind}_l{layer} and {kind}_l{layer}_reverse: expected one {what}, "
+            f"got {found[0]} and {found[1]}"
+        )
+
+
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], axes: str) -> None:
     if tensor is not None and tuple(tensor.shape) != expected:
         raise RuntimeError(f"{name}: expected shape {axes} = {expected}, got {tuple(tensor.shape)}")

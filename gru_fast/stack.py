@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from gru_fast.checks import check_batch_sizes, check_rows, check_strided, weight_names
+from gru_fast.checks import (
+    check_batch_sizes,
+    check_directions,
+    check_rows,
+    check_strided,
+    weight_names,
+)
 from gru_fast.dropout import Dropout, PackedDropout
 from gru_fast.recurrence import BOTH, FORWARD, grouped
 from gru_fast.reference import WEIGHTS
@@ -79,7 +85,7 @@ def run_layers(
         if isinstance(input, PackedSequence):
             return _run_packed(
                 input, hx, params, run, run_plain, num_layers, dropout, bidirectional, batch_first,
-                num_heads, lengths, reset_mask, reset_state, h_scale,
+                num_heads, kinds, lengths, reset_mask, reset_state, h_scale,
             )  # fmt: skip
         batched = input.dim() == 3
         if not (lengths is reset_mask is reset_state is None):
@@ -104,7 +110,7 @@ def run_layers(
                 reset_mask = None if reset_mask is None else reset_mask.transpose(0, 1)
         drop = Dropout(dropout) if dropout and num_layers > 1 else None
         output, h_n = _stack(
-            x, hx, params, run, num_layers, bidirectional, num_heads, lengths, reset_mask,
+            x, hx, params, run, num_layers, bidirectional, num_heads, kinds, lengths, reset_mask,
             reset_state, h_scale, drop, run_plain,
         )  # fmt: skip
         if not batched:
@@ -131,6 +137,7 @@ def _run_packed(
     bidirectional: bool,
     batch_first: bool,
     num_heads: int,
+    kinds: Sequence[str],
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
@@ -171,12 +178,10 @@ def _run_packed(
         data, finals = _run_rows(rows, start, params, run_plain, num_layers, dropout, bidirectional)
     done = len(finals)
     if done < num_layers:
-        D = 2 if bidirectional else 1
-        per = len(params) // num_layers
         data, h_n = _run_padded(
-            PackedSequence(data, batch_sizes), start[done * D :], params[done * per :], run,
-            num_layers - done, dropout, bidirectional, num_heads, sort(reset_mask),
-            sort(reset_state), sort(h_scale),
+            PackedSequence(data, batch_sizes), start, params, run, num_layers, dropout,
+            bidirectional, num_heads, kinds, sort(reset_mask), sort(reset_state), sort(h_scale),
+            done,
         )  # fmt: skip
         finals.append(h_n)
     h_n = finals[0] if len(finals) == 1 else torch.cat(finals)
@@ -249,17 +254,19 @@ def _run_padded(
     dropout: float,
     bidirectional: bool,
     num_heads: int,
+    kinds: Sequence[str],
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
     h_scale: Tensor | None,
+    first: int,
 ) -> tuple[Tensor, Tensor]:
-    """Layers over (T, B, I): the rows of the output, and the last states."""
+    """Layers from the first on over (T, B, I): the rows of the output, and the last states."""
     x, lengths = padded(input.data, input.batch_sizes)
     packs = len(lengths) > 0  # nn.GRU takes no rows, pack_padded_sequence refuses them
     drop = PackedDropout(dropout, lengths) if dropout and num_layers > 1 and packs else None
     output, h_n = _stack(
-        x, hx, params, run, num_layers, bidirectional, num_heads, lengths.to(x.device),
-        reset_mask, reset_state, h_scale, drop,
+        x, hx, params, run, num_layers, bidirectional, num_heads, kinds, lengths.to(x.device),
+        reset_mask, reset_state, h_scale, drop, first=first,
     )  # fmt: skip
     return pack_padded_sequence(output, lengths).data if packs else output.flatten(0, 1), h_n
 
@@ -272,18 +279,21 @@ def _stack(
     num_layers: int,
     bidirectional: bool,
     num_heads: int,
+    kinds: Sequence[str],
     lengths: Tensor | None,
     reset_mask: Tensor | None,
     reset_state: Tensor | None,
     h_scale: Tensor | None,
     drop: Callable[[Tensor], Tensor] | None,
     run_plain: Callable[..., tuple[Tensor, Tensor] | None] | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """All layers over time-major (T, B, I)."""
+    """All layers from the first on over its time-major input (T, B, *)."""
     D = 2 if bidirectional else 1
     per = len(params) // (num_layers * D)
     B, H = x.shape[1], params[1].shape[-1] * num_heads
-    check_input_width(x, params[0])
+    if first == 0:
+        check_input_width(x, params[0])
     if hx is None:
         hx = x.new_zeros(num_layers * D, B, H)
     else:
@@ -300,7 +310,7 @@ def _stack(
     if not (reset_state is h_scale is None):
         run_plain = None
     finals: list[Tensor] = []
-    for k in range(num_layers):
+    for k in range(first, num_layers):
         own = params[k * D * per : (k + 1) * D * per]
         rows = slice(k * D, (k + 1) * D)
         h0 = hx if num_layers == 1 else hx[rows]
@@ -308,6 +318,8 @@ def _stack(
         if run_plain is not None:
             done = run_plain(x, h0, own, D, lengths=lengths, reset_mask=reset_mask)
         if done is None:
+            if bidirectional:
+                check_directions(own, kinds, k)
             done = run(
                 x,
                 h0,
@@ -322,7 +334,7 @@ def _stack(
         finals.append(h_n)
         if drop is not None and k + 1 < num_layers:
             x = drop(x)
-    h_n = finals[0] if num_layers == 1 else torch.cat(finals)
+    h_n = finals[0] if len(finals) == 1 else torch.cat(finals)
     if x.dtype != dtype and x.is_cpu:
         dtype = result_dtype(dtype)
         return x.to(dtype), h_n.to(dtype)

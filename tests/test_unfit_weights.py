@@ -15,6 +15,8 @@ from gru_fast import functional
 
 I, H = 3, 4  # noqa: E741
 
+Layer = type[gru_fast.GRU] | type[gru_fast.LayerNormGRU]
+
 
 def with_weight(module: Any, name: str, change: Callable[[Tensor], Tensor]) -> Any:
     """The module with one of its weights changed."""
@@ -97,6 +99,130 @@ def test_a_layer_with_norms_names_its_gain() -> None:
     rnn = with_weight(gru_fast.LayerNormGRU(I, H), "gamma_hh_l0", Tensor.to_sparse)
     with refused(not_dense("gamma_hh_l0", "sparse_coo")):
         rnn(torch.randn(5, 2, I))
+
+
+DIRECTIONS = [
+    ("weight_ih_l0", "weight_ih_l0_reverse"),
+    ("weight_hh_l1", "weight_hh_l1_reverse"),
+    ("bias_ih_l0", "bias_ih_l0_reverse"),
+    ("bias_hh_l1", "bias_hh_l1_reverse"),
+]
+
+
+@with_and_without_grad
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("first", "second"), DIRECTIONS)
+def test_both_directions_have_one_dtype(
+    first: str, second: str, packed: bool, dtype: torch.dtype, grad: bool
+) -> None:
+    rnn = with_weight(gru_fast.GRU(I, H, 2, bidirectional=True), second, lambda w: w.to(dtype))
+    theirs = nn.GRU(I, H, 2, bidirectional=True)
+    with_weight(theirs, second, lambda w: w.to(dtype))
+    x: Any = rows() if packed else torch.randn(5, 2, I)
+    with pytest.raises(RuntimeError):
+        theirs(x)
+    message = f"{first} and {second}: expected one dtype, got torch.float32 and {dtype}"
+    with torch.set_grad_enabled(grad), refused(message):
+        rnn(x)
+
+
+@pytest.mark.parametrize("cls", [gru_fast.GRU, gru_fast.LayerNormGRU])
+def test_a_whole_direction_of_another_dtype(cls: Layer) -> None:
+    rnn = cls(I, H, bidirectional=True)
+    for name, _ in list(rnn.named_parameters()):
+        if name.endswith("_reverse"):
+            with_weight(rnn, name, Tensor.half)
+    with pytest.raises(RuntimeError, match=r"^weight_ih_l0 and weight_ih_l0_reverse: expected one"):
+        rnn(torch.randn(5, 2, I))
+
+
+def test_a_gain_of_another_dtype() -> None:
+    rnn = gru_fast.LayerNormGRU(I, H, bidirectional=True, bias=False)
+    with_weight(rnn, "gamma_hh_l0_reverse", Tensor.half)
+    with pytest.raises(RuntimeError, match=r"^gamma_hh_l0 and gamma_hh_l0_reverse: expected one"):
+        rnn(torch.randn(5, 2, I))
+
+
+def test_under_autocast_the_dtypes_of_directions_may_differ() -> None:
+    """As those of nn.GRU may, whose products cast them."""
+    rnn = gru_fast.GRU(I, H, bidirectional=True)
+    theirs = nn.GRU(I, H, bidirectional=True)
+    theirs.load_state_dict(rnn.state_dict())
+    x = torch.randn(5, 2, I)
+    for module in (rnn, theirs):
+        for name, _ in list(module.named_parameters()):
+            if name.endswith("_reverse"):
+                with_weight(module, name, Tensor.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(rnn(x)[0], theirs(x)[0], atol=0.05, rtol=0, check_dtype=False)
+
+
+@with_and_without_grad
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("first", "second"), DIRECTIONS)
+def test_both_directions_have_one_shape(first: str, second: str, packed: bool, grad: bool) -> None:
+    rnn = with_weight(gru_fast.GRU(I, H, 2, bidirectional=True), first, lambda w: w[:9])
+    whole = tuple(getattr(rnn, second).shape)
+    message = f"{first} and {second}: expected one shape, got {(9, *whole[1:])} and {whole}"
+    x: Any = rows() if packed else torch.randn(5, 2, I)
+    with torch.set_grad_enabled(grad), refused(message):
+        rnn(x)
+
+
+@with_and_without_grad
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kinds", [("weight_ih",), ("weight_ih", "weight_hh", "bias_ih")])
+def test_a_later_layer_of_another_dtype_is_not_the_inputs_fault(
+    kinds: tuple[str, ...], dtype: torch.dtype, grad: bool
+) -> None:
+    """A packed call raises what the others do."""
+    rnn = gru_fast.GRU(I, H, 2)
+    for kind in kinds:
+        with_weight(rnn, f"{kind}_l1", lambda w: w.to(dtype))
+    texts = []
+    for x in (torch.randn(5, 2, I), rows()):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as caught:
+            rnn(x)
+        texts.append(str(caught.value).splitlines()[0])
+    assert "weight_ih: expected the dtype of the input" in texts[0]
+    assert texts[1] == texts[0]
+
+
+def test_a_later_layer_of_another_width_is_not_the_inputs_fault() -> None:
+    rnn = with_weight(gru_fast.GRU(I, H, 2), "weight_ih_l1", lambda w: w[:, :3])
+    for x in (torch.randn(5, 2, I), rows()):
+        with pytest.raises(RuntimeError, match="weight_ih: expected shape"):
+            rnn(x)
+
+
+def test_one_graph_of_two_directions(fresh_compiler: None) -> None:
+    rnn = gru_fast.GRU(I, H, 2, bidirectional=True)
+    x = torch.randn(5, 2, I)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)[0], rnn(x)[0])
+    for name, _ in list(rnn.named_parameters()):
+        if name.endswith("_reverse"):
+            with_weight(rnn, name, Tensor.half)
+    with pytest.raises(Exception, match="expected one dtype"):
+        compiled(x)
+
+
+def test_directions_under_vmap() -> None:
+    modules = [gru_fast.GRU(I, H, bidirectional=True) for _ in range(2)]
+    params, _ = torch.func.stack_module_state(modules)  # type: ignore[arg-type]
+    params = {name: p.detach() for name, p in params.items()}
+    x = torch.randn(5, 2, I)
+
+    def call(weights: dict[str, Tensor]) -> Tensor:
+        output: Tensor = torch.func.functional_call(modules[0], weights, (x,))[0]
+        return output
+
+    expected = torch.stack([m(x)[0] for m in modules])
+    torch.testing.assert_close(torch.vmap(call)(params), expected)
+    params["bias_hh_l0_reverse"] = params["bias_hh_l0_reverse"].half()
+    with pytest.raises(RuntimeError, match=r"^bias_hh_l0 and bias_hh_l0_reverse: expected one"):
+        torch.vmap(call)(params)
 
 
 def test_functions_name_them_too() -> None:
