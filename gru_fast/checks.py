@@ -42,6 +42,13 @@ def check_strided(tensors: Mapping[str, Tensor | None]) -> None:
             ) from None
 
 
+def check_matrices(weights: Mapping[str, Tensor | None]) -> None:
+    """Raise RuntimeError if one of those named weight_* has not two dimensions."""
+    for name, weight in weights.items():
+        if weight is not None and name.startswith("weight") and weight.dim() != 2:
+            raise RuntimeError(f"{name}: expected 2 dimensions, got {weight.dim()}") from None
+
+
 def check_directions(weights: Sequence[Tensor], kinds: Sequence[str], layer: int) -> None:
     """Raise RuntimeError unless both directions of a layer have the same dtypes and shapes.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from gru_fast import direct, direct_training, heads
-from gru_fast.checks import check_strided, weight_names
+from gru_fast.checks import check_matrices, check_strided, weight_names
 from gru_fast.dropout import state_scale
 from gru_fast.gates import Gates, arranged, from_workspaces
 from gru_fast.recurrence import layer, layer_with_gates, scan
@@ -96,9 +96,11 @@ def gru_cell(
         x, h0 = matching(x, h0, weight_ih)
         grouped: list[Any] = [None if w is None else w.unsqueeze(0) for w in weights]
         output, _ = layer(x, h0, *grouped, cell=cell, backend=backend)
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         # Only now, and not before each call, which costs: the operator has names of its own.
-        check_strided({"input": input, "hx": hx, **dict(zip(WEIGHTS, weights, strict=True))})
+        named = dict(zip(WEIGHTS, weights, strict=True))
+        check_strided({"input": input, "hx": hx, **named})
+        check_matrices(named)
         check_devices(input, weight_ih, hx=hx)
         raise
     # Not output[0], which is a view to autograd: `h.detach_()` would be refused.

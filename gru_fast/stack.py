@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from gru_fast.checks import (
     check_batch_sizes,
     check_directions,
+    check_matrices,
     check_rows,
     check_strided,
     weight_names,
@@ -116,12 +117,14 @@ def run_layers(
         if not batched:
             return output.squeeze(1), h_n.squeeze(1)
         return (output.transpose(0, 1) if batch_first else output), h_n
-    except RuntimeError:
+    except (RuntimeError, IndexError):
         # Only now, and not before each call, which costs: the ops have names of their own.
         data = input.data if isinstance(input, PackedSequence) else input
         states = {"hx": hx, "reset_state": reset_state, "h_scale": h_scale}
         names = weight_names(kinds, len(params), num_layers, 2 if bidirectional else 1)
-        check_strided({"input": data, **states, **dict(zip(names, params, strict=False))})
+        weights = dict(zip(names, params, strict=False))
+        check_strided({"input": data, **states, **weights})
+        check_matrices(weights)
         check_devices(data, params[0], reset_mask=reset_mask, **states)
         raise
 

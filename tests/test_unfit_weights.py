@@ -171,6 +171,27 @@ def test_both_directions_have_one_shape(first: str, second: str, packed: bool, g
 
 
 @with_and_without_grad
+@pytest.mark.parametrize("dims", [0, 1, 3])
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh"])
+def test_a_weight_that_is_no_matrix(name: str, dims: int, grad: bool) -> None:
+    def changed(weight: Tensor) -> Tensor:
+        return {0: weight[0, 0], 1: weight[:, 0], 3: weight[None]}[dims]
+
+    message = ": expected 2 dimensions, got "
+    x, h = torch.randn(5, 2, I), torch.randn(1, 2, H)
+    with torch.set_grad_enabled(grad):
+        with refused(f"{name}{message}{dims}"):
+            with_weight(gru_fast.GRUCell(I, H), name, changed)(x[0], h[0])
+        calls: list[Any] = [(x,), (x, h), (rows(),), (rows(), h)]
+        for layer in range(2):
+            rnn = with_weight(gru_fast.GRU(I, H, 2), f"{name}_l{layer}", changed)
+            for input, *state in calls:
+                states = [s.expand(2, 2, H) for s in state]
+                with refused(f"{name}_l{layer}{message}{dims}"):
+                    rnn(input, *states)
+
+
+@with_and_without_grad
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kinds", [("weight_ih",), ("weight_ih", "weight_hh", "bias_ih")])
 def test_a_later_layer_of_another_dtype_is_not_the_inputs_fault(
