@@ -58,15 +58,12 @@ def check_directions(weights: Sequence[Tensor], kinds: Sequence[str], layer: int
     half = len(weights) // 2
     for kind, a, b in zip(kinds, weights[:half], weights[half:], strict=False):
         if a.dtype != b.dtype and not torch._C._is_any_autocast_enabled():
-            what, *found = "dtype", a.dtype, b.dtype
+            text = f"one dtype, got {a.dtype} and {b.dtype}"
         elif a.shape != b.shape:
-            what, *found = "shape", tuple(a.shape), tuple(b.shape)
+            text = f"one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
         else:
             continue
-        raise RuntimeError(
-            f"{kind}_l{layer} and {kind}_l{layer}_reverse: expected one {what}, "
-            f"got {found[0]} and {found[1]}"
-        )
+        raise RuntimeError(f"{kind}_l{layer} and {kind}_l{layer}_reverse: expected {text}")
 
 
 def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], axes: str) -> None:
