@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from gru_fast.errors import InputError
+from gru_fast.files import NEW, write_atomically
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.tokenizers import Tokenizer, load_tokenizer
 
@@ -29,7 +30,6 @@ __all__ = [
     "load_run",
     "reopen_run",
     "save_checkpoint",
-    "write_atomically",
 ]
 
 FORMAT = 1
@@ -37,26 +37,6 @@ CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 VOCABULARY = "vocabulary.json"
 MODEL = "model."
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace a file; whatever happens, it holds the old content or the new one.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    target = Path(path)
-    temporary = target.with_name(target.name + ".new")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # half a file would only fill a disk that may be full
-        raise InputError(f"{target}: {error.strerror}; cannot write there") from None
 
 
 @contextlib.contextmanager
@@ -185,29 +165,34 @@ def create_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> No
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # What there is before config.json is left of a call that did not come to its end.
-        taken = {path.name for path in folder.iterdir()} - {VOCABULARY, CONFIG + ".new"}
+        left = {VOCABULARY, VOCABULARY + NEW, CONFIG + NEW}
+        taken = {path.name for path in folder.iterdir()} - left
     except FileExistsError:
         taken = {folder.name}
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}; cannot make that folder") from None
     if taken:
         raise InputError(f"{folder} is there already; --resume goes on, or choose another --out")
-    try:
-        tokenizer.save(folder / VOCABULARY)
-    except OSError as error:
-        raise InputError(f"{folder / VOCABULARY}: {error.strerror}; cannot write there") from None
+    tokenizer.save(folder / VOCABULARY)
     save_config(folder, config)
 
 
-def reopen_run(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
+def reopen_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, str]:
     """Prepare a run to be gone on with; other steps or another device go into `config.json`.
+
+    A vocabulary that is missing or damaged is written again: the corpus has the same digest.
+
+    Args:
+        folder: The run's.
+        config: As it is now.
+        tokenizer: Of the corpus.
 
     Returns:
         The number of steps done, and a sentence on where it stands.
 
     Raises:
-        InputError: A file is missing or damaged, `config` is not the run's but for its steps and
-            device, or the run has as many steps already.
+        InputError: Another file is missing or damaged, `config` is not the run's but for its steps
+            and device, `tokenizer` is not the run's, or the run has as many steps already.
     """
     stored = load_config(folder)
     config = json.loads(json.dumps(config))
@@ -220,6 +205,14 @@ def reopen_run(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
                     f"{folder} was trained with {part} {name} = {before}, now it is {value}; "
                     "--resume can change --steps and --device only"
                 )
+    vocabulary = None
+    with contextlib.suppress(InputError):
+        vocabulary = load_tokenizer(folder / VOCABULARY)
+    if vocabulary is not None and vocabulary.tokens != tokenizer.tokens:
+        raise InputError(
+            f"{folder / VOCABULARY} is not that of the corpus; restore it, or delete it and it is "
+            "written again"
+        )
     path = folder / CHECKPOINT
     done = int(load_checkpoint(path)[1]["step"]) if path.exists() else 0
     steps, before = config["training"]["steps"], stored["training"]["steps"]
@@ -235,6 +228,9 @@ def reopen_run(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
     if before not in (None, device):
         stored.setdefault("changes", []).append({"after_step": done, "device": before})
         status += f"; on {device} from here, before it was {before}: the bits may differ"
+    if vocabulary is None:
+        tokenizer.save(folder / VOCABULARY)
+        status += f"; {VOCABULARY} was missing or damaged, it is written again"
     save_config(folder, {**stored, **config})
     return done, status
 

@@ -155,7 +155,7 @@ def _train_on(
     done = 0
     with checkpoint.claimed(out):
         if resume:
-            done, status = checkpoint.reopen_run(out, config)
+            done, status = checkpoint.reopen_run(out, config, tokenizer)
             say(status)
         report = _fit(model, data, options, out, save_every, done)
     first, last = report.held_out[0][1], report.held_out[-1][1]

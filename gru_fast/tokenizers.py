@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gru_fast.errors import InputError
+from gru_fast.files import write_atomically
 
 __all__ = ["EOS", "UNKNOWN", "CharacterTokenizer", "Tokenizer", "WordTokenizer", "load_tokenizer"]
 
@@ -82,10 +83,14 @@ class Tokenizer:
         return self._join(texts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the vocabulary as JSON."""
+        """Write the vocabulary as JSON; a file that was there is replaced as a whole.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         content = {"format": _FORMAT, "kind": self.kind, "tokens": self.tokens}
         text = json.dumps(content, ensure_ascii=False, indent=0)
-        Path(path).write_text(text + "\n", encoding="utf-8", newline="\n")
+        write_atomically(path, (text + "\n").encode())
 
     def _split(self, text: str) -> Sequence[str]:
         raise NotImplementedError

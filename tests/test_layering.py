@@ -58,6 +58,7 @@ LAYERS = [
         "autocast",
         "checks",
         "errors",
+        "files",
         "measured",
         "reference",
         "reference_*",

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from gru_fast import GRULanguageModel, checkpoint, training
-from gru_fast.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from gru_fast.checkpoint import load_checkpoint, save_checkpoint
 from gru_fast.errors import InputError
+from gru_fast.files import write_atomically
 from gru_fast.sampling import PADDING
 from gru_fast.tokenizers import EOS
 from gru_fast.training import Lines, Text, TrainingOptions, lines_loss, text_loss, train
