@@ -23,7 +23,7 @@ from gru_fast.commands import SEED, Commands, Count, Finite, refusing_values, ru
 from gru_fast.errors import InputError
 from gru_fast.gru import GRU
 from gru_fast.tokenizers import EOS
-from gru_fast.trace import plot_gates, trace
+from gru_fast.trace import image_formats, plot_gates, trace
 from gru_fast.training import lines_loss, text_loss
 
 __all__ = ["cli"]
@@ -85,15 +85,23 @@ def _trace(run: str, text: str, temperature: float, seed: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Image to write.")
 def _gates(run: str, text: str, out: Path) -> None:
     """Draw the gates of the model of RUN while TEXT is fed."""
-    loaded = load_run(run)
     try:
-        plot_gates(loaded.model, loaded.tokenizer, text).savefig(out, dpi=120)
+        formats = image_formats()
+        # matplotlib would add a suffix of its own, and write beside a folder.
+        if out.suffix[1:].lower() not in formats:
+            raise InputError(
+                f"{out}: expected a path of an image, such as x.png; it may end with "
+                + ", ".join(f".{name}" for name in formats)
+            )
+        if out.is_dir():
+            raise InputError(f"{out} is a folder; expected a path of an image, such as x.png")
+        loaded = load_run(run)
+        with refusing_values():  # an image of too many layers
+            plot_gates(loaded.model, loaded.tokenizer, text).savefig(out, dpi=120)
     except ModuleNotFoundError as error:
         raise InputError(f"gates needs {error.name}: pip install 'gru_fast[plot]'") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{out}: {error}; expected a path of an image, such as x.png") from None
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror or error}; cannot write there") from None
     say(f"wrote {out}")
 
 

@@ -15,7 +15,7 @@ from gru_fast.reference_sampling import draw, uniform
 from gru_fast.sampled_model import a_weight
 from gru_fast.tokenizers import EOS, Tokenizer
 
-__all__ = ["gate_values", "plot_gates", "trace"]
+__all__ = ["gate_values", "image_formats", "plot_gates", "trace"]
 
 _TOP = 3
 
@@ -158,3 +158,14 @@ def plot_gates(model: GRULanguageModel, tokenizer: Tokenizer, text: str) -> Any:
         figure.colorbar(image, ax=axes)
     axes.set_xlabel("fed x<t> (0: the zero vector)")
     return figure
+
+
+def image_formats() -> list[str]:
+    """What the name of a file that `plot_gates(...).savefig` writes may end with.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    return sorted(Figure().canvas.get_supported_filetypes())

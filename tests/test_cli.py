@@ -112,11 +112,29 @@ def test_gates_are_drawn(names_run, tmp_path):
     pytest.importorskip("matplotlib")
     call("gates", names_run, "bada", "--out", tmp_path / "g.png")
     assert (tmp_path / "g.png").read_bytes()[:4] == b"\x89PNG"
-    assert "expected a path of an image" in refused(
-        "gates", names_run, "b", "--out", tmp_path / "g.x"
-    )
     message = refused("gates", names_run, "#", "--out", tmp_path / "g.png")
     assert "'#'" in message and "expected a path of an image" not in message
+
+
+def test_gates_are_written_where_it_was_said_or_not_at_all(names_run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    for out in ("g", "g.x", "", ".", ".png", tmp_path):
+        message = refused("gates", "no-run", "b", "--out", out)
+        assert "expected a path of an image, such as x.png; it may end with" in message
+        assert ".pdf, " in message and ".svg" in message
+    message = refused("gates", "no-run", "b", "--out", "folder.png")
+    assert message.startswith("gru-fast: folder.png is a folder; expected")
+    assert os.listdir(tmp_path) == ["folder.png"] and not os.listdir("folder.png")
+    call("gates", names_run, "b", "--out", "g.PNG")
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "g.PNG"]
+    message = refused("gates", names_run, "b", "--out", "none/g.png")
+    assert message == "gru-fast: none/g.png: No such file or directory; cannot write there"
+    if os.path.exists("/dev/full"):
+        os.symlink("/dev/full", "full.png")
+        message = refused("gates", names_run, "b", "--out", "full.png")
+        assert message == "gru-fast: full.png: No space left on device; cannot write there"
 
 
 def test_gates_of_texts_that_look_like_formulas(tmp_path):
