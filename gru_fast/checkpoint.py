@@ -38,6 +38,22 @@ CONFIG = "config.json"
 VOCABULARY = "vocabulary.json"
 MODEL = "model."
 
+# What config.json holds besides its format; in runs of before `training` has no device.
+_TEXT, _WHOLE, _REAL = (str,), (int,), (int, float)
+_OPTIONAL = (int, type(None))
+_CONTENT: dict[str, dict[str, tuple[type, ...]]] = {
+    "model": {
+        "vocab_size": _WHOLE, "embedding_size": _OPTIONAL, "hidden_size": _WHOLE,
+        "num_layers": _WHOLE, "cell": _TEXT, "dropout": _REAL, "tie_weights": (bool,),
+    },
+    "corpus": {"source": _TEXT, "mode": _TEXT, "sha256": _TEXT},
+    "tokens": {"kind": _TEXT, "max_words": _OPTIONAL},
+    "training": {
+        "steps": _WHOLE, "batch": _WHOLE, "chunk": _WHOLE, "max_length": _WHOLE, "lr": _REAL,
+        "clip": _REAL, "seed": _WHOLE,
+    },
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
@@ -94,6 +110,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
         meta = json.loads(header["__metadata__"]["gru_fast"])
         if meta["format"] != FORMAT:
             raise InputError(f"{path}: expected format {FORMAT}, got {meta['format']!r}")
+        if type(meta["step"]) is not int:
+            raise TypeError("step: expected a number")
         return tensors, meta
     except InputError:
         raise
@@ -146,9 +164,9 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     try:
         model = GRULanguageModel(**config["model"])
         load_model(model, tensors)
-        if model.vocab_size != len(tokenizer) or config["corpus"]["mode"] not in ("lines", "text"):
+        if model.vocab_size != len(tokenizer):
             raise ValueError("files of different runs")
-        return Run(folder, model.eval(), tokenizer, config, int(meta["step"]))
+        return Run(folder, model.eval(), tokenizer, config, meta["step"])
     except (ValueError, KeyError, TypeError, RuntimeError):
         raise InputError(
             f"{folder}: {CONFIG}, {VOCABULARY} and {CHECKPOINT} do not fit together; "
@@ -198,7 +216,7 @@ def reopen_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tu
     config = json.loads(json.dumps(config))
     for part, values in config.items():
         for name, value in values.items():
-            before = stored.get(part, {}).get(name)
+            before = stored[part].get(name)
             # A corpus may have moved: its digest is compared.
             if before != value and name not in ("steps", "source", "device"):
                 raise InputError(
@@ -214,7 +232,7 @@ def reopen_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tu
             "written again"
         )
     path = folder / CHECKPOINT
-    done = int(load_checkpoint(path)[1]["step"]) if path.exists() else 0
+    done = load_checkpoint(path)[1]["step"] if path.exists() else 0
     steps, before = config["training"]["steps"], stored["training"]["steps"]
     status = f"{folder} has {done:,} of {steps:,} steps"
     if steps != before:
@@ -246,13 +264,28 @@ def load_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
             raise InputError(f"{path}: expected format {FORMAT}, got {config['format']!r}")
+        _check_content(config)
         return dict(config)
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a run of gru-fast train") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged; train again, or restore it") from None
+
+
+def _check_content(config: dict[str, Any]) -> None:
+    """Raise what `load_config` makes an `InputError` of unless all is there, of its type."""
+    for part, types in _CONTENT.items():
+        for name, allowed in types.items():
+            if type(config[part][name]) not in allowed:
+                raise TypeError(f"{part} {name}: another type")
+    if config["corpus"]["mode"] not in ("lines", "text"):
+        raise ValueError("corpus mode: neither lines nor text")
+    if not isinstance(config["training"].get("device", ""), str):
+        raise TypeError("training device: another type")
+    if not isinstance(config.get("changes", []), list):
+        raise TypeError("changes: another type")
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:

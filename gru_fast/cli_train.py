@@ -84,21 +84,15 @@ _STORED = {
     "dropout": ("model", "dropout"),
     **{field.name: ("training", field.name) for field in dataclasses.fields(TrainingOptions)},
 }
-_MAY_BE_NONE = {"max_words", "embedding"}
 
 
 def _options_of(out: Path) -> dict[str, Any]:
     """The options of `train` that the run in a folder was begun with."""
     config = checkpoint.load_config(out)
-    try:
-        options = {name: config[part][key] for name, (part, key) in _STORED.items()}
-        options["words"] = config["tokens"]["kind"] == WordTokenizer.kind
-        if "device" in config["training"]:  # not in runs of before
-            options["device"] = config["training"]["device"]
-        if None in (value for name, value in options.items() if name not in _MAY_BE_NONE):
-            raise TypeError("null in place of a value")
-    except (KeyError, TypeError):
-        raise InputError(f"{out / checkpoint.CONFIG} is damaged; restore it") from None
+    options = {name: config[part][key] for name, (part, key) in _STORED.items()}
+    options["words"] = config["tokens"]["kind"] == WordTokenizer.kind
+    if "device" in config["training"]:  # not in runs of before
+        options["device"] = config["training"]["device"]
     return options
 
 

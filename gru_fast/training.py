@@ -363,15 +363,19 @@ def _resume(
             i: {moment: tensors[f"optimiser.{moment}.{name}"] for moment in _MOMENTS}
             for i, (name, _) in enumerate(model.named_parameters())
         }
+        for moments, parameter in zip(state.values(), model.parameters(), strict=True):
+            shapes = [moments[moment].shape for moment in _MOMENTS]
+            if shapes != [parameter.shape, parameter.shape, ()]:  # the optimiser takes any
+                raise ValueError("moments of other shapes")
         groups = optimiser.state_dict()["param_groups"]
         optimiser.load_state_dict({"state": state, "param_groups": groups})
         hidden = tensors.get("hidden")
         held_out = [(int(at), loss) for at, loss in tensors["held_out"].tolist()]
         report = Report(tensors["losses"].tolist(), held_out)
-        if int(meta["step"]) != len(report.losses):
+        if tensors["losses"].shape != (meta["step"],):
             raise ValueError("not the losses of these steps")
     except (ValueError, KeyError, TypeError, RuntimeError):
         raise InputError(
             f"{os.fspath(path)} does not fit this model; choose another folder"
         ) from None
-    return int(meta["step"]), None if hidden is None else hidden.to(device), report
+    return meta["step"], None if hidden is None else hidden.to(device), report

@@ -4,8 +4,10 @@
 import json
 
 import pytest
+import torch
 
 from cli_calls import call, copied, refused
+from gru_fast.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,3 +41,65 @@ def test_a_vocabulary_of_another_corpus_is_refused(names_run, tmp_path):
     message = refused("train", "--out", run, "--resume", "--steps", 61)
     assert message.startswith(f"gru-fast: {path} is not that of the corpus; restore it, or delete")
     assert (run / "config.json").read_bytes() == before
+
+
+NOTHING = object()
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("corpus", "sha256", NOTHING),
+        ("corpus", "source", ["names.txt"]),
+        ("corpus", "mode", "x"),
+        ("training", "steps", "60"),
+        ("training", "lr", True),
+        ("training", "device", 1),
+        ("tokens", NOTHING, NOTHING),
+        ("model", "hidden_size", None),
+        ("changes", NOTHING, "x"),
+        ("model", NOTHING, []),
+    ],
+    ids=lambda value: "" if value is NOTHING else str(value),
+)
+def test_a_damaged_config_is_called_that_by_every_command(part, name, value, names_run, tmp_path):
+    run = copied(names_run, tmp_path / "run")
+    path = run / "config.json"
+    config = json.loads(path.read_text())
+    holder, key = (config, part) if name is NOTHING else (config[part], name)
+    holder[key] = value
+    if value is NOTHING:
+        del holder[key]
+    path.write_text(json.dumps(config))
+    expected = f"gru-fast: {path} is damaged; train again, or restore it"
+    assert refused("sample", run) == expected
+    assert refused("train", "--out", run, "--resume", "--steps", 61) == expected
+
+
+@pytest.mark.parametrize("step", [None, "x", True, 1.5])
+def test_a_checkpoint_without_its_step_is_damaged(step, names_run, tmp_path):
+    run = copied(names_run, tmp_path / "run")
+    path = run / "checkpoint.safetensors"
+    tensors, _ = load_checkpoint(path)
+    save_checkpoint(path, tensors, {} if step is None else {"step": step})
+    for command in (["sample", run], ["train", "--out", run, "--resume"]):
+        assert refused(*command).startswith(f"gru-fast: {path} is damaged, or no checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("optimiser.exp_avg.head.weight", lambda t: t[:1].clone()),
+        ("optimiser.exp_avg_sq.head.bias", lambda t: t[:, None]),
+        ("optimiser.step.head.bias", lambda t: torch.ones(11)),
+        ("losses", lambda t: t[:, None]),
+        ("held_out", lambda t: t[0]),
+    ],
+)
+def test_tensors_of_another_shape_do_not_fit(name, change, names_run, tmp_path):
+    run = copied(names_run, tmp_path / "run")
+    path = run / "checkpoint.safetensors"
+    tensors, meta = load_checkpoint(path)
+    save_checkpoint(path, {**tensors, name: change(tensors[name])}, meta)
+    message = refused("train", "--out", run, "--resume", "--steps", 61)
+    assert message == f"gru-fast: {path} does not fit this model; choose another folder"

@@ -114,14 +114,14 @@ def test_a_run_goes_on_where_it_was_begun(names_file, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("part", "name", "value"),
-    [("model", "hidden_size", "x"), ("training", "lr", None), ("corpus", "mode", 3)],
+    [("model", "hidden_size", 0), ("training", "lr", -1.0), ("model", "cell", "x")],
 )
 def test_options_of_a_run_are_checked_as_if_they_were_given(part, name, value, names_run, tmp_path):
     broken = copied(names_run, tmp_path / "run")
     config = json.loads((broken / "config.json").read_text())
     config[part][name] = value
     (broken / "config.json").write_text(json.dumps(config))
-    refused("train", "--out", broken, "--resume")
+    assert f"'--{name.split('_')[0]}'" in refused("train", "--out", broken, "--resume")
     del config[part]
     (broken / "config.json").write_text(json.dumps(config))
     assert "config.json is damaged" in refused("train", "--out", broken, "--resume")
