@@ -56,26 +56,41 @@ _CONTENT: dict[str, dict[str, tuple[type, ...]]] = {
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[bool]:
     """Keep other processes from training in a folder; a process that is killed lets go of it.
 
+    Makes the folder where there is none.
+
+    Yields:
+        Whether they are kept from it: Windows and some file systems know no such locks.
+
     Raises:
-        InputError: Another one has claimed it.
+        InputError: Another one has claimed it, or it cannot be made.
     """
     try:
-        import fcntl
-    except ModuleNotFoundError:  # not on Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{folder} is a file; choose another --out") from None
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; cannot make that folder") from None
     try:
-        # Some file systems know no locks.
+        import fcntl
+    except ModuleNotFoundError:
+        yield False
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}; cannot train there") from None
+    try:
+        alone = False
         with contextlib.suppress(OSError):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
             except BlockingIOError:
                 raise InputError(f"{folder}: another process is training there") from None
-        yield
+        yield alone
     finally:
         os.close(descriptor)
 
@@ -174,22 +189,23 @@ def load_run(path: str | os.PathLike[str]) -> Run:
         ) from None
 
 
-def create_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Make the folder of a run, with all but the checkpoint.
+def create_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer, alone: bool) -> None:
+    """Write all of a run but the checkpoint, into a folder that this process has claimed.
+
+    Args:
+        folder: Empty, or with what is left of a run that came to no checkpoint.
+        config: What goes into `config.json`.
+        tokenizer: Of the corpus.
+        alone: What `claimed` has yielded: where there are no locks, a run without a checkpoint may
+            be that of a process which is still on its way to the first.
 
     Raises:
-        InputError: It exists and is not an empty folder, or cannot be written.
+        InputError: There is something else in the folder, or it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # What there is before config.json is left of a call that did not come to its end.
-        left = {VOCABULARY, VOCABULARY + NEW, CONFIG + NEW}
-        taken = {path.name for path in folder.iterdir()} - left
-    except FileExistsError:
-        taken = {folder.name}
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}; cannot make that folder") from None
-    if taken:
+    left = {VOCABULARY, VOCABULARY + NEW, CONFIG + NEW}
+    if alone:
+        left |= {CONFIG, CHECKPOINT + NEW}
+    if {path.name for path in folder.iterdir()} - left:
         raise InputError(f"{folder} is there already; --resume goes on, or choose another --out")
     tokenizer.save(folder / VOCABULARY)
     save_config(folder, config)
@@ -214,15 +230,24 @@ def reopen_run(folder: Path, config: dict[str, Any], tokenizer: Tokenizer) -> tu
     """
     stored = load_config(folder)
     config = json.loads(json.dumps(config))
-    for part, values in config.items():
-        for name, value in values.items():
+    # What follows from another is told after it: the vocabulary is the corpus's.
+    for part in ("corpus", "tokens", "model", "training"):
+        for name, value in config[part].items():
             before = stored[part].get(name)
             # A corpus may have moved: its digest is compared.
-            if before != value and name not in ("steps", "source", "device"):
+            if before == value or name in ("steps", "source", "device"):
+                continue
+            if name == "sha256":
                 raise InputError(
-                    f"{folder} was trained with {part} {name} = {before}, now it is {value}; "
-                    "--resume can change --steps and --device only"
+                    f"{config['corpus']['source']} is not the text that {folder} was trained on; "
+                    "restore it, or train in another --out"
                 )
+            named = f"{part} {name} = {before}, now it is {value}"
+            if name == "mode":
+                named = f"--{before}, now it is --{value}"
+            raise InputError(
+                f"{folder} was trained with {named}; --resume can change --steps and --device only"
+            )
     vocabulary = None
     with contextlib.suppress(InputError):
         vocabulary = load_tokenizer(folder / VOCABULARY)

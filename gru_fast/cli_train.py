@@ -31,8 +31,8 @@ __all__ = ["train_command"]
 
 @click.command("train")
 @click.argument("source", metavar="[CORPUS]", required=False)
-@click.option("--lines", "mode", flag_value="lines", default=None, help="One sequence a line.")
-@click.option("--text", "mode", flag_value="text", help="Running text.")
+@click.option("--lines", is_flag=True, help="One sequence a line.")
+@click.option("--text", is_flag=True, help="Running text.")
 @click.option("--words", is_flag=True, help="Tokens are words between white space.")
 @click.option("--max-words", type=Count(1), help="Keep the most frequent words only.")
 @click.option("--cell", type=click.Choice(list(CANDIDATES)), default=DEFAULT_CELL)
@@ -42,7 +42,7 @@ __all__ = ["train_command"]
 @click.option("--tie", is_flag=True, help="The head uses the embedding's weights.")
 @click.option("--dropout", type=Finite(0, 1), default=0.0)
 @click.option("--batch", type=Count(1), help="Sequences a step.  [default: 128, text: 32]")
-@click.option("--chunk", type=Count(1), default=128, help="Steps a chunk of --text.")
+@click.option("--chunk", type=Count(1), default=128, help="Steps a chunk of a running text.")
 @click.option("--max-length", type=Count(1), default=256, help="Lines are cut there.")
 @click.option("--steps", type=Count(1), default=800, help="Updates of the weights in all.")
 @click.option("--lr", type=Finite(0, 1e30, min_open=True), default=4e-3)
@@ -61,14 +61,40 @@ def train_command(context: click.Context, /, **options: Any) -> None:
     run. With another number of --steps, a run that has ended goes on too: from there the learning
     rate is that of the longer training. With another --device, the run goes on there.
     """
+    kinds = [kind for kind in ("lines", "text") if options.pop(kind)]
+    if len(kinds) == 2:
+        raise click.UsageError("--lines, --text: expected one of them, got both", context)
+    mode = kinds[0] if kinds else None
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+    given = {
+        name
+        for name in parameters
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
     if options["resume"]:
-        parameters = {parameter.name: parameter for parameter in context.command.params}
-        for name, value in _options_of(options["out"]).items():
-            if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        before = _options_of(options["out"])
+        mode = mode or before.pop("mode")
+        for name, value in before.items():
+            if name in parameters and name not in given:
                 options[name] = parameters[name].process_value(context, value)
     elif options["source"] is None:
         raise click.MissingParameter(ctx=context, param_type="argument", param_hint="'CORPUS'")
-    _train_on(**options)
+    mode = mode or _mode_of(options["source"])
+    name, needed = ("chunk", "text") if mode == "lines" else ("max_length", "lines")
+    if name in given:
+        flag = parameters[name].opts[0]
+        raise click.UsageError(f"{flag} is for --{needed} only, and this is --{mode}", context)
+    _train_on(mode=mode, **options)
+
+
+def _mode_of(source: str) -> str:
+    """What a corpus is where neither --lines nor --text is given."""
+    known = {"builtin:names": "lines", "builtin:python": "text"}
+    if source.startswith("builtin:") and source not in known:
+        corpus.read_text(source)  # says which there are
+    if source not in known:
+        raise InputError(f"{source}: say --lines (one sequence a line) or --text (running)")
+    return known[source]
 
 
 # Where config.json has the options that make a run what it is.
@@ -98,7 +124,7 @@ def _options_of(out: Path) -> dict[str, Any]:
 
 def _train_on(
     source: str,
-    mode: str | None,
+    mode: str,
     words: bool,
     max_words: int | None,
     cell: str,
@@ -115,12 +141,6 @@ def _train_on(
     beside_torch: bool,
     **training: Any,
 ) -> None:
-    if mode is None:
-        mode = {"builtin:names": "lines", "builtin:python": "text"}.get(source)
-        if mode is None and source.startswith("builtin:"):
-            corpus.read_text(source)  # says which there are
-        if mode is None:
-            raise InputError(f"{source}: say --lines (one sequence a line) or --text (running)")
     if tie and embedding != hidden:
         given = "none" if embedding is None else embedding
         raise InputError(f"--tie: expected --embedding {hidden}, the size of --hidden, got {given}")
@@ -144,13 +164,13 @@ def _train_on(
         "tokens": {"kind": tokenizer.kind, "max_words": max_words},
         "training": {**dataclasses.asdict(options), "device": device},
     }
-    if not resume:
-        checkpoint.create_run(out, config, tokenizer)
     done = 0
-    with checkpoint.claimed(out):
+    with checkpoint.claimed(out) as alone:
         if resume:
             done, status = checkpoint.reopen_run(out, config, tokenizer)
             say(status)
+        else:
+            checkpoint.create_run(out, config, tokenizer, alone)
         report = _fit(model, data, options, out, save_every, done)
     first, last = report.held_out[0][1], report.held_out[-1][1]
     speed = report.tokens_per_second  # 0 where no step was left

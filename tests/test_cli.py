@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cli_calls import CONSONANTS, TINY, VOWELS, call, copied, refused
 from gru_fast import GRULanguageModel
-from gru_fast.checkpoint import load_run
+from gru_fast.checkpoint import claimed, load_run
 from gru_fast.tokenizers import CharacterTokenizer
 from gru_fast.trace import gate_values, plot_gates
 
@@ -176,14 +176,28 @@ def test_what_is_plotted_of_the_gates():
 
 
 def test_defaults_of_a_training(names_file, tmp_path):
-    for kind, batch in (("--lines", 128), ("--text", 32)):
+    for kind, batch, *cut_at in (("--lines", 128, "--max-length", 6), ("--text", 32)):
         out = tmp_path / kind
-        options = [kind, "--hidden", 4, "--steps", 1, "--max-length", 6, "--out", out]
+        options = [kind, "--hidden", 4, "--steps", 1, *cut_at, "--out", out]
         told = call("train", names_file, *options).stderr
         assert json.loads((out / "config.json").read_text())["training"]["batch"] == batch
         if kind == "--lines":
             cut = sum(len(name) >= 6 for name in set(names_file.read_text().split()))
             assert 0 < cut < 300 and f", {cut} cut at 6 characters\n" in told
+
+
+def test_options_that_would_have_no_meaning_are_refused(names_file, names_run, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    for given in (["--lines", "--text"], ["--text", "--lines"]):
+        message = refused("train", names_file, *given, *out)
+        assert message == "Error: --lines, --text: expected one of them, got both"
+    chunk = "Error: --chunk is for --text only, and this is --lines"
+    assert refused("train", names_file, "--lines", "--chunk", 8, *out) == chunk
+    assert refused("train", "builtin:names", "--chunk", 128, *out) == chunk
+    assert refused("train", "--resume", "--out", names_run, "--chunk", 128) == chunk
+    message = refused("train", "builtin:python", "--max-length", 256, *out)
+    assert message == "Error: --max-length is for --lines only, and this is --text"
+    assert not (tmp_path / "run").exists()
 
 
 def test_doctor_refuses_an_installation_with_other_numbers(monkeypatch):
@@ -315,6 +329,38 @@ def test_a_run_that_cannot_be_written_is_begun_again(names_file, tmp_path, monke
         f"gru-fast: {out / 'checkpoint.safetensors'}: No such file or directory; expected a "
         "checkpoint"
     )
+
+
+def test_a_run_that_has_trained_nothing_is_begun_again(names_file, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    tiny = ["--lines", "--embedding", 4, "--steps", 2, "--out", out]
+    message = refused("train", names_file, *tiny, "--hidden", 4, "--lr", 1e30)
+    assert "inf at step 2" in message and not (out / "checkpoint.safetensors").exists()
+    (out / "checkpoint.safetensors.new").write_bytes(b"left by a kill")
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    # It may be a process's that has not come to its first checkpoint.
+    with claimed(out):
+        message = refused("train", names_file, *tiny, "--hidden", 5)
+    assert message == f"gru-fast: {out}: another process is training there"
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", no_locks)
+        assert "is there already; --resume goes" in refused("train", names_file, *tiny)
+    assert json.loads((out / "config.json").read_text())["model"]["hidden_size"] == 4
+
+    call("train", names_file, *tiny, "--hidden", 5)
+    assert load_run(out).model.config["hidden_size"] == 5
+    assert "is there already; --resume goes on" in refused("train", names_file, *tiny)
+    (tmp_path / "file").write_text("x")
+    tiny[-1] = tmp_path / "file"
+    message = refused("train", names_file, *tiny)
+    assert message == f"gru-fast: {tmp_path / 'file'} is a file; choose another --out"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    tiny[-1] = tmp_path / "other"
+    assert "is there already; --resume goes on" in refused("train", names_file, *tiny)
 
 
 def test_weights_that_are_not_finite_are_not_kept(names_file, tmp_path):

@@ -61,7 +61,17 @@ def test_resume_needs_the_same_command(names_run, names_file, tmp_path):
     other = write_names(tmp_path / "names.txt")
     other.write_text(other.read_text() + "bobo\n")
     message = refused("train", other, "--lines", *TINY, "--out", names_run, "--resume")
-    assert "corpus" in message
+    assert message == (
+        f"gru-fast: {other} is not the text that {names_run} was trained on; restore it, or train "
+        "in another --out"
+    )
+    more = "; --resume can change --steps and --device only"
+    message = refused("train", names_file, "--text", "--out", names_run, "--resume")
+    assert message == f"gru-fast: {names_run} was trained with --lines, now it is --text{more}"
+    message = refused("train", names_file, "--words", "--out", names_run, "--resume")
+    assert message == (
+        f"gru-fast: {names_run} was trained with tokens kind = character, now it is word{more}"
+    )
     assert "config.json: No such file" in refused(*same[:-1], tmp_path, "--resume")
     assert "has 60 of 60 steps; a larger --steps goes on" in call(*same, "--resume").stderr
 
