@@ -480,6 +480,6 @@ class GRULanguageModel(nn.Module):
 
         Raises:
             ValueError: An id is outside its range, or a shape does not fit.
-            TypeError: Ids that are not integers, or `prompt_lengths` no tensor.
+            TypeError: Ids that are not integers, or `prompt_lengths` no tensor of them.
         """
         return sampling.score(self, sequences, prompt_lengths=prompt_lengths)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gru_fast import drawing, gpu_sampling, native_sampling, ops, packed, reference_sampling
+from gru_fast.checks import check_integers
 from gru_fast.sampled_model import LanguageModel, a_weight
 from gru_fast.token_ids import PADDING, TokenIds, checked_integer, padded
 
@@ -379,7 +380,7 @@ def score(
     prompt_lengths: Tensor | None = None,
 ) -> Tensor:
     """`GRULanguageModel.score`, which documents it."""
-    tokens, lengths = padded(sequences, model.vocab_size, a_weight(model).device)
+    tokens, lengths = padded(sequences, model.vocab_size, a_weight(model).device, "sequences")
     N, L = tokens.shape
     start = tokens.new_full((N, 1), model.start)
     inputs = torch.cat([start, tokens[:, :-1].clamp(min=0)], 1)[:, :L]
@@ -392,6 +393,7 @@ def score(
             raise TypeError(
                 f"prompt_lengths should be a Tensor, got: {type(prompt_lengths).__name__}"
             )
+        check_integers("prompt_lengths", prompt_lengths)
         if prompt_lengths.shape != (N,):
             raise ValueError(
                 f"prompt_lengths: expected shape {(N,)}, got {tuple(prompt_lengths.shape)}"

@@ -286,6 +286,8 @@ def test_one_place_chooses_the_loop(model, monkeypatch):
         ({"input_ids": [[1], [V]]}, f"input_ids: expected 0 <= id < vocab_size = {V}.*got {V}"),
         ({"input_ids": [[2**70]]}, "input_ids: expected 0 <= id < vocab_size, got 11805"),
         ({"num_return_sequences": 2**70}, "num_return_sequences: expected .*, got 1180"),
+        ({"input_ids": torch.tensor([2**63 + 5], dtype=torch.uint64)}, f"got {2**63 + 5}$"),
+        ({"input_ids": torch.tensor([2**64 - 100], dtype=torch.uint64)}, f"got {2**64 - 100}$"),
         ({"input_ids": [-1]}, "input_ids: expected 0 <= id.*got -1"),
         ({"input_ids": [[PADDING, 1]]}, "input_ids: expected padding .* on the right"),
         ({"input_ids": torch.zeros(1, 1, 1).long()}, "input_ids: expected 1 or 2 dimensions"),
@@ -303,7 +305,9 @@ def test_bad_values(model, options, message):
      {"input_ids": [1, [2]]}, {"top": 3}, {"seed": "x"}, {"max_new_tokens": None},
      {"temperature": "1"}, {"temperature": None}, {"top_p": "1"}, {"do_sample": "no"},
      {"input_ids": [None]}, {"input_ids": 3}, {"input_ids": [torch.tensor(1.0)]},
-     {"generator": 3}],
+     {"generator": 3}, {"input_ids": [True, False]}, {"input_ids": [[1], [True]]},
+     {"input_ids": torch.tensor([True])}, {"input_ids": np.array([True])},
+     {"input_ids": [torch.tensor(True)]}],
     ids=str,
 )  # fmt: skip
 def test_bad_types(model, options):
@@ -364,3 +368,17 @@ def test_method_and_function_are_one(model):
         model.score([1, 2], prompt_lengths=torch.tensor([1, 2]))
     with pytest.raises(TypeError, match="prompt_lengths should be a Tensor, got: list"):
         model.score([1, 2], prompt_lengths=[1])
+    with pytest.raises(TypeError, match=r"prompt_lengths: expected integers, got torch\.float32"):
+        model.score([1, 2], prompt_lengths=torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "error"),
+    [([V], ValueError), ([2**70], ValueError), (torch.zeros(1, 1, 1).long(), ValueError),
+     ([PADDING, 1], ValueError), (3, TypeError), ([1.0], TypeError), ([1, [2]], TypeError),
+     (torch.zeros(2), TypeError)],
+    ids=str,
+)  # fmt: skip
+def test_score_calls_its_parameter_by_its_name(model, sequences, error):
+    with pytest.raises(error, match=r"^sequences: expected"):
+        model.score(sequences)
