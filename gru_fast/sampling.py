@@ -333,7 +333,7 @@ def generate_loop(
     output, hidden = model.run(inputs, lengths=prompt_lengths + 1, table=table)
     last = output[prompt_lengths, rows]
     alive = torch.ones(N, dtype=torch.bool, device=prompts.device)
-    going = N > 0
+    going = True
     draw = draws(
         prompt_lengths, options.seed, do_sample=options.do_sample,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
@@ -341,7 +341,7 @@ def generate_loop(
     )  # fmt: skip
     tokens: list[Tensor] = []
     log_probs: list[Tensor] = []
-    for t in range(steps):
+    for t in range(steps if N else 0):
         # Not hidden[-1], the same of plain layers: a hook or another `run` may change the output.
         logits = model.head(last)
         drawn, log_prob = draw(t, logits)

@@ -240,6 +240,29 @@ def test_what_is_no_streamer(model, streamer):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("eos", [None, 0])
+def test_without_rows_nothing_is_drawn_by_any_loop(model, eos):
+    class Keep(list):
+        put = list.append
+
+        def end(self):
+            pass
+
+    loops = [sampling.generate_loop]
+    if ops.HAS_CPU_KERNELS:
+        loops += [sampling.mixed_loop, sampling.native_loop]
+    for loop in loops:
+        for steps in (0, 4):
+            streamer = Keep()
+            out = generate(
+                model, torch.zeros(0, 3, dtype=torch.int64), max_new_tokens=steps, loop=loop,
+                eos_token_id=eos, streamer=streamer, return_dict_in_generate=True,
+            )  # fmt: skip
+            assert out.sequences.shape == out.log_probs.shape == (0, 3)
+            assert out.log_probs.dtype == torch.float32 and out.hidden.shape == (2, 0, 11)
+            assert [tuple(value.shape) for value in streamer] == [(0, 3)]
+
+
 def test_dtypes(model):
     reference = detailed(model, max_new_tokens=9, seed=1)
     assert reference.log_probs.dtype == torch.float32
