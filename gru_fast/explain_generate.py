@@ -40,6 +40,7 @@ def explain_generate(
     Raises:
         ValueError: An id is outside its range.
         TypeError: Ids that are not integers, or `model` is no language model.
+        RuntimeError: Its `gru` is no layer of gru_fast.
     """
     check_language_model(model)
     gru, weight = model.gru, a_weight(model)

@@ -458,6 +458,7 @@ class GRULanguageModel(nn.Module):
             ValueError: An option or an id is outside its range, `seed` and `generator` are both
                 given, or the logits hold NaN or +inf.
             TypeError: An unknown option, one of another type, or ids that are not integers.
+            RuntimeError: `gru` is no layer of gru_fast.
         """
         return sampling.generate(self, input_ids, **options)
 

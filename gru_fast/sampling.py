@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gru_fast import drawing, gpu_sampling, native_sampling, ops, packed, reference_sampling
 from gru_fast.checks import check_integers
-from gru_fast.sampled_model import LanguageModel, a_weight
+from gru_fast.sampled_model import LanguageModel, a_weight, why_not_layers
 from gru_fast.token_ids import PADDING, TokenIds, checked_integer, padded
 
 __all__ = [
@@ -206,8 +206,14 @@ def generate(
 
 
 def choose_loop(model: LanguageModel) -> Loop:
-    """The function that runs a call of `generate`; all have the interface of `generate_loop`."""
-    backend = model.gru.backend
+    """The function that runs a call of `generate`; all have the interface of `generate_loop`.
+
+    Raises:
+        RuntimeError: The model's `gru` is no layer of gru_fast.
+    """
+    backend = getattr(model.gru, "backend", None)
+    if backend is None:
+        raise RuntimeError(f"generate cannot take this model: {why_not_layers(model.gru)}")
     if backend in ("auto", "cpu") and packed.why_not_model(model) is None:
         return native_loop
     if backend in ("auto", "triton") and gpu_sampling.why_not(model) is None:

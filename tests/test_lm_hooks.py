@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -411,6 +412,16 @@ def test_options_of_another_gru_that_have_no_meaning_here() -> None:
     model.gru = GRU(V, H // 2, bidirectional=True)
     with pytest.raises(RuntimeError, match="gru: expected one direction, got bidirectional=True"):
         model(TOKENS.clamp(min=0))
+
+
+@pytest.mark.parametrize("gru", [nn.GRU(V, H, 2), nn.LSTM(V, H)], ids=["gru", "lstm"])
+def test_generate_needs_a_layer_of_its_own(gru: nn.Module) -> None:
+    model = language_model(None)
+    model.gru = gru
+    reason = f"the gru is a .*{type(gru).__name__}, not a gru_fast.GRU$"
+    for call in (model.generate, partial(explain_generate, model)):
+        with pytest.raises(RuntimeError, match=f"^generate cannot take this model: {reason}"):
+            call([1], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("embedding_size", [None, 5])
