@@ -30,6 +30,15 @@ def _no_pickle(given: object) -> str:
     return f"cannot pickle a {name}: pickle its model{state} and make a {name} where it is loaded"
 
 
+def _no_array(x: Tensor) -> TypeError:
+    """What to raise for a tensor that NumPy has nothing for, on another device for one."""
+    layout = "" if x.layout == torch.strided else f" in {x.layout}"
+    return TypeError(
+        "x: expected a dense CPU tensor of float32, or of integers for tokens, got "
+        f"{x.dtype}{layout} on {x.device}"
+    )
+
+
 class Sampler:
     """A snapshot of a language model's weights, packed for generation on the CPU.
 
@@ -219,7 +228,10 @@ class Stream:
         """
         # detach() costs as much as a small step.
         if isinstance(x, Tensor):
-            x = x.detach().numpy() if x.requires_grad else x.numpy()
+            try:
+                x = x.detach().numpy() if x.requires_grad else x.numpy()
+            except TypeError:
+                raise _no_array(x) from None
         self._step(x)
         return self.output
 
@@ -239,9 +251,12 @@ class Stream:
             RuntimeError: Another thread is using the stream.
             KeyboardInterrupt: Within a tenth of a second of the signal; the state is as before.
         """
-        return torch.from_numpy(
-            self._native.push(x.detach().numpy() if isinstance(x, Tensor) else x)
-        )
+        if isinstance(x, Tensor):
+            try:
+                x = x.detach().numpy()
+            except TypeError:
+                raise _no_array(x) from None
+        return torch.from_numpy(self._native.push(x))
 
     def reset(self) -> None:
         """Make the state zero."""

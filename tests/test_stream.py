@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Stream`: steps, pushes, state as bytes, threads, no allocation."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -194,6 +195,24 @@ def test_frames_of_another_type_are_named(bad, given):
 def test_a_token_beyond_any_integer_of_c_is_out_of_range(token):
     with pytest.raises(ValueError, match=f"token: expected 0 to 5, got {token}"):
         Stream(GRULanguageModel(5, None, 8)).step(token)
+
+
+@pytest.mark.parametrize(
+    ("bad", "given"),
+    [
+        (torch.zeros(4, dtype=torch.bfloat16), "torch.bfloat16 on cpu"),
+        (torch.zeros(4, device="meta"), "torch.float32 on meta"),
+        (torch.zeros(4).to_sparse(), "torch.float32 in torch.sparse_coo on cpu"),
+    ],
+    ids=["bfloat16", "meta", "sparse"],
+)
+@pytest.mark.parametrize("make", [lambda: GRU(4, 8), lambda: GRULanguageModel(5, None, 8)])
+def test_tensors_that_no_array_can_be_are_named(make, bad, given):
+    stream = Stream(make())
+    expected = "x: expected a dense CPU tensor of float32, or of integers for tokens, got "
+    for call in (stream.step, stream.push):
+        with pytest.raises(TypeError, match=f"^{re.escape(expected + given)}$"):
+            call(bad)
 
 
 @pytest.mark.parametrize(
