@@ -44,7 +44,8 @@ def tbptt(
     A chunk is computed when it is asked for, with the weights as they are then: call `backward` on
     its loss, and step the optimizer if you like, before you take the next. What it keeps for
     backward is freed with it, so memory grows with `steps`, not with T. The numbers of forward are
-    those of one call, unless the weights change or recurrent dropout draws a mask for each chunk.
+    those of one call, unless the weights change or recurrent dropout draws a mask for each chunk;
+    those of a `LayerNormGRU` to within rounding.
 
     Args:
         module: `gru_fast.GRU`, `torch.nn.GRU`, or any module that is called as these are and has

@@ -35,6 +35,14 @@ def test_outputs_are_those_of_one_call(steps, batch_first, with_options):
     assert [i for c in chunks for i in range(T)[c.time]] == list(range(T))
 
 
+def test_outputs_of_layer_norm_are_within_rounding():
+    rnn, x = gru_fast.LayerNormGRU(I, H), torch.randn(T, B, I)
+    output, h_n = rnn(x)
+    chunks = list(gru_fast.tbptt(rnn, x, 4))
+    torch.testing.assert_close(torch.cat([c.output for c in chunks]), output, rtol=0, atol=2e-6)
+    torch.testing.assert_close(chunks[-1].h_n, h_n, rtol=0, atol=2e-6)
+
+
 def test_gradients_end_at_a_chunk():
     rnn = gru_fast.GRU(I, H, dtype=torch.float64)
     x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
