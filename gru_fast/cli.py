@@ -28,6 +28,12 @@ from gru_fast.training import lines_loss, text_loss
 
 __all__ = ["cli"]
 
+# `trace` has no --greedy.
+_TRACE_FLAGS = {
+    "temperature:": "--temperature:",
+    " (do_sample=False takes the most likely token)": "",
+}
+
 
 @click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(__version__)
@@ -71,7 +77,7 @@ def _score(run: str, file: str) -> None:
 def _trace(run: str, text: str, temperature: float, seed: int) -> None:
     """Show what is fed and predicted: TEXT under teacher forcing, beside a sample."""
     loaded = load_run(run)
-    with refusing_values():
+    with refusing_values(_TRACE_FLAGS):
         shown = trace(
             loaded.model, loaded.tokenizer, text, has_eos=loaded.has_eos, temperature=temperature,
             seed=seed,

@@ -50,30 +50,42 @@ class Finite(click.FloatRange):
 class Commands(click.Group):
     """Turns what is the user's to mend into one line on stderr and exit code 2."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> click.Context:
+        """Read the options of all commands, of which --help prints by itself."""
+        with _one_line():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        try:
+        with _one_line():
             return super().invoke(ctx)
-        except InputError as error:
-            message = " ".join(str(error).split("\n"))
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # a reader that has seen enough: click's to handle
-                raise
-            message = str(error.strerror or error)
-        except UnicodeEncodeError as error:  # only stdout is strict
-            text = error.object[error.start : error.end]
-            message = f"stdout is {error.encoding}, without {text!a}; try PYTHONIOENCODING=utf-8"
-        except KeyboardInterrupt:  # which click makes a 1
-            click.echo("\nAborted!", err=True)
-            ctx.exit(130)
-        except (MemoryError, RuntimeError) as error:
-            message = str(error).split("\n")[0]
-            # torch has no exception of its own for a CPU that is out of memory.
-            if not isinstance(error, MemoryError) and "can't allocate memory" not in message:
-                raise
-            message = f"not enough memory: {message}"
-        click.echo(f"gru-fast: {message}", err=True)
-        ctx.exit(2)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+        return
+    except InputError as error:
+        message = " ".join(str(error).split("\n"))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # a reader that has seen enough: click's to handle
+            raise
+        message = str(error.strerror or error)
+    except UnicodeEncodeError as error:  # only stdout is strict
+        text = error.object[error.start : error.end]
+        message = f"stdout is {error.encoding}, without {text!a}; try PYTHONIOENCODING=utf-8"
+    except KeyboardInterrupt:  # which click makes a 1
+        click.echo("\nAborted!", err=True)
+        raise click.exceptions.Exit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        message = str(error).split("\n")[0]
+        # torch has no exception of its own for a CPU that is out of memory.
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in message:
+            raise
+        message = f"not enough memory: {message}"
+    click.echo(f"gru-fast: {message}", err=True)
+    raise click.exceptions.Exit(2)
 
 
 SEED = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes

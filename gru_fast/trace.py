@@ -13,6 +13,7 @@ from gru_fast.gates import Gates
 from gru_fast.language_model import GRULanguageModel
 from gru_fast.reference_sampling import draw, uniform
 from gru_fast.sampled_model import a_weight
+from gru_fast.sampling import SamplingOptions
 from gru_fast.tokenizers import EOS, Tokenizer
 
 __all__ = ["gate_values", "image_formats", "plot_gates", "trace"]
@@ -48,8 +49,11 @@ def trace(
 
     Raises:
         InputError: The text is empty or has tokens that the vocabulary has not.
+        ValueError: The temperature is outside the range of `SamplingOptions`, or the logits hold
+            NaN or +inf.
     """
     ids = tokenizer.encode(text) + ([EOS] if has_eos else [])
+    SamplingOptions(len(ids), temperature=temperature, seed=seed)  # checks them
     if not ids:
         raise InputError("the text to trace is empty; expected some text")
     tokens = torch.tensor([ids], dtype=torch.int64, device=a_weight(model).device)

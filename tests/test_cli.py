@@ -272,6 +272,10 @@ def test_values_beyond_what_can_be_computed(names_run):
             f"gru-fast: --temperature: expected a float32 value > 0, got {given} "
             "(--greedy takes the most likely token)"
         )
+    for given in (1e-50, 1e300):
+        assert refused("trace", names_run, "bada", "--temperature", given) == (
+            f"gru-fast: --temperature: expected a float32 value > 0, got {given}"
+        )
     for command in (["sample", names_run], ["trace", names_run, "bada"]):
         assert "logits / temperature 1e-44: expected" in refused(*command, "--temperature", 1e-44)
     every = call("sample", names_run, "--seed", 1).stdout
@@ -287,6 +291,18 @@ def test_a_full_disk_behind_stdout(names_run):
         )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == "gru-fast: No space left on device"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["train", "--help"]], ids=str)
+def test_a_full_disk_behind_a_help_text(arguments):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "gru_fast", *arguments],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[0] == "gru-fast: No space left on device"
 
 
 def test_folders_of_any_name(names_file, tmp_path, monkeypatch):
