@@ -70,6 +70,17 @@ class TestGpuProgram:
         ours = {r.provider for r in after.records if r.provider.startswith("gru_fast.triton.")}
         assert ours == {f"gru_fast.triton.{name}" for name in providers_kernels.kernel_names()[0]}
 
+    def test_a_run_without_our_kernels_is_refused(self, tmp_path, capsys, monkeypatch):
+        """--no-build where nothing is installed, or after a build that failed."""
+        cli = load("benchmarks.gpu.cli")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cli, "kernel_names", lambda: ([], "it is not there"))
+        options = ["--out", str(tmp_path), "--no-build", "--note", "build: failed"]
+        assert cli.main(options) == 2
+        said = capsys.readouterr().err
+        assert "it is not there (build: failed); install gru_fast first" in said
+        assert not (tmp_path / worker.RESULTS).exists()
+
     def test_a_crash_costs_one_row(self, tmp_path):
         plan = a_plan(tmp_path)
         results = records.Results({"cpu": "x", "versions": {}, "commit": None, "gpu": None})

@@ -15,6 +15,7 @@ import torch
 from benchmarks import program
 from benchmarks.gpu import supervisor
 from benchmarks.gpu.supervisor import Plan
+from benchmarks.providers_kernels import kernel_names
 
 BUDGET = 420
 """Seconds: on a GPU that is at hand for 15 minutes there is time left for the tests."""
@@ -70,6 +71,11 @@ def main(arguments: list[str]) -> int:
         command = ["-m", "benchmarks", "gpu", *arguments, "--no-build", "--note", note]
         os.execv(sys.executable, [sys.executable, *command, "--budget", left])
     until = start + options.budget
+    _, reason = kernel_names()
+    if reason and not options.dry:
+        # The time would go to cuDNN's rows alone, of which none is worth it without ours beside it.
+        how = f"{reason} ({'; '.join(options.note)})" if options.note else reason
+        return _complain(f"no kernels of ours to measure: {how}; install gru_fast first")
     try:
         return _measure(plan, until, options)
     except ValueError as error:
@@ -85,7 +91,6 @@ def _measure(plan: Plan, until: float, options: argparse.Namespace) -> int:
     from benchmarks import machine
     from benchmarks.gpu.rows import all_rows
     from benchmarks.gpu.worker import RESULTS
-    from benchmarks.providers_kernels import kernel_names
     from benchmarks.records import read
 
     line = {**machine.describe(), "dry": options.dry}
