@@ -14,9 +14,12 @@ from repository_tools import load
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 
+pytest.importorskip("triton")
+
+from gru_fast import kernels  # where triton is, a package without them is an error
+
 pytestmark = pytest.mark.gpu
 
-kernels = pytest.importorskip("gru_fast.kernels")
 float32_as = load("benchmarks.precision").float32_as
 NUMBERS = {
     "float32": torch.float32,
