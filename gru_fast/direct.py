@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls on the CPU past the dispatcher, which costs more than a few small steps do.
+"""Calls past the dispatcher, which costs more than a few small steps do.
 
 The kernels are those of the ops, and so are the results, to the bit. A call goes this way only
 where no part of PyTorch would miss the operator: no gradients, and no compiler, tracer, transform,
 mode or profiler on this thread. Whatever is not a plain call of plain tensors returns None, and
-the ops take it or say what is wrong with it.
+the ops take it or say what is wrong with it. Calls on CUDA, which are `direct_gpu`'s, need no CPU
+kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from gru_fast import direct_gpu, ops
 from gru_fast.backends import counts_flops
 from gru_fast.ops_past import CAN_TELL, is_unobserved
 
+may_pass: bool = CAN_TELL
 native: Any = None
 native_takes: Any = None
 native_backward: Any = None
@@ -46,10 +48,10 @@ def gru_cell(
     backend: str,
 ) -> Tensor | None:
     """`functional.gru_cell`, or None where the call is not plain."""
-    if native is None or torch.is_grad_enabled() or not is_unobserved():
+    if not may_pass or torch.is_grad_enabled() or not is_unobserved():
         return None
     done: Tensor | None = None
-    if backend in BACKENDS:
+    if native is not None and backend in BACKENDS:
         done = native(input, hx, weights, None, True, *_OF_CELL, cell, False)
     if done is None and type(input) is Tensor and input.is_cuda:
         done = direct_gpu.gru_cell(input, hx, weights, cell, backend)
@@ -71,9 +73,9 @@ def gru(
     backend: str,
 ) -> tuple[Any, Tensor] | None:
     """`functional.gru`, or None where the call is not plain."""
-    if native is None or torch.is_grad_enabled() or not is_unobserved():
+    if not may_pass or torch.is_grad_enabled() or not is_unobserved():
         return None
-    if backend in BACKENDS:
+    if native is not None and backend in BACKENDS:
         done = native(
             input, hx, params, num_layers, bias, bidirectional, batch_first, None, lengths,
             reset_mask, num_heads, cell, False,
@@ -161,12 +163,12 @@ def is_only_watched() -> bool:
 @contextmanager
 def turned_off() -> Iterator[None]:
     """Send all calls to the operators, for who puts functions of their own in their place."""
-    global native
-    before, native = native, None
+    global may_pass, native
+    before, may_pass, native = (may_pass, native), False, None
     try:
         yield
     finally:
-        native = before
+        may_pass, native = before
 
 
 def _forget_packed(*_: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gru_fast
@@ -188,6 +189,42 @@ def test_the_short_way_of_a_cell(past, monkeypatch, bias, given):
     torch.testing.assert_close(ours, theirs.detach())
     torch.testing.assert_close(row, theirs[0].detach())
     ours.detach_()  # not a view
+
+
+@pytest.mark.parametrize("module", [GRU(4, 5), GRUCell(4, 5)], ids=["layer", "cell"])
+class TestWithoutCPUKernels:
+    """As they are missing from a package that was built for CUDA alone."""
+
+    @pytest.fixture(autouse=True)
+    def none_built(self, past, monkeypatch):
+        monkeypatch.setattr(direct, "native", None)
+
+    def test_the_short_way(self, past, monkeypatch, module):
+        x = torch.randn(3, 3, 4) if isinstance(module, GRU) else torch.randn(3, 4)
+        theirs = module(x)
+        del past[:]
+        monkeypatch.setattr(functional, "run_layers", None)
+        monkeypatch.setattr(functional, "gru_cell", None)
+        with torch.no_grad():
+            ours = module(x)
+        assert past == ["layer"]
+        torch.testing.assert_close(ours, theirs)
+
+    def test_turned_off(self, past, monkeypatch, module):
+        monkeypatch.setattr(direct_gpu, "gru", None)
+        x = torch.randn(3, 3, 4) if isinstance(module, GRU) else torch.randn(3, 4)
+        with torch.no_grad(), direct.turned_off():
+            module(x)
+
+    def test_on_the_cpu(self, past, monkeypatch, module):
+        """A packed sequence has its own way there."""
+        monkeypatch.setattr(torch.Tensor, "is_cuda", False)
+        x = torch.randn(3, 3, 4) if isinstance(module, GRU) else torch.randn(3, 4)
+        if isinstance(module, GRU):
+            x = pack_padded_sequence(x, torch.tensor([3, 2, 1]))
+        with torch.no_grad():
+            module(x)
+        assert not past
 
 
 @pytest.mark.parametrize(
