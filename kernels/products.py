@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _SETTINGS = torch.backends.cuda.matmul
+_PARENT: Any = torch.backends.cudnn
+"""Its `fp32_precision` is that of all of CUDA, which products follow until they have their own."""
 
 _is_tuned: Callable[[], bool] = getattr(torch._C, "_cuda_tunableop_is_enabled", lambda: False)
 """Whether TunableOp is on; a PyTorch for CPUs does not have it."""
@@ -27,7 +30,9 @@ def matmul_precision(precision: str, tensor: Tensor) -> AbstractContextManager[N
     # TunableOp reads PyTorch's older switch too, and is refused where the two disagree.
     if before == wanted or _is_tuned():
         return nullcontext()
-    return _rounding(wanted, before)
+    # What was read may be what all of CUDA does. Written back as it is, it would stay when that
+    # changes; nothing tells a setting of the same value from none.
+    return _rounding(wanted, "none" if before == _PARENT.fp32_precision else before)
 
 
 @contextmanager

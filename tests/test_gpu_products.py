@@ -34,3 +34,32 @@ def test_how_products_round_is_restored_where_two_threads_overlap(monkeypatch):
     one.__exit__(None, None, None)
     other.__exit__(None, None, None)
     assert settings.fp32_precision == "ieee"
+
+
+@pytest.fixture
+def switches():
+    """PyTorch's, which a build for CPUs has too: of everything, of all of CUDA, of its products."""
+    found = (torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul)
+    yield found
+    for switch in found:
+        switch.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("above", [0, 1], ids=["everything", "cuda"])
+def test_what_products_only_follow_they_follow_afterwards(switches, above):
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    switches[above].fp32_precision = "tf32"
+    with products.matmul_precision("ieee", tensor):
+        assert switches[2].fp32_precision == "ieee"
+    assert switches[2].fp32_precision == "tf32"
+    switches[above].fp32_precision = "ieee"
+    assert switches[2].fp32_precision == "ieee"
+
+
+def test_what_products_were_told_they_keep(switches):
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    switches[2].fp32_precision = "ieee"
+    switches[0].fp32_precision = "tf32"
+    with products.matmul_precision("tf32", tensor):
+        assert switches[2].fp32_precision == "tf32"
+    assert switches[2].fp32_precision == "ieee"
