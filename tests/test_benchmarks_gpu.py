@@ -180,6 +180,16 @@ class TestGpuProgram:
         for name in providers_kernels.kernel_names()[0]:
             assert f"{name}/H512/bfloat16/False" in keys
 
+    def test_precompilation_meets_both_samplers_of_the_gate(self, monkeypatch):
+        rows, drawn = load("benchmarks.gpu.rows"), []
+        monkeypatch.setattr(rows, "kernel_names", lambda: (["any"], None))
+        ours = lambda model, B: lambda T, greedy: drawn.append(greedy)  # noqa: E731
+        monkeypatch.setattr(rows.samplers, "ours", ours)
+        (row,) = (row for row in rows.dry_rows() if row.name.startswith("sample/"))
+        for warm in row.warm.values():
+            warm(worker.session_of(dry=True))
+        assert sorted(drawn) == [False, True]
+
     @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
     def test_tiles_are_refused_before_anything_is_measured(self, tmp_path, capsys, monkeypatch):
         tiles = load("benchmarks.gpu.tiles")
