@@ -62,6 +62,7 @@ class GenerateRow:
         arch: Compute capabilities, lowest and highest.
         since: The Triton that compiles it without spills, where 3.6 does not.
         unless: The Triton that spills hundreds of bytes of it.
+        only: The one Triton that takes it.
         cells: Those that compile without spills.
         least_H: Hidden size at least. `grid` has a program for every BLOCK_H units, and each draws
             for its share of the tile's rows: few programs would hold the logits of many rows.
@@ -77,6 +78,7 @@ class GenerateRow:
     arch: tuple[int, int] = AMPERE
     since: tuple[int, int] = (3, 6)
     unless: tuple[int, int] | None = None
+    only: tuple[int, int] | None = None
     cells: tuple[str, ...] = tuple(GATES)
     least_H: int = 1
 
@@ -85,7 +87,8 @@ class GenerateRow:
         enough = self.shared_kib * 1024 <= device.shared_bytes
         known = self.arch[0] <= device.arch <= self.arch[1]
         triton = tiling.triton_version()
-        return enough and known and triton >= self.since and triton != self.unless
+        compiles = triton >= self.since and triton != self.unless and self.only in (None, triton)
+        return enough and known and compiles
 
     def holds(self, model: Model) -> bool:
         """Whether the model is within the row's sizes, padded as `weights_of` does."""
@@ -202,20 +205,20 @@ def _resident(
     arch: tuple[int, int], **rest: Any,
 ) -> GenerateRow:  # fmt: skip
     """`grid` with one layer's weights on chip."""
-    config, rest = Config(8, BLOCK_H, BLOCK_K, num_warps), rest | {"least_H": 128}
+    config, rest = Config(8, BLOCK_H, BLOCK_K, num_warps), {"least_H": 128} | rest
     return GenerateRow("grid", numbers, 1, H, ANY, shared_kib, config, arch, **rest)
 
 
 def _streamed(
     numbers: str, BLOCK_B: int, BLOCK_H: int, BLOCK_K: int, num_warps: int, least_H: int,
-    arch: tuple[int, int], *, H: int = ANY, V: int = ANY, **rest: Any,
+    arch: tuple[int, int], *, L: int = ANY, H: int = ANY, V: int = ANY, **rest: Any,
 ) -> GenerateRow:  # fmt: skip
-    """`grid` with weights from the L2 cache: any number of layers, in 64 KiB."""
+    """`grid` with weights from the L2 cache, in 64 KiB."""
     config = Config(BLOCK_B, BLOCK_H, BLOCK_K, num_warps, RESIDENT=False)
-    return GenerateRow("grid", numbers, ANY, H, V, 64, config, arch, least_H=least_H, **rest)
+    return GenerateRow("grid", numbers, L, H, V, 64, config, arch, least_H=least_H, **rest)
 
 
-NOT_OLD = (3, 9)
+NOT_OLD, OLDEST = (3, 9), (3, 6)
 IN_ONE_TILE = 1024
 NOT_BEFORE = ("reset_after", "no_reset")
 
@@ -283,5 +286,14 @@ ROWS = (
     _streamed("tf32", 8, 32, 32, 8, 256, AMPERE_ONLY),
     _streamed("tf32x3", 8, 32, 16, 8, 256, AMPERE),
     _streamed("ieee", 8, 16, 16, 4, 128, TURING_ONLY),
+    # At most 16 bytes are spilled, which should cost far less than `step`'s launches.
+    _resident("tf32", 256, 163, 32, 64, 8, HOPPER_ONLY, only=OLDEST, least_H=144),
+    _resident("tf32", 512, 227, 32, 64, 8, HOPPER_ONLY, only=OLDEST, least_H=144),
+    _streamed("16", 8, 32, 64, 8, 64, HOPPER_ONLY, L=2, H=64, V=256, only=OLDEST, cells=NOT_BEFORE),
+    _streamed("16", 8, 32, 64, 8, 128, HOPPER_ONLY, only=OLDEST),
+    _streamed("16", 16, 32, 64, 8, 512, HOPPER_ONLY, only=OLDEST, cells=NOT_BEFORE),
+    _streamed("tf32", 8, 32, 32, 8, 64, HOPPER_ONLY, H=64, V=256, only=OLDEST),
+    _streamed("tf32", 8, 32, 32, 8, 128, HOPPER_ONLY, V=IN_ONE_TILE, only=OLDEST, cells=NOT_BEFORE),
+    _streamed("tf32", 8, 32, 16, 8, 128, HOPPER_ONLY, only=OLDEST, cells=("reset_before",)),
 )
 """For one form and one largest model the row to prefer first. What none holds for takes `step`."""

@@ -171,6 +171,24 @@ class TestForms:
         assert (few.BLOCK_B, many.BLOCK_B) == (8, 16)
 
 
+@pytest.mark.parametrize("version", [(3, 6), (3, 7)], indirect=True)
+def test_a_few_spilled_bytes_do_not_cost_a_launch_a_layer(version):
+    """On Hopper under Triton 3.6, which was compiled for it; elsewhere such rows are missing."""
+    models = [
+        {"H": H, "L": L, "V": V, "numbers": numbers}
+        for numbers, sizes in (
+            ("16", ((64, 2, 256), (128, 2, 65), (512, 2, 65), (896, 1, 256), (300, 2, 50_000))),
+            ("tf32", ((128, 1, 65), (256, 1, 65), (512, 1, 65), (64, 1, 256), (128, 2, 65))),
+        )
+        for H, L, V in sizes
+    ]
+    forms = {form_of(90, **model) for model in models}
+    assert forms == ({"grid"} if version == (3, 6) else {"step"})
+    if version == (3, 6):
+        assert form_of(90, 64, 2, 256, cell="reset_before") == "step"  # 24 bytes
+        assert form_of(100, 128, 2) == "step"
+
+
 def test_every_row_is_reached(monkeypatch):
     """By a model within its limits, on some device, under one of the versions of Triton."""
     reached = set()

@@ -41,6 +41,19 @@ BY_VERSION: dict[str, dict[str, int]] = {
         "sm_90 backward_cta tf32 reset_after everything to 128: B16 H128 K0 w8": 16,
         # 184 registers end it: one program on a processor in place of two.
         "sm_90 forward_cta tf32x3 reset_after plain to 64: B8 H64 K0 w8": 8,
+        # Instead `step` has three launches a token.
+        "sm_90 generate_grid 16 no_reset filters L2 H1024 V1000: B16 H32 K64 w8": 8,
+        "sm_90 generate_grid 16 no_reset filters L2 H1024 V1000: B8 H32 K64 w8": 8,
+        "sm_90 generate_grid 16 no_reset filters L2 H64 V256: B8 H32 K64 w8": 8,
+        "sm_90 generate_grid 16 no_reset filters L4 H512 V1000: B16 H32 K64 w8": 16,
+        "sm_90 generate_grid 16 reset_after filters L2 H1024 V1000: B16 H32 K64 w8": 8,
+        "sm_90 generate_grid 16 reset_after filters L2 H64 V256: B8 H32 K64 w8": 8,
+        "sm_90 generate_grid tf32 no_reset filters L1 H256 V1000: B8 H32 K64 w8": 8,
+        "sm_90 generate_grid tf32 no_reset filters L1 H512 V1000: B8 H32 K64 w8": 8,
+        "sm_90 generate_grid tf32 reset_after filters L2 H64 V256: B8 H32 K32 w8": 8,
+        "sm_90 generate_grid tf32 reset_after filters L4 H128 V1000: B8 H32 K32 w8": 8,
+        "sm_90 generate_grid tf32 reset_before filters L1 H256 V1000: B8 H32 K64 w8": 8,
+        "sm_90 generate_grid tf32 reset_before filters L1 H512 V1000: B8 H32 K64 w8": 8,
     },
     "3.7.1": {
         # Rows of an odd H are read one element at a time; `step` has a launch a step instead.
