@@ -15,7 +15,7 @@ PAGES = [
     page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     if BLOCK.search(page.read_text("utf-8"))
 ]  # fmt: skip
-ALL = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+ALL = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 NEEDS = {"onnx.md": ("onnx", "onnxruntime", "onnxscript")}
 
 
@@ -55,3 +55,14 @@ def test_links(page):
             target = page.parent / name if name else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_every_decision_is_on_the_page_that_lists_them():
+    index = (ROOT / "docs" / "decisions.md").read_text("utf-8")
+    for part in index.split("\n## ")[1:]:
+        (page,) = re.findall(r"\]\((decisions/[\w-]+\.md)\)", part)
+        text = (ROOT / "docs" / page).read_text("utf-8")
+        titles = re.findall(r"^\*\*(.+?)[.:]?\*\*", text, re.DOTALL | re.MULTILINE)
+        assert re.findall(r"^- (.+)$", part, re.MULTILINE) == [t.replace("\n", " ") for t in titles]
+    named = re.findall(r"\]\(decisions/([\w-]+\.md)\)", index)
+    assert sorted(named) == sorted(p.name for p in (ROOT / "docs" / "decisions").iterdir())
