@@ -143,12 +143,19 @@ class Failure {
 // the others of a team may wait for a call that wants the lock. Any other call holds their Memory.
 template <class Work>
 bool run_unlocked(Failure& failure, bool brief, Work&& work) {
-  PyThreadState* const state = brief ? nullptr : PyEval_SaveThread();
-  const bool done = failure.guard([&] {
-    work();
-    return true;
-  });
-  if (state != nullptr) PyEval_RestoreThread(state);
+  auto guarded = [&] {
+    return failure.guard([&] {
+      work();
+      return true;
+    });
+  };
+  if (brief) {
+    const SignalsWait wait;
+    return guarded();
+  }
+  PyThreadState* const state = PyEval_SaveThread();
+  const bool done = guarded();
+  PyEval_RestoreThread(state);
   return done;
 }
 

@@ -19,7 +19,12 @@ bool may_be_main_thread() {
 #endif
 }
 
+thread_local bool signals_wait = false;
+
 }  // namespace
+
+SignalsWait::SignalsWait() { signals_wait = true; }
+SignalsWait::~SignalsWait() { signals_wait = false; }
 
 bool Signals::look() {
   if (raised_) return true;
@@ -27,9 +32,7 @@ bool Signals::look() {
   if (last_ == Clock::time_point{}) last_ = now;  // the first time: short calls never come here
   if (now - last_ < kPollEvery) return false;
   last_ = now;
-  if (!may_be_main_thread()) return false;
-  // A call that has kept the lock reads memory that a handler could free; and it is brief.
-  if (PyGILState_Check() != 0) return false;
+  if (signals_wait || !may_be_main_thread()) return false;
   const pybind11::gil_scoped_acquire locked;
   raised_ = PyErr_CheckSignals() != 0;
   return raised_;

@@ -38,6 +38,15 @@ class Signals {
   bool raised_ = false;
 };
 
+// While one lives, Signals of this thread look for none: a handler could free what is read.
+class SignalsWait {
+ public:
+  SignalsWait();
+  ~SignalsWait();
+  SignalsWait(const SignalsWait&) = delete;
+  SignalsWait& operator=(const SignalsWait&) = delete;
+};
+
 // Whether it is what rethrow() throws.
 bool is_pythons(const std::exception& error);
 // Makes such an exception Python's current one again.
