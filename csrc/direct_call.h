@@ -14,6 +14,7 @@
 #include "ragged_rows.h"
 #include "resets.h"
 #include "signals.h"
+#include "unlocked.h"
 
 namespace gru_fast {
 
@@ -143,20 +144,15 @@ class Failure {
 // the others of a team may wait for a call that wants the lock. Any other call holds their Memory.
 template <class Work>
 bool run_unlocked(Failure& failure, bool brief, Work&& work) {
-  auto guarded = [&] {
-    return failure.guard([&] {
+  return failure.guard([&] {
+    if (brief) {
+      const SignalsWait wait;
       work();
-      return true;
-    });
-  };
-  if (brief) {
-    const SignalsWait wait;
-    return guarded();
-  }
-  PyThreadState* const state = PyEval_SaveThread();
-  const bool done = guarded();
-  PyEval_RestoreThread(state);
-  return done;
+    } else {
+      without_lock(work);
+    }
+    return true;
+  });
 }
 
 // What a call may say of its rows and steps beside their number.
