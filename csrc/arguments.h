@@ -136,15 +136,14 @@ class Marshal {
                     "lengths: expected int64 or int32, got ", torch::headeronly::toString(type));
     check_shape("lengths", *lengths, {B});
     // A copy: what is checked here must not change during the call.
-    const Tensor values = copy(held("lengths", *lengths), aoti_torch_dtype_int64());
-    const int64_t* const first = values.template const_data_ptr<int64_t>();
-    lengths_.assign(first, first + B);
+    const Tensor& own = keep(copy(held("lengths", *lengths), aoti_torch_dtype_int64()));
+    const int64_t* const values = own.template const_data_ptr<int64_t>();
     for (int64_t b = 0; b < B; ++b) {
-      const int64_t length = lengths_[static_cast<size_t>(b)];
-      STD_TORCH_CHECK(length >= 0 && length <= T, "lengths: expected values from 0 to T = ", T,
-                      ", got ", length, " at index ", b);
+      STD_TORCH_CHECK(values[b] >= 0 && values[b] <= T,
+                      "lengths: expected values from 0 to T = ", T, ", got ", values[b],
+                      " at index ", b);
     }
-    return lengths_.data();
+    return values;
   }
   void rank_rows(Problem<Real>& p) {
     if (p.lengths == nullptr) return;
@@ -232,7 +231,6 @@ class Marshal {
   const Tensor like_;
   const ScalarType given_;
   std::vector<Tensor> kept_;
-  std::vector<int64_t> lengths_;
   RowOrder order_;
 };
 
